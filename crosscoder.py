@@ -1,0 +1,285 @@
+"""The crosscoder: one sparse dictionary for the activations of several models at the same tokens.
+
+    x_n   = (x - mean) * scale                 per model, stored inside: raw activations go in, raw reconstructions come out
+    pre   = sum_m x_n[m] @ W_enc[m] + b_enc    [batch, d_hidden]
+    f     = relu(pre), then the variant's mask [batch, d_hidden]
+    x_hat = f @ W_dec + b_dec                  [batch, n_models, d_model]
+
+Sources: Lindsey et al., "Sparse Crosscoders" (Anthropic, October 2024) for the model and the vanilla loss; Minder et al.,
+arXiv 2504.02922, for BatchTopK; Gao et al., arXiv 2406.04093, for the auxiliary loss. Model 0 is the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import sparse
+
+INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
+THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
+
+
+class Losses(NamedTuple):
+    """What one training batch gives. Losses are 0-d float32 tensors."""
+
+    loss: Tensor
+    l2_loss: Tensor
+    l1_loss: Tensor
+    aux_loss: Tensor
+    f: Tensor  # [batch, d_hidden] kept codes
+    x_hat: Tensor  # [batch, n_models, d_model] normalised reconstruction
+
+
+class CrossCoder(nn.Module):
+    """A crosscoder over `n_models` models of width `d_model`.
+
+    Parameters are W_enc [n_models, d_model, d_hidden], W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and
+    b_dec [n_models, d_model]. Buffers stay float32 whatever `.to()` says: mean [n_models, d_model], scale [n_models] and
+    threshold, [] on the score f_j * sum_m |W_dec[j, m]|, or [d_hidden] on f itself once the normalisation is folded.
+
+    Args:
+        variant: "vanilla" (ReLU codes) or "batch_topk" (the k * batch largest scores of a training batch are kept).
+        k: batch_topk only, mean number of active latents per token.
+        k_aux: dead latents per token in the auxiliary loss; d_model // 2 when None.
+        dec_init_norm: norm of each decoder row per model at the start. A latent starts with the same direction in every
+            model, and the encoder as the decoder's transpose.
+        compute_dtype: of the matrix products; parameters, codes and losses are float32.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        n_models: int = 2,
+        variant: str = "vanilla",
+        k: int | None = None,
+        k_aux: int | None = None,
+        dec_init_norm: float = 0.08,
+        seed: int = 0,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        if variant not in ("vanilla", "batch_topk"):
+            raise ValueError(f"variant {variant!r} is neither 'vanilla' nor 'batch_topk'")
+        if variant == "batch_topk" and not (k and 1 <= k <= d_hidden):
+            raise ValueError(f"k = {k} must lie between 1 and d_hidden = {d_hidden}")
+        self.d_model, self.d_hidden, self.n_models = d_model, d_hidden, n_models
+        self.variant, self.k = variant, k if variant == "batch_topk" else None
+        self.k_aux = d_model // 2 if k_aux is None else k_aux
+        self.compute_dtype = compute_dtype
+
+        blocks = []
+        for start in range(0, d_hidden, INIT_BLOCK):
+            draw = torch.Generator().manual_seed(random.Random(f"{seed} {start}").getrandbits(32))
+            blocks.append(torch.randn(min(INIT_BLOCK, d_hidden - start), d_model, generator=draw))
+        directions = torch.cat(blocks)  # [d_hidden, d_model]
+        rows = dec_init_norm * directions / directions.norm(dim=-1, keepdim=True)
+        W_dec = rows[:, None, :].repeat(1, n_models, 1)  # [d_hidden, n_models, d_model]
+        self.W_dec = nn.Parameter(W_dec)
+        self.W_enc = nn.Parameter(W_dec.permute(1, 2, 0).contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(d_hidden))
+        self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
+        self.register_buffer("mean", torch.zeros(n_models, d_model))
+        self.register_buffer("scale", torch.ones(n_models))
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in exact.items():  # a threshold or mean rounded to bfloat16 would change every code
+            self._buffers[name] = before.to(self._buffers[name].device)
+        return self
+
+    # --- inference: raw activations in, raw reconstructions out
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Raw activations [batch, n_models, d_model] -> normalised ones, float32."""
+        return (x.float() - self.mean) * self.scale[:, None]
+
+    def denormalize(self, x_n: Tensor) -> Tensor:
+        """Normalised activations [batch, n_models, d_model] -> raw ones."""
+        return x_n / self.scale[:, None] + self.mean
+
+    def encode(self, x: Tensor, normalized: bool = False) -> Tensor:
+        """Codes f [batch, d_hidden] of activations [batch, n_models, d_model], raw unless `normalized`.
+
+        Each token's codes depend on that token alone: batch_topk keeps what scores above the threshold.
+        """
+        f = self._pre(x if normalized else self.normalize(x)).relu()
+        return f * (self.score(f) > self.threshold)
+
+    def decode(self, f: Tensor, normalized: bool = False) -> Tensor:
+        """Reconstruction [batch, n_models, d_model] from codes f [batch, d_hidden], raw unless `normalized`."""
+        x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+        return x_hat if normalized else self.denormalize(x_hat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw activations [batch, n_models, d_model] -> their raw reconstruction."""
+        return self.decode(self.encode(x))
+
+    def score(self, f: Tensor) -> Tensor:
+        """What the threshold is compared with, [batch, d_hidden]: f * sum_m |W_dec[:, m]|, or f itself when folded."""
+        return f if self.folded else f * self.decoder_norms().sum(-1)
+
+    def decoder_norms(self) -> Tensor:
+        """[d_hidden, n_models] norm of each latent's decoder row in each model, in normalised space."""
+        return self.W_dec.norm(dim=-1)
+
+    @property
+    def folded(self) -> bool:
+        return self.threshold.ndim == 1
+
+    def _pre(self, x_n: Tensor) -> Tensor:
+        return sparse.encode(x_n, self.W_enc, self.compute_dtype) + self.b_enc
+
+    # --- training: normalised activations in
+
+    def losses(self, x_n: Tensor, l1_coeff: float, aux_coeff: float = 0.0, dead: Tensor | None = None) -> Losses:
+        """Losses of a training batch of normalised activations [batch, n_models, d_model].
+
+        Squared errors and L1 are sums over models, latents and d_model, and means over the batch. The L1 weight of a code
+        is the sum of its decoder norms, not the norm of the concatenated row, which would give no exclusive latents.
+        Also moves the inference threshold of batch_topk.
+
+        Args:
+            l1_coeff: weight of the L1 loss at this step.
+            aux_coeff: weight of the auxiliary loss.
+            dead: [d_hidden] bool, the latents the auxiliary loss may use; None leaves the auxiliary loss out.
+        """
+        if self.folded:
+            raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
+        pre = self._pre(x_n)  # [batch, d_hidden]
+        f = pre.relu()
+        norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
+        if self.variant == "batch_topk":
+            score = (f * norm_sum).detach()
+            kept = sparse.keep_largest(score, self.k * len(f))
+            f = f * kept
+            self._follow_threshold(score, kept)
+        x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+        error = x_n - x_hat
+        l2_loss = error.pow(2).sum((1, 2)).mean()
+        l1_loss = (f.sum(0) * norm_sum).sum() / len(f)  # summed over the batch first: no second [batch, d_hidden] product
+        loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
+        aux_loss = torch.zeros_like(l2_loss)
+        if dead is not None and aux_coeff:
+            aux_loss = self._aux_loss(pre, norm_sum, error.detach(), dead)
+            loss = loss + aux_coeff * aux_loss
+        return Losses(loss, l2_loss, l1_loss, aux_loss, f, x_hat)
+
+    def _aux_loss(self, pre: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
+
+        The batch's k_aux * batch largest dead scores are used. No decoder bias and no live latent takes part, and
+        winners are positive, so gradient reaches the dead latents only. 0 when no latent is dead or the residual is constant.
+        """
+        a = pre.relu()
+        kept = sparse.keep_largest((a * norm_sum * dead).detach(), self.k_aux * len(a))
+        predicted = sparse.decode(a * kept, self.W_dec, self.compute_dtype)  # [batch, n_models, d_model]
+        squared = (residual - predicted).pow(2).sum((1, 2)).mean()
+        variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
+        varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
+        usable = dead.any() & varies & squared.isfinite() & variance.isfinite()
+        # The inner where keeps a zero or infinite variance out of the backward pass as well.
+        return torch.where(usable, squared / torch.where(usable, variance, 1.0), 0.0)
+
+    @torch.no_grad()
+    def _follow_threshold(self, score: Tensor, kept: Tensor) -> None:
+        """Smallest kept score of the batch, averaged over steps; the first batch sets it, an all-zero batch leaves it."""
+        smallest = torch.where(kept, score, torch.inf).amin()
+        moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    @torch.no_grad()
+    def fit_threshold(self, batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Set the threshold to the (k * N)-th largest score over N rows: k latents per token on average at inference.
+
+        Args:
+            batches: called several times, each time gives the same batches of normalised activations
+                [batch, n_models, d_model].
+        """
+        rows = sum(len(x_n) for x_n in batches())
+        kth = sparse.kth_largest(lambda: (self.score(self._pre(x_n).relu()) for x_n in batches()), self.k * rows)
+        self.threshold.fill_(kth)
+
+    # --- saving
+
+    def fold_normalization(self) -> CrossCoder:
+        """A copy with mean 0 and scale 1 that gives the same codes and reconstructions on raw activations.
+
+        Decoder norms are then in raw space: relative norms change when the models' scales differ. The threshold moves to f,
+        one per latent (theta / sum_m |W_dec[j, m]|), since the norms it was measured with are gone.
+        """
+        folded = CrossCoder(self.d_model, self.d_hidden, self.n_models, self.variant, self.k, self.k_aux)
+        folded.compute_dtype = self.compute_dtype
+        folded.to(self.W_enc.device)
+        with torch.no_grad():
+            scaled = self.W_enc * self.scale[:, None, None]  # [n_models, d_model, d_hidden]
+            folded.W_enc.copy_(scaled)
+            folded.b_enc.copy_(self.b_enc - self.mean.flatten() @ scaled.flatten(0, 1))
+            folded.W_dec.copy_(self.W_dec / self.scale[:, None])
+            folded.b_dec.copy_(self.denormalize(self.b_dec))
+            norm_sum = self.decoder_norms().sum(-1)
+            per_latent = torch.where(norm_sum > 0, self.threshold / norm_sum, torch.inf)
+            folded.threshold = self.threshold.clone() if self.folded else per_latent
+        return folded
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors.partial")
+        os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
+        names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
+        (folder / "config.json.partial").write_text(text + "\n")
+        os.replace(folder / "config.json.partial", folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> CrossCoder:
+        """Load what `save_pretrained` wrote. Raises ValueError where a file is missing, broken or does not fit the other."""
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is no saved crosscoder: {name} is missing")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            tensors = load_file(folder / "model.safetensors")
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds a broken crosscoder ({error}); copy it again") from None
+        folded = config.pop("folded")
+        crosscoder = cls(**config)
+        if folded:
+            crosscoder.threshold = torch.zeros(crosscoder.d_hidden)
+        try:
+            crosscoder.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: config.json and model.safetensors do not fit together ({error})") from None
+        return crosscoder.to(device)
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """[1 + n_models] explained variance of all models together, then of each: 1 - squared error / squared deviation.
+
+    Totals over the batch, deviations from the batch mean; a constant error lowers it. x, x_hat: [batch, n_models, d_model].
+    """
+    error = (x - x_hat).pow(2).sum((0, 2))  # [n_models]
+    deviation = (x - x.mean(0)).pow(2).sum((0, 2))
+    return explained(error, deviation)
+
+
+def explained(error: Tensor, deviation: Tensor) -> Tensor:
+    """[1 + n_models] explained variance from the totals [n_models] of squared error and squared deviation."""
+    together = torch.cat([torch.stack([error.sum(), deviation.sum()])[:, None], torch.stack([error, deviation])], dim=1)
+    return 1 - together[0] / together[1]

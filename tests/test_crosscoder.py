@@ -1,0 +1,281 @@
+import json
+
+import pytest
+import torch
+
+from crosscoder import CrossCoder, explained_variance
+
+B, D, F, K = 32, 12, 40, 4
+
+
+def make(variant="vanilla", seed=0, **options):
+    """A small crosscoder with a normalisation that differs between the models and no symmetry between the weights."""
+    crosscoder = CrossCoder(D, F, variant=variant, k=K, seed=seed, **{"dec_init_norm": 0.5} | options)
+    draw = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in crosscoder.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=draw)
+        crosscoder.mean.copy_(torch.randn(2, D, generator=draw))
+        crosscoder.scale.copy_(torch.tensor([0.5, 3.0]))
+    return crosscoder
+
+
+def rows(n=B, seed=7):
+    return torch.randn(n, 2, D, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_losses(crosscoder, x, l1_coeff, aux_coeff, dead):
+    """The formulas of the papers, one model, latent and token at a time, in float64."""
+    W_enc, W_dec, b_enc, b_dec = (
+        getattr(crosscoder, n).detach().double().requires_grad_() for n in ("W_enc", "W_dec", "b_enc", "b_dec")
+    )
+    x = x.double()
+    pre = sum(x[:, m] @ W_enc[m] for m in range(2)) + b_enc
+    f = pre.clamp_min(0)
+    norm_sum = sum((W_dec[:, m] ** 2).sum(-1).sqrt() for m in range(2))
+
+    def largest(score, count):
+        cut = score.flatten().sort(descending=True).values[: count + 1]
+        return (score > max(cut[count].item() if len(cut) > count else 0.0, 0.0)).double()
+
+    if crosscoder.variant == "batch_topk":
+        f = f * largest((f * norm_sum).detach(), K * len(x))
+    x_hat = torch.stack([f @ W_dec[:, m] + b_dec[m] for m in range(2)], dim=1)
+    l2 = sum(((x[:, m] - x_hat[:, m]) ** 2).sum(-1).mean() for m in range(2))
+    l1 = (f * norm_sum).sum(-1).mean()
+    aux = torch.zeros(())
+    if dead is not None:
+        a = pre.clamp_min(0)[:, dead]
+        a = a * largest((a * norm_sum[dead]).detach(), crosscoder.k_aux * len(x))
+        r = (x - x_hat).detach().flatten(1)
+        aux = ((r - a @ W_dec[dead].flatten(1)) ** 2).sum(-1).mean() / ((r - r.mean(0)) ** 2).sum(-1).mean()
+    loss = l2 + l1_coeff * l1 + aux_coeff * aux
+    loss.backward()
+    return (loss, l2, l1, aux), {"W_enc": W_enc.grad, "W_dec": W_dec.grad, "b_enc": b_enc.grad, "b_dec": b_dec.grad}
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+@pytest.mark.parametrize("with_aux", [False, True])
+@pytest.mark.parametrize("l1_coeff", [0.0, 0.7])
+def test_losses_and_gradients_equal_float64_autograd(variant, with_aux, l1_coeff):
+    crosscoder, x = make(variant, k_aux=2), rows()
+    dead = torch.arange(F) % 3 == 0 if with_aux else None
+    out = crosscoder.losses(x, l1_coeff, aux_coeff=0.5, dead=dead)
+    out.loss.backward()
+    losses, gradients = reference_losses(crosscoder, x, l1_coeff, 0.5, dead)
+    for mine, expected in zip(out[:4], losses, strict=True):
+        torch.testing.assert_close(mine.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(getattr(crosscoder, name).grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_topk_keeps_k_latents_a_token_from_the_first_step_on():
+    crosscoder = make("batch_topk")
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=1e-3)
+    for step in range(3):
+        out = crosscoder.losses(rows(seed=step), 0.0)
+        assert (out.f > 0).sum() == K * B
+        assert (out.f >= 0).all()
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_inference_is_sparse_after_a_single_training_batch():
+    crosscoder = make("batch_topk")
+    crosscoder.losses(rows(512), 0.0)
+    l0 = (crosscoder.encode(rows(512, seed=8), normalized=True) > 0).sum(-1).float().mean()
+    assert K / 2 < l0 < K * 2
+
+
+def test_threshold_follows_later_batches_in_float32():
+    crosscoder = make("batch_topk")
+    crosscoder.losses(rows(seed=0), 0.0)
+    first = crosscoder.threshold.item()
+    out = crosscoder.losses(2 * rows(seed=1), 0.0)
+    smallest = crosscoder.score(out.f)[out.f > 0].min().item()
+    assert crosscoder.threshold.item() == pytest.approx(first + 0.01 * (smallest - first), rel=1e-5)
+
+
+def test_fit_threshold_gives_k_latents_a_token_on_the_rows_it_saw():
+    crosscoder, held_out = make("batch_topk"), [rows(100, seed=s) for s in range(5)]
+    crosscoder.fit_threshold(lambda: iter(held_out))
+    active = sum((crosscoder.encode(x, normalized=True) > 0).sum().item() for x in held_out)
+    assert active == K * 500 - 1  # all scores above the (k * N)-th largest, strictly
+
+
+def test_batch_without_any_active_latent_trains_without_nan():
+    crosscoder = make("batch_topk")
+    before = crosscoder.threshold.item()
+    with torch.no_grad():
+        crosscoder.b_enc.fill_(-1e3)
+    out = crosscoder.losses(rows(), 1.0, aux_coeff=1.0, dead=torch.ones(F, dtype=torch.bool))
+    out.loss.backward()
+    assert out.loss.isfinite() and crosscoder.threshold.item() == before
+    assert all(p.grad.isfinite().all() for p in crosscoder.parameters() if p.grad is not None)
+    assert crosscoder(torch.zeros(3, 2, D)).isfinite().all()
+
+
+def test_codes_of_a_token_do_not_depend_on_its_batch():
+    crosscoder, x = make("batch_topk"), rows(64)
+    crosscoder.losses(x, 0.0)
+    together, alone = crosscoder.encode(x), torch.cat([crosscoder.encode(row[None]) for row in x])
+    assert torch.equal(together > 0, alone > 0) and (together > 0).any()
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_encode_and_decode_apply_the_normalisation_once():
+    crosscoder, x = make(), rows()
+    f = crosscoder.encode(x)
+    torch.testing.assert_close(f, crosscoder.encode(crosscoder.normalize(x), normalized=True))
+    torch.testing.assert_close(crosscoder(x), crosscoder.denormalize(crosscoder.decode(f, normalized=True)))
+    torch.testing.assert_close(crosscoder.denormalize(crosscoder.normalize(x)), x)
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_folded_crosscoder_gives_the_same_codes_and_reconstructions_on_raw_activations(variant):
+    crosscoder = make(variant)
+    raw = crosscoder.denormalize(rows(256))
+    crosscoder.losses(crosscoder.normalize(raw), 0.0)  # sets the threshold
+    folded = crosscoder.fold_normalization()
+    assert torch.equal(folded.scale, torch.ones(2)) and torch.equal(folded.mean, torch.zeros(2, D))
+    f, g = crosscoder.encode(raw), folded.encode(raw)
+    assert torch.equal(f > 0, g > 0) and 0 < (f > 0).float().mean() < 0.9
+    torch.testing.assert_close(f, g, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(crosscoder(raw), folded(raw), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded.fold_normalization()(raw), folded(raw))
+    with pytest.raises(ValueError, match="folded"):
+        folded.losses(raw, 0.0)
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+@pytest.mark.parametrize("as_type", [str, lambda p: p])
+@pytest.mark.parametrize("fold", [False, True])
+def test_saved_and_loaded_crosscoder_is_the_same(tmp_path, variant, as_type, fold):
+    crosscoder = make(variant)
+    crosscoder.losses(rows(), 0.0)
+    if fold:
+        crosscoder = crosscoder.fold_normalization()
+    crosscoder.save_pretrained(as_type(tmp_path / "c"))
+    loaded = CrossCoder.from_pretrained(as_type(tmp_path / "c"))
+    assert (loaded.variant, loaded.k, loaded.d_hidden, loaded.folded) == (variant, crosscoder.k, F, fold)
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in crosscoder.state_dict().items())
+    assert torch.equal(loaded(rows()), crosscoder(rows()))
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saved_tensors_have_the_documented_names_and_shapes(tmp_path):
+    from safetensors.torch import load_file
+
+    make("batch_topk").save_pretrained(tmp_path)
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes == {
+        "W_enc": (2, D, F), "W_dec": (F, 2, D), "b_enc": (F,), "b_dec": (2, D), "scale": (2,), "mean": (2, D), "threshold": (),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "config.json").read_text())["k"] == K
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+def test_loading_a_broken_folder_says_which(tmp_path, broken):
+    make().save_pretrained(tmp_path)
+    content = (tmp_path / broken).read_bytes()
+    (tmp_path / broken).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="broken"):
+        CrossCoder.from_pretrained(tmp_path)
+    (tmp_path / broken).unlink()
+    with pytest.raises(ValueError, match=f"{broken} is missing"):
+        CrossCoder.from_pretrained(tmp_path)
+
+
+def test_buffers_stay_float32_and_follow_the_device():
+    crosscoder = make("batch_topk")
+    crosscoder.losses(rows(), 0.0)
+    before = {name: b.clone() for name, b in crosscoder.named_buffers()}
+    crosscoder.to(torch.bfloat16)
+    assert crosscoder.W_enc.dtype == torch.bfloat16
+    assert all(torch.equal(b, before[name]) for name, b in crosscoder.named_buffers())
+    assert {t.device.type for t in crosscoder.to("meta").state_dict().values()} == {"meta"}
+
+
+def test_initial_weights():
+    crosscoder = CrossCoder(64, 1500, dec_init_norm=0.3, seed=5)
+    torch.testing.assert_close(crosscoder.decoder_norms(), torch.full((1500, 2), 0.3))
+    assert torch.equal(crosscoder.W_enc, crosscoder.W_dec.permute(1, 2, 0))
+    assert torch.equal(crosscoder.W_dec[:, 0], crosscoder.W_dec[:, 1])
+    assert crosscoder.W_dec.std().item() == pytest.approx(0.3 / 64**0.5, rel=0.02)
+    larger, other = CrossCoder(64, 3000, dec_init_norm=0.3, seed=5), CrossCoder(64, 1500, dec_init_norm=0.3, seed=6)
+    assert torch.equal(larger.W_dec[:1024], crosscoder.W_dec[:1024])  # drawn in blocks, whatever the size
+    assert not torch.equal(larger.W_dec[1024:2048], crosscoder.W_dec[:1024])
+    assert not torch.equal(other.W_dec, crosscoder.W_dec)
+
+
+def aux_gradients(dead, **options):
+    crosscoder, x = make("batch_topk", **options), rows()
+    with torch.no_grad():
+        crosscoder.b_enc[1] = -1e3  # latent 1 is below zero on every token
+    out = crosscoder.losses(x, 0.0, aux_coeff=1.0, dead=dead)
+    parameters = dict(crosscoder.named_parameters())
+    grads = torch.autograd.grad(out.aux_loss, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, grads, strict=True)), out
+
+
+def test_auxiliary_loss_reaches_dead_latents_only():
+    dead = torch.arange(F) < 6
+    grad, _ = aux_gradients(dead, k_aux=2)
+    assert grad["b_dec"] is None  # the decoder bias takes no part
+    assert (grad["W_enc"][:, :, ~dead] == 0).all() and (grad["W_dec"][~dead] == 0).all() and (grad["b_enc"][~dead] == 0).all()
+    reached = dead.clone()
+    reached[1] = False  # no gradient leaks through a winner that is not positive
+    assert (grad["W_enc"].abs().sum((0, 1))[reached] > 0).all() and (grad["W_dec"].abs().sum((1, 2))[reached] > 0).all()
+    assert (grad["W_enc"][:, :, 1] == 0).all() and (grad["W_dec"][1] == 0).all()
+
+
+def test_auxiliary_loss_is_zero_when_nothing_is_dead_or_nothing_is_left_to_explain():
+    assert aux_gradients(torch.zeros(F, dtype=torch.bool))[1].aux_loss == 0
+    crosscoder = make()
+    constant = torch.zeros(B, 2, D)
+    out = crosscoder.losses(constant, 0.0, aux_coeff=1.0, dead=torch.ones(F, dtype=torch.bool))
+    out.loss.backward()
+    assert out.aux_loss == 0 and all(p.grad.isfinite().all() for p in crosscoder.parameters())
+
+
+def test_auxiliary_loss_is_part_of_the_loss():
+    crosscoder, dead = make("batch_topk"), torch.arange(F) < 6
+    out = crosscoder.losses(rows(), 0.0, aux_coeff=0.25, dead=dead)
+    torch.testing.assert_close(out.loss, out.l2_loss + 0.25 * out.aux_loss)
+    assert out.aux_loss > 0
+
+
+def test_explained_variance_sees_a_constant_error_and_each_model():
+    x = rows(1000)
+    assert explained_variance(x, x).tolist() == [1, 1, 1]
+    mean = x.mean(0, keepdim=True).expand_as(x)
+    torch.testing.assert_close(explained_variance(x, mean), torch.zeros(3), atol=1e-5, rtol=0)
+    shifted = x.clone()
+    shifted[:, 1] += 0.5  # 0.25 of squared error per value of variance 1
+    together, base, ft = explained_variance(x, shifted).tolist()
+    assert base == 1 and ft == pytest.approx(0.75, abs=0.02) and together == pytest.approx(0.875, abs=0.02)
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_bfloat16_products_stay_close_to_float32(variant):
+    exact, fast, x = make(variant), make(variant, compute_dtype=torch.bfloat16), rows()
+    a, b = exact.losses(x, 0.1), fast.losses(x, 0.1)
+    assert b.loss.dtype == torch.float32
+    torch.testing.assert_close(a.loss, b.loss, rtol=0.02, atol=0)
+
+
+def test_three_models():
+    crosscoder = CrossCoder(D, F, n_models=3, variant="batch_topk", k=K)
+    x = torch.randn(B, 3, D)
+    crosscoder.losses(x, 0.0).loss.backward()
+    assert crosscoder(x).shape == (B, 3, D) and crosscoder.decoder_norms().shape == (F, 3)
+    assert explained_variance(x, crosscoder(x)).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "options", [{"variant": "topk"}, {"variant": "batch_topk", "k": None}, {"variant": "batch_topk", "k": 41}]
+)
+def test_impossible_sizes_are_refused(options):
+    with pytest.raises(ValueError, match="variant|k ="):
+        CrossCoder(D, F, **options)
