@@ -1,0 +1,115 @@
+"""A world with a known answer: activations made of planted concepts, and the score of a dictionary against them.
+
+The toy model of the Dedicated Feature Crosscoder paper (arXiv 2602.11729, appendix B.2), smaller and for a base model and
+its fine-tune: unit concepts, more of them than dimensions, rarely active and correlated in groups, some known to only one
+of the two models. Each model also has its own scale and mean, as real ones do.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import latents
+
+BLOCK = 4096  # rows made from one seed
+RECOVERED = 0.83  # cosine above which a decoder row counts as a concept (the paper's cut)
+BASE_ONLY, SHARED, FT_ONLY = range(3)  # as in latents.CLASSES
+
+
+class PlantedConcepts:
+    """An endless source of paired activations [rows, 2, d_model] with known shared, base-only and ft-only directions.
+
+    A row is a function of (seed, split, its number). Takes the place of `activations.PairedActivations`.
+    """
+
+    n_models = 2
+    dtype = torch.float32
+    train_rows = None  # endless: there are no epochs
+
+    def __init__(self, seed: int = 0, val_rows: int = 16_384, n_concepts: int = 512, d_model: int = 128):
+        self.seed, self.val_rows, self.d_model = seed, val_rows, d_model
+        self.stored_scale = torch.ones(2)
+        draw = torch.Generator().manual_seed(seed)
+        exclusive = n_concepts // 20  # 5 % for each model
+        self.kind = torch.full((n_concepts,), SHARED)
+        self.kind[:exclusive] = BASE_ONLY
+        self.kind[exclusive : 2 * exclusive] = FT_ONLY
+        base = torch.randn(n_concepts, d_model, generator=draw)
+        turned = base + 0.3 * torch.randn(n_concepts, d_model, generator=draw)  # fine-tuning turns each a little, cosine 0.96
+        directions = torch.stack([base, turned], dim=1)
+        directions /= directions.norm(dim=-1, keepdim=True)
+        directions[self.kind == FT_ONLY, 0] = 0
+        directions[self.kind == BASE_ONLY, 1] = 0
+        self.directions = directions  # [n_concepts, 2, d_model] unit rows, zero in the model that lacks the concept
+
+        rate = torch.exp(-0.001 * torch.randperm(n_concepts, generator=draw))
+        self.rate = rate / rate.sum() * n_concepts / 100  # [n_concepts] probability of being active, 1 % on average
+        self.loading = 0.3 * torch.randn(10, n_concepts, generator=draw)  # ten hidden topics move the probabilities
+        self.mean = torch.randn(2, d_model, generator=draw) / d_model**0.5  # norm about 1, like the activations'
+        self.scale = torch.tensor([1.0, 3.0])
+
+    def order(self, position: int, count: int) -> np.ndarray:
+        """[count] the rows at these places of the stream: each place is its own row."""
+        return np.arange(position, position + count)
+
+    def sample_rows(self, count: int) -> np.ndarray:
+        """[count] training rows to estimate statistics on; all rows are alike, so the first ones do."""
+        return np.arange(count)
+
+    def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
+        """Write the given rows (ascending) of "train" or "validation" into out [2, rows, d_model]."""
+        for block in np.unique(rows // BLOCK):
+            here = rows // BLOCK == block
+            out[:, torch.from_numpy(here)] = self._block(split, int(block))[:, rows[here] % BLOCK]
+
+    @lru_cache(maxsize=2)  # noqa: B019 - the source lives as long as the run
+    def _block(self, split: str, block: int) -> Tensor:
+        """[2, BLOCK, d_model] activations, a function of (seed, split, block) alone."""
+        seeds = np.random.SeedSequence([self.seed, split == "train", block])
+        draw = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
+        topics = torch.randn(BLOCK, 10, generator=draw)
+        tilt = torch.exp(topics @ self.loading - self.loading.pow(2).sum(0) / 2)  # [BLOCK, n_concepts], mean 1
+        probability = self.rate * tilt
+        uniform = torch.rand(BLOCK, len(self.rate), generator=draw)
+        # Given that it lies below the probability, uniform / probability is itself uniform on (0, 1): the magnitude.
+        codes = torch.where(uniform < probability, uniform / probability, 0)
+        x = codes @ self.directions.flatten(1)  # [BLOCK, 2 * d_model]
+        x = x + 0.01 * torch.randn(x.shape, generator=draw)
+        return ((x.unflatten(1, (2, -1)) + self.mean) * self.scale[:, None]).transpose(0, 1).contiguous()
+
+    def score(self, W_dec: Tensor, dead: Tensor) -> dict[str, float]:
+        """How much of the truth a dictionary found.
+
+        Args:
+            W_dec: [d_hidden, 2, d_model] decoder; dead: [d_hidden] bool, latents that do not count.
+
+        Returns:
+            recall_X: share of the concepts of kind X that some live latent points at (cosine above 0.83, for a shared
+            concept in both models at once). class_ok_X: share of those recovered whose best latent's decoder norms say X.
+            false_exclusive: share of the live base-only and ft-only latents that point at no concept of that kind.
+        """
+        W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
+        kind_of = latents.classify(W_dec.norm(dim=-1))  # [d_hidden]
+        rows = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        cosine = torch.einsum("cmd,jmd->mcj", self.directions, rows)  # [2, n_concepts, d_hidden]
+        cosine[:, :, dead] = -1
+        fit = cosine.amin(0)  # [n_concepts, d_hidden]
+        fit[self.kind == BASE_ONLY] = cosine[0, self.kind == BASE_ONLY]
+        fit[self.kind == FT_ONLY] = cosine[1, self.kind == FT_ONLY]
+        best, latent = fit.max(dim=1)
+        found, class_ok = best > RECOVERED, kind_of[latent] == self.kind
+        result = {}
+        for kind, name in enumerate(latents.CLASSES):
+            result[f"recall_{name}"] = found[self.kind == kind].float().mean().item()
+        for kind, name in enumerate(latents.CLASSES):
+            recovered = found & (self.kind == kind)
+            result[f"class_ok_{name}"] = class_ok[recovered].float().mean().item() if recovered.any() else 0.0
+        exclusive = ~dead & (kind_of != SHARED)
+        points_at = torch.stack([fit[self.kind == kind].amax(0) for kind in range(3)])  # [3, d_hidden]
+        right = points_at.gather(0, kind_of[None])[0] > RECOVERED
+        result["false_exclusive"] = (~right[exclusive]).float().mean().item() if exclusive.any() else 0.0
+        return result

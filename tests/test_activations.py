@@ -1,0 +1,273 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value
+
+from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
+
+CPU = torch.device("cpu")
+BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows
+
+
+def numbered(rows, d_model=4, sign=BASE, dtype="float32"):
+    """Activations whose first two values spell the row number, small enough for float16."""
+    number = np.arange(rows)
+    x = np.random.default_rng(0).normal(size=(rows, d_model))
+    x[:, 0], x[:, 1] = sign * (number // 1000), number % 1000
+    return x.astype(dtype)
+
+
+def numbers(x):
+    """[rows, d_model] -> the row numbers that `numbered` wrote."""
+    return x[:, 0].abs().long() * 1000 + x[:, 1].long()
+
+
+def write(path, x, fixed=True, batch=None, name="activation", **columns):
+    """A save_to_disk folder of activations x [rows, d_model] with record batches of `batch` rows."""
+    d = x.shape[1]
+    value = Value(str(x.dtype))
+    features = Features({name: List(value, length=d) if fixed else List(value)} | {c: Value("int32") for c in columns})
+    offsets = np.arange(0, x.size + 1, d, dtype=np.int32)
+    flat = pa.array(x.ravel())
+    lists = pa.FixedSizeListArray.from_arrays(flat, d) if fixed else pa.ListArray.from_arrays(offsets, flat)
+    table = pa.table({name: lists} | {c: pa.array(v, pa.int32()) for c, v in columns.items()})
+    Dataset(datasets_table(table, features)).save_to_disk(str(path))
+    if batch:  # the same rows again in record batches of another size
+        file = next(path.glob("*.arrow"))
+        whole = pa.ipc.open_stream(file.read_bytes()).read_all().combine_chunks()
+        with pa.ipc.new_stream(file, whole.schema) as out:
+            out.write_table(whole, max_chunksize=batch)
+    return str(path)
+
+
+def datasets_table(table, features):
+    from datasets.table import InMemoryTable
+
+    return InMemoryTable(table.replace_schema_metadata(features.arrow_schema.metadata))
+
+
+def singles(tmp_path, rows=5000, seed=0, val_tokens=None, default_val=500, **options):
+    base = write(tmp_path / "base", numbered(rows, sign=BASE), batch=700, **options)
+    ft = write(tmp_path / "ft", numbered(rows, sign=FT), batch=999, **options)
+    return open_single(base, ft, (None, None), val_tokens, default_val, seed)
+
+
+def collect(source, batch_size, stop, **where):
+    """Row numbers of each batch; checks on the way that both models are at the same token."""
+    out = []
+    for batch in batches(source, batch_size, stop, CPU, **where):
+        base, ft = numbers(batch.x[:, 0]), numbers(batch.x[:, 1])
+        assert torch.equal(base, ft)
+        large = base >= 1000
+        assert (batch.x[large, 0, 0] > 0).all() and (batch.x[large, 1, 0] < 0).all()
+        assert batch.first_row <= base.min() and base.max() <= batch.last_row
+        out.append((base.clone(), batch.position))
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 1024, 5000, 140_000])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_row_comes_once_an_epoch_in_both_models(tmp_path, rows, shuffled):
+    source = singles(tmp_path, rows + 10, val_tokens=10)
+    source.shuffled = shuffled
+    got = collect(source, 256, 2 * rows)
+    seen = torch.cat([b for b, _ in got])
+    assert torch.equal(seen[:rows].sort().values, torch.arange(rows))
+    assert torch.equal(seen[rows:].sort().values, torch.arange(rows))
+    if rows > 1024:
+        assert not torch.equal(seen[:rows], seen[rows:])  # another order
+    assert [len(b) for b, _ in got] == [256] * (2 * rows // 256) + ([2 * rows % 256] if 2 * rows % 256 else [])
+    assert got[-1][1] == 2 * rows
+
+
+def test_unshuffled_rows_are_mixed_over_the_whole_dataset(tmp_path):
+    batch = collect(singles(tmp_path, 60_000, val_tokens=10), 1000, 1000)[0][0].double()
+    assert abs(batch.mean() - 30_000) < 3000 and batch.std() > 15_000  # a uniform draw has 17,320
+
+
+def test_order_depends_on_the_seed_alone(tmp_path):
+    first = collect(singles(tmp_path / "a"), 100, 2000)
+    again, other = collect(singles(tmp_path / "b"), 100, 2000), collect(singles(tmp_path / "c", seed=1), 100, 2000)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for (a, _), (b, _) in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 17, 44, 45, 60])
+def test_stream_goes_on_from_a_position(tmp_path, steps):
+    source = singles(tmp_path)  # 4500 training rows, 100 a batch: an epoch ends after 45
+    whole = collect(source, 100, 9000)
+    rest = collect(source, 100, 9000, position=whole[steps - 1][1])
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[steps:], rest, strict=True))
+
+
+def test_held_out_rows_are_the_last_and_never_trained_on(tmp_path):
+    source = singles(tmp_path)
+    held_out = torch.cat([numbers(x[:, 0]) for x in validation_batches(source, 128, CPU)])
+    assert torch.equal(held_out, torch.arange(4500, 5000))
+    assert max(b.max() for b, _ in collect(source, 128, 9000)) == 4499
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk", "parquet", "arrow", "folder of parquet", "dataset dict"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_kinds_of_datasets(tmp_path, kind, dtype, fixed, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    paths = []
+    for model, sign in (("base", BASE), ("ft", FT)):
+        x = numbered(3000, sign=sign, dtype=dtype)
+        folder = write(tmp_path / model, x, fixed=fixed, name="base_model_acts", batch=500)
+        if "parquet" in kind:
+            (tmp_path / f"{model}-files").mkdir()
+            folder = tmp_path / f"{model}-files" / "part.parquet"
+            pq.write_table(datasets.load_from_disk(str(tmp_path / model)).data.table, folder)
+            folder = folder.parent if kind.startswith("folder") else folder
+        elif kind == "arrow":
+            folder = next((tmp_path / model).glob("*.arrow"))
+        elif kind == "dataset dict":
+            parts = {"train": Dataset.load_from_disk(folder), "validation": Dataset.load_from_disk(folder).select(range(64))}
+            folder = tmp_path / f"{model}-dict"
+            DatasetDict(parts).save_to_disk(str(folder))
+        paths.append(str(folder))
+    source = open_single(*paths, (None, None), None, 100, seed=0)
+    assert source.dtype == getattr(torch, dtype) and source.d_model == 4
+    assert source.val_rows == (64 if kind == "dataset dict" else 100)
+    assert source.train_rows == (3000 if kind == "dataset dict" else 2900)
+    seen = torch.cat([b for b, _ in collect(source, 256, source.train_rows)])
+    assert torch.equal(seen.sort().values, torch.arange(source.train_rows))
+
+
+def test_from_dict_of_python_lists(tmp_path):
+    x = numbered(300)
+    for name in ("base", "ft"):
+        Dataset.from_dict({f"{name}_acts": x.tolist(), "text": ["a"] * 300}).save_to_disk(str(tmp_path / name))
+    source = open_single(str(tmp_path / "base"), str(tmp_path / "ft"), (None, None), 30, 0, seed=0)
+    assert len(torch.cat([b.x[:, 0] for b in batches(source, 64, 270, CPU)])) == 270
+
+
+def test_paired_folder_carries_its_scale(tmp_path):
+    for model, sign in (("base", BASE), ("ft", FT)):
+        write(tmp_path / model, numbered(200, sign=sign))
+    (tmp_path / "pair.json").write_text(json.dumps({"stored_scale": [0.5, 2.0], "shuffled": True}))
+    source = open_pair(str(tmp_path), (None, None), 20, 0, seed=0)
+    assert source.stored_scale.tolist() == [0.5, 2.0] and source.shuffled and source.train_rows == 180
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_pairs_with_a_non_finite_value_are_left_out_of_both_models_and_counted(tmp_path, bad):
+    x, y = numbered(5000, sign=BASE, dtype="float16"), numbered(5000, sign=FT, dtype="float16")
+    x[10, 3] = bad
+    y[2000, 2] = bad
+    source = open_single(write(tmp_path / "b", x), write(tmp_path / "f", y), (None, None), 500, 0, seed=0)
+    got = list(collect(source, 100, 4500))
+    seen = torch.cat([b for b, _ in got]).sort().values
+    assert torch.equal(seen, torch.tensor([i for i in range(4500) if i not in (10, 2000)]))
+    assert [len(b) for b, _ in got[:-1]] == [100] * 44 and got[-1][1] == 4500
+    assert list(batches(source, 100, 4500, CPU))[-1].dropped == 2
+
+
+def test_too_many_non_finite_pairs_stop_the_run(tmp_path):
+    x = numbered(5000)
+    x[::500] = np.nan
+    source = open_single(write(tmp_path / "b", x), write(tmp_path / "f", x), (None, None), 500, 0, seed=0)
+    with pytest.raises(ValueError, match="NaN or inf.*--dtype float32"):
+        list(batches(source, 100, 4500, CPU))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        estimate_normalization(source, center=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("center", [True, False])
+def test_statistics_equal_float64(tmp_path, dtype, center):
+    draw = np.random.default_rng(1)
+    models = [(draw.normal(size=(9000, 8)) * s + 5).astype(dtype) for s in (0.1, 7)]
+    paths = [write(tmp_path / str(i), x) for i, x in enumerate(models)]
+    mean, scale = estimate_normalization(open_single(*paths, (None, None), 1000, 0, seed=0), center)
+    for m, x in enumerate(models):
+        x = x[:8000].astype(np.float64)
+        mu = x.mean(0) * center
+        np.testing.assert_allclose(mean[m], mu, rtol=1e-9)
+        np.testing.assert_allclose(scale[m], 8**0.5 / np.linalg.norm(x - mu, axis=1).mean(), rtol=1e-9)
+
+
+def test_statistics_sample_all_of_a_long_dataset(tmp_path):
+    x = np.zeros((200_000, 2), "float16")
+    x[:100_000] = 1
+    x[100_000:] = 3
+    path = write(tmp_path / "a", x)
+    mean, _ = estimate_normalization(open_single(path, path, (None, None), 1000, 0, seed=0), center=True)
+    torch.testing.assert_close(mean, torch.full((2, 2), 2.0, dtype=torch.float64), atol=0.02, rtol=0)
+
+
+def refusal(tmp_path, base, ft=None, columns=(None, None), val=10):
+    with pytest.raises(ValueError) as error:
+        open_single(str(base), str(ft or base), columns, val, 0, seed=0)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input_is_refused_with_what_where_and_how(tmp_path):
+    good = write(tmp_path / "good", numbered(100), token=np.arange(100), sequence=np.zeros(100))
+    message = refusal(tmp_path, good, write(tmp_path / "short", numbered(90)))
+    assert "--base-dataset has 100 rows and --ft-dataset has 90" in message
+    message = refusal(tmp_path, good, write(tmp_path / "wide", numbered(100, d_model=6)))
+    assert "width 4" in message and "width 6" in message
+    tokens = np.arange(100)
+    tokens[37] = 5
+    message = refusal(tmp_path, good, write(tmp_path / "other", numbered(100), token=tokens, sequence=np.zeros(100)))
+    assert "token of row 37 (split train) is 37" in message and "5 in the fine-tuned" in message
+    assert "no such file or folder" in refusal(tmp_path, tmp_path / "nowhere")
+    assert "no such file or folder" in refusal(tmp_path, "./nowhere")
+    assert "cannot hold" in refusal(tmp_path, good, val=100) or "cannot give" in refusal(tmp_path, good, val=100)
+    assert "has no such column, it has activation, token, sequence" in refusal(tmp_path, good, columns=("acts", None))
+    assert "--ft-column token: rows are int32" in refusal(tmp_path, good, columns=(None, "token"))
+
+
+def test_bad_datasets_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).save_to_disk(str(tmp_path / "text"))
+    assert "no column holds lists of floats" in refusal(tmp_path, tmp_path / "text")
+    Dataset.from_dict({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}).save_to_disk(str(tmp_path / "two"))
+    assert "several columns hold float lists (a, b); choose one with --base-column" in refusal(tmp_path, tmp_path / "two")
+    Dataset.from_dict({"a": [[1.0, 2.0], [1.0, 2.0], [1.0]]}).save_to_disk(str(tmp_path / "ragged"))
+    assert "row 2 has 1 values, the first row 2" in refusal(tmp_path, tmp_path / "ragged")
+    Dataset.from_dict({"a": [[1.0, 2.0], None]}).save_to_disk(str(tmp_path / "null"))
+    assert "empty entries between rows 0 and 2" in refusal(tmp_path, tmp_path / "null")
+    empty = Features({"a": List(Value("float32"), length=2)})
+    Dataset.from_dict({"a": []}, features=empty).save_to_disk(str(tmp_path / "empty"))
+    assert "the dataset is empty" in refusal(tmp_path, tmp_path / "empty")
+    (tmp_path / "x.bin").write_bytes(b"123")
+    assert "a file of kind .bin is not read" in refusal(tmp_path, tmp_path / "x.bin")
+    (tmp_path / "x.parquet").write_bytes(b"123")
+    assert "cannot be opened" in refusal(tmp_path, tmp_path / "x.parquet")
+    assert "taken for a Hub id, which needs network" in refusal(tmp_path, "nobody/nothing")
+
+
+def test_broken_pairs_are_refused(tmp_path):
+    def message(folder):
+        with pytest.raises(ValueError) as error:
+            open_pair(str(folder), (None, None), 10, 0, seed=0)
+        return str(error.value)
+
+    assert "no such file or folder" in message(tmp_path / "nowhere")
+    (tmp_path / "p").mkdir()
+    assert "has no folder base/" in message(tmp_path / "p")
+    for model in ("base", "ft"):
+        write(tmp_path / "p" / model, numbered(100))
+    assert "pair.json is missing or broken" in message(tmp_path / "p")
+    (tmp_path / "p" / "progress.json").write_text("{}")
+    assert "the collection is unfinished" in message(tmp_path / "p")
+    (tmp_path / "p" / "pair.json").write_text("{")
+    assert "pair.json is missing or broken" in message(tmp_path / "p")
+
+
+def test_identical_rows_are_refused(tmp_path):
+    path = write(tmp_path / "a", np.ones((100, 4), "float32"))
+    with pytest.raises(ValueError, match="the same in every row"):
+        estimate_normalization(open_single(path, path, (None, None), 10, 0, seed=0), center=True)
