@@ -1,0 +1,317 @@
+"""Every knob of the project, with its unit, its default and the reason for it. The comment above a field is also its --help.
+
+Edit a default here, or give the flag on the command line. A field left at None is decided when the run starts: sizes
+come from the block REAL (a run on your activations) or PLANTED (the demonstration), the rest as its text says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+# Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
+REAL = dict(
+    d_hidden=16_384, k=100, batch_size=4096, lr=1e-4, l1_coeff=2.0,
+    val_tokens=131_072, log_every=50, val_every=1000, save_every=1000,
+)  # fmt: skip
+# Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
+PLANTED = dict(
+    d_hidden=1024, k=8, batch_size=1024, lr=2e-3, l1_coeff=1.0, num_tokens=1_500_000,
+    val_tokens=16_384, log_every=50, val_every=500, save_every=500,
+)  # fmt: skip
+# Norm of each decoder row per model at the start. Small keeps the L1 penalty from killing latents before they have learnt
+# anything; BatchTopK has no such penalty, and rows that start small lose every selection and stay dead.
+DEC_INIT_NORM = {"vanilla": 0.08, "batch_topk": 1.0}
+
+
+@dataclass
+class TrainConfig:
+    """Train a crosscoder on the paired activations of a base model and its fine-tuned version.
+
+    Without a dataset it trains on planted concepts, activations whose true directions are known, and prints how many of
+    them it found. Real data: `python collect.py ...` first, then `python train.py --dataset OUT`.
+    """
+
+    # --- data
+
+    # Paired activations written by collect.py: a folder, or a Hub dataset with the configs base, ft and tokens.
+    dataset: str | None = None
+
+    # Activations of the base model, one row a token: a folder (save_to_disk), a .parquet or .arrow file, or a Hub id
+    # (`user/name`, `user/name:config:split`). Goes with --ft-dataset, instead of --dataset.
+    base_dataset: str | None = None
+
+    # Activations of the fine-tuned model at the same tokens in the same order.
+    ft_dataset: str | None = None
+
+    # Column of the base dataset that holds the activations. None: the only column of float lists.
+    base_column: str | None = None
+
+    # The same for the fine-tuned dataset.
+    ft_column: str | None = None
+
+    # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
+    # of the dataset they come again in another order.
+    num_tokens: int | None = None
+
+    # Length of the run in passes over the dataset, instead of --num-tokens.
+    epochs: int | None = None
+
+    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows.
+    # None: the size in REAL, at most a tenth of the rows.
+    val_tokens: int | None = None
+
+    # Subtract each model's mean activation before scaling its mean norm to sqrt(d_model). Uncentred outlier dimensions
+    # are the best known predictor of dead latents (arXiv 2605.31518).
+    center: bool = True
+
+    # --- dictionary
+
+    # vanilla: ReLU codes with an L1 penalty weighted by decoder norms. batch_topk: the k * batch largest codes of a batch
+    # are kept, so L0 is chosen instead of tuned, and shrinkage does not make latents look exclusive.
+    variant: Literal["vanilla", "batch_topk"] = "vanilla"
+
+    # Number of latents. Usual: 8 to 32 times d_model.
+    d_hidden: int | None = None
+
+    # batch_topk: active latents per token, averaged over a batch.
+    k: int | None = None
+
+    # Weight of the L1 loss. None: the tuned size for vanilla and 0 for batch_topk (given with batch_topk, it is added).
+    l1_coeff: float | None = None
+
+    # Share of the run over which the L1 weight rises from 0: a late penalty leaves fewer dead latents.
+    l1_warmup: float = 0.05
+
+    # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
+    # 0 turns it off; it costs nothing until a latent can be dead.
+    aux_coeff: float = 1 / 32
+
+    # Dead latents per token that the auxiliary loss uses. None: d_model / 2.
+    k_aux: int | None = None
+
+    # A latent is dead when it has not fired for this share of the run, at most 10 million tokens.
+    dead_window: float = 0.1
+
+    # Norm of each decoder row per model at the start; the encoder starts as its transpose. None: 0.08 for vanilla, 1 for
+    # batch_topk.
+    dec_init_norm: float | None = None
+
+    # --- optimisation
+
+    # Tokens per step.
+    batch_size: int | None = None
+
+    # Peak learning rate of Adam.
+    lr: float | None = None
+
+    # Share of the run over which the learning rate rises from 0.
+    lr_warmup: float = 0.02
+
+    # Share of the run, at its end, over which the learning rate falls linearly to 0.
+    lr_decay: float = 0.2
+
+    # Adam's decay of the gradient mean.
+    beta1: float = 0.9
+
+    # Adam's decay of the squared gradient mean.
+    beta2: float = 0.999
+
+    # Largest norm of the whole gradient; larger ones are scaled down to it.
+    grad_clip: float = 1.0
+
+    # Precision of the matrix products; weights, losses and the optimizer are float32. auto: bfloat16 on CUDA.
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    device: str = "auto"
+
+    # Decides weights, row order and planted concepts: same seed and machine, same numbers.
+    seed: int = 0
+
+    # --- watching and saving
+
+    # Steps between lines of metrics.jsonl (and points in wandb).
+    log_every: int | None = None
+
+    # Steps between measurements on the held-out rows.
+    val_every: int | None = None
+
+    # Steps between checkpoints. One is also written at the end, on Ctrl-C and on SIGTERM.
+    save_every: int | None = None
+
+    # Newest checkpoints kept; each is three times the size of the weights.
+    keep_checkpoints: int = 2
+
+    # auto: online where wandb finds a key or a login, else offline files inside the run's folder.
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+    # wandb project that the run appears in.
+    wandb_project: str = "crosscoder"
+
+    # wandb user or team. None: your default.
+    wandb_entity: str | None = None
+
+    # The run is written to OUTPUT_DIR/RUN_NAME. None: made from the variant and the time.
+    run_name: str | None = None
+
+    # Folder of all runs.
+    output_dir: str = "runs"
+
+    # auto: go on from the newest checkpoint of --run-name (fresh if there is none). PATH: of that run or checkpoint.
+    # The run's own config.json supplies all other flags; only length, logging and device flags may differ from it.
+    resume: str | None = None
+
+    # config.json of an earlier run to start from; flags on the command line win over it.
+    config: str | None = None
+
+
+@dataclass
+class CollectConfig:
+    """Run two models over the same text and write their activations at one hook as a paired dataset for train.py."""
+
+    # Base model: a Hugging Face id or a folder.
+    base_model: str
+
+    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's.
+    ft_model: str
+
+    # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
+    hook: str
+
+    # Text source, repeatable: a Hub id (`user/name:config:split`), a folder, or a .txt, .jsonl, .csv or .parquet file.
+    # Add =WEIGHT for its share of the tokens: --text web=1 --text chat=1 is the published recipe.
+    text: Annotated[list[str], tyro.conf.UseAppendAction]
+
+    # Folder to write. An unfinished collection there goes on after its last complete shard.
+    output: str
+
+    # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
+    ft_hook: str | None = None
+
+    # Columns that hold the text, joined by a blank line, e.g. --text-column prompt answer. Of several sources each uses
+    # those of the columns that it has. Empty: text, content, messages or conversation, whichever the source has.
+    text_column: tuple[str, ...] = ()
+
+    # Format messages (or prompt and answer columns, in turn user and assistant) with the fine-tuned model's chat template.
+    # Sources with a single column of plain text stay as they are, so web text and chats mix.
+    chat_template: bool = False
+
+    # Rows (paired token activations) to store, held-out rows included.
+    num_tokens: int = 1_000_000
+
+    # About how many of the rows are held out, as whole sequences. None: a twentieth, at most 2 million.
+    val_tokens: int | None = None
+
+    # Tokens per sequence.
+    seq_len: int = 1024
+
+    # Join documents until a sequence is full. --no-pack: one document a sequence, cut or padded to --seq-len.
+    pack: bool = True
+
+    # Sequences per forward pass.
+    batch_size: int = 8
+
+    # Precision in which the models run.
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    # Precision of the stored activations: 2 or 4 bytes a value.
+    dtype: Literal["float16", "float32"] = "float16"
+
+    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25).
+    skip_first: int = 1
+
+    # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
+    max_norm_ratio: float = 10.0
+
+    # Rows shuffled together and written as one shard: more mixes better and needs more memory.
+    shard_rows: int = 131_072
+
+    # Decides the shuffling and the held-out sequences.
+    seed: int = 0
+
+    # Device of both models: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    device: str = "auto"
+
+    # Device of the base model, if another.
+    base_device: str | None = None
+
+    # Device of the fine-tuned model, if another.
+    ft_device: str | None = None
+
+
+def parse(cls: type, argv: list[str] | None = None):
+    """Command line -> config. For a TrainConfig, `--config FILE` and the config.json of a resumed run supply the defaults.
+
+    Returns the config with None where nothing was given; `resolve_sizes` fills the sizes in later.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    config = tyro.cli(cls, args=argv)
+    if cls is TrainConfig:
+        try:
+            if config.config is not None:
+                config = tyro.cli(cls, args=argv, default=read_given(Path(config.config), flag="--config"))
+            if saved := resumed_config_file(config):
+                config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
+        except ValueError as error:
+            sys.exit(f"train.py: error: {error}")
+    return config
+
+
+def resumed_config_file(config: TrainConfig) -> Path | None:
+    """The config.json of the run that `config.resume` continues, or None where there is none."""
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        if config.run_name is None:
+            raise ValueError("--resume auto needs --run-name NAME, or give the run itself: --resume runs/NAME")
+        folders = [Path(config.output_dir) / config.run_name]
+    else:
+        folders = [Path(config.resume), *Path(config.resume).resolve().parents[:2]]  # a run, or a checkpoint inside it
+    return next((f / "config.json" for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
+
+
+def read_given(path: Path, flag: str) -> TrainConfig:
+    """The part `given` of a run's config.json (or a plain object of fields) as a TrainConfig, types checked."""
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: is not JSON ({error})") from None
+    raw = raw.get("given", raw) if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict):
+        raise ValueError(f"{flag} {path}: expected a JSON object of config fields")
+    hints = typing.get_type_hints(TrainConfig)
+    for name, value in raw.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            raise ValueError(f"{flag} {path}: unknown field {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{flag} {path}: {name} = {value!r} is not of type {TrainConfig.__annotations__[name]}")
+    return TrainConfig(**raw)
+
+
+def _fits(value, hint) -> bool:
+    """Whether a JSON value may stand in a field of this type; an int may stand for a float."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def resolve_sizes(config: TrainConfig, sizes: dict) -> TrainConfig:
+    """A copy with every size field that is None taken from the block `sizes` (REAL or PLANTED)."""
+    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})

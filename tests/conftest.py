@@ -1,0 +1,52 @@
+"""Real models, real datasets and real command lines, made once for all tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}  # nothing here needs a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sizes here are so small that threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    """A small Llama trained on Python source and its fine-tune on English prose: base, ft, and the texts code, prose."""
+    import tiny_models
+
+    return tiny_models.build(tmp_path_factory.mktemp("tiny"), steps=100)
+
+
+@pytest.fixture(scope="session")
+def pair(tiny, tmp_path_factory) -> Path:
+    """210,000 rows of the two models' middle MLP outputs, collected by the command line."""
+    out = tmp_path_factory.mktemp("pair") / "pair"
+    flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", "256"]
+    flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
+    run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
+    return out
+
+
+def run_script(script: str, *flags, check: bool = False, **options) -> subprocess.CompletedProcess:
+    """Run an entry as a user does, and return its output."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_line_error(result: subprocess.CompletedProcess, name: str) -> str:
+    """The message of a command that refused its input: one line, no traceback, a non-zero status."""
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]

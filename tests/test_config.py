@@ -1,0 +1,76 @@
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, one_line_error, run_script
+
+from config import PLANTED, REAL, CollectConfig, TrainConfig, parse, resolve_sizes
+
+ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
+
+
+@pytest.mark.parametrize("script", ENTRIES)
+def test_help_explains_every_flag_without_loading_torch(script):
+    result = run_script(script, "--help", check=True)
+    for field in dataclasses.fields(ENTRIES[script]):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+    code = (
+        f"import sys, runpy; sys.argv = [{script!r}, '--help']\ntry: runpy.run_path({script!r}, run_name='__main__')\nfinally: "
+    )
+    code += "print('LOADED', sorted({'torch', 'datasets', 'wandb', 'nnsight', 'transformers'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    assert "LOADED []" in shown
+
+
+@pytest.mark.parametrize("script", ENTRIES)
+def test_every_field_has_a_comment_and_is_used(script):
+    """A field that is declared and never read would be a knob that does nothing."""
+    source = (ROOT / "config.py").read_text()
+    entry = (ROOT / script).read_text()
+    for field in dataclasses.fields(ENTRIES[script]):
+        assert re.search(rf"    # [^\n]+\n    {field.name}: ", source), f"{field.name} has no comment above it"
+        used = rf"(config|given)\.{field.name}\b|\"{field.name}\"" if field.name != "config" else "config"
+        assert re.search(used, entry), f"{script} never reads {field.name}"
+
+
+def test_wrong_flag_suggests_the_right_one():
+    result = run_script("train.py", "--l1-coef", "3")
+    assert result.returncode == 2 and "--l1-coeff" in result.stdout + result.stderr
+
+
+def test_config_file_first_then_flags(tmp_path):
+    saved = dataclasses.asdict(TrainConfig(lr=0.5, k=7, beta1=0.5))
+    (tmp_path / "c.json").write_text(json.dumps({"given": saved, "resolved": {"lr": 1.0}}))
+    config = parse(TrainConfig, ["--config", str(tmp_path / "c.json"), "--lr", "1e-4"])
+    assert (config.lr, config.k, config.beta1, config.d_hidden) == (1e-4, 7, 0.5, None)
+    (tmp_path / "plain.json").write_text('{"k": 9, "l1_coeff": 2}')
+    assert parse(TrainConfig, ["--config", str(tmp_path / "plain.json")]).k == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"l1_coef": 1}', "unknown field 'l1_coef', did you mean 'l1_coeff'?"),
+        ('{"lr": "fast"}', "lr = 'fast' is not of type float | None"),
+        ('{"variant": "topk"}', "variant = 'topk' is not of type"),
+        ('{"k": true}', "k = True is not of type"),
+        ("{", "is not JSON"),
+        ("[1]", "expected a JSON object"),
+    ],
+)
+def test_bad_config_files_are_refused(tmp_path, content, message):
+    (tmp_path / "c.json").write_text(content)
+    assert message in one_line_error(run_script("train.py", "--config", tmp_path / "c.json"), "train.py")
+
+
+def test_missing_config_file_is_refused():
+    assert "cannot be read" in one_line_error(run_script("train.py", "--config", "nowhere.json"), "train.py")
+
+
+def test_sizes_come_from_the_block_unless_given():
+    config = resolve_sizes(TrainConfig(k=3), REAL)
+    assert config.k == 3 and config.d_hidden == REAL["d_hidden"] and TrainConfig(k=3).d_hidden is None
+    assert resolve_sizes(TrainConfig(), PLANTED).num_tokens == PLANTED["num_tokens"]

@@ -1,0 +1,378 @@
+"""End-to-end runs through the command line: every variant, every way a run can end, every input it must refuse."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, metrics, one_line_error, run_script
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
+
+import checkpoint
+from crosscoder import CrossCoder
+
+NINE = {"loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr"}
+NINE |= {"explained_variance", "explained_variance_A", "explained_variance_B"}
+ALSO = {"aux_loss", "dead_fraction", "threshold", "grad_norm", "tokens", "tokens_per_second", "data_wait_fraction"}
+QUICK = ["--wandb", "disabled", "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--log-every", 10]
+SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50, "--k", 8]  # planted concepts, 100 steps
+
+
+def train(tmp_path, name, *flags, check=True) -> Path:
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return tmp_path / name
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "crosscoder" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- a run and its files
+
+
+def test_planted_run_writes_what_design_promises(tmp_path):
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, check=True)
+    run = tmp_path / "a"
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "crosscoder", "summary.json"}
+    lines = metrics(run)
+    assert [m["step"] for m in lines] == [1, *range(10, 101, 10), 100]  # the last line is that of the held-out rows
+    assert all(m.keys() >= NINE | ALSO for m in lines[:-1])
+    assert {f"val_{name}" for name in NINE - {"lr", "l1_coeff"}} <= lines[-1].keys()
+    assert [m["step"] for m in lines if "val_loss" in m] == [50, 100]
+    assert [m["tokens"] for m in lines[:3]] == [64, 640, 1280]
+    assert [p.name for p in checkpoint.complete(run)] == ["step_00000080", "step_00000100"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert NINE | {"tokens", "seconds", "tokens_per_second", "planted"} <= summary.keys() and summary["tokens"] == 6400
+    kinds = ("shared", "base_only", "ft_only")
+    assert summary["planted"].keys() == {f"{a}_{b}" for a in ("recall", "class_ok") for b in kinds} | {"false_exclusive"}
+    counts = summary["latents"]
+    assert sum(counts.values()) == 64
+    printed = (
+        f"{counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, {counts['dead']} dead of 64"
+    )
+    assert printed in result.stdout
+    config = json.loads((run / "config.json").read_text())
+    assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None and config["resolved"]["lr"] == 2e-3
+
+
+def test_schedules(tmp_path):
+    run = train(tmp_path, "a", *SMALL, "--log-every", 1, "--lr", 0.01, "--l1-coeff", 2, "--lr-warmup", 0.1, "--l1-warmup", 0.2)
+    lines = {m["step"]: m for m in metrics(run) if "lr" in m}
+    lr, l1 = [[lines[s][name] for s in range(1, 101)] for name in ("lr", "l1_coeff")]
+    np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10 * 0.01)
+    np.testing.assert_allclose(lr[10:80], 0.01)
+    np.testing.assert_allclose(lr[80:], np.arange(20, 0, -1) / 20 * 0.01)
+    np.testing.assert_allclose(l1[:20], np.arange(1, 21) / 20 * 2)
+    np.testing.assert_allclose(l1[20:], 2)
+
+
+def test_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    a, b, c = (train(tmp_path, n, *SMALL, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert_same_weights(a, b)
+    assert not torch.equal(weights(a)["W_dec"], weights(c)["W_dec"])
+    timing = {"tokens_per_second", "data_wait_fraction"}
+    strip = [[{k: v for k, v in m.items() if k not in timing} for m in metrics(r)] for r in (a, b)]
+    assert strip[0] == strip[1]
+
+
+def test_config_of_a_run_can_be_given_back(tmp_path):
+    a = train(tmp_path, "a", *SMALL, "--lr", 1e-2)
+    b = train(tmp_path, "b", "--config", a / "config.json")
+    c = train(tmp_path, "c", "--config", a / "config.json", "--lr", 1e-3)
+    assert_same_weights(a, b)
+    resolved = [json.loads((run / "config.json").read_text())["resolved"] for run in (a, c)]
+    assert {k for k in resolved[0] if resolved[0][k] != resolved[1][k]} == {"lr", "run_name", "config"}
+
+
+# --- real activations of two real models
+
+
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory):
+    """The three recipes on the tiny Llama pair, one with wandb offline."""
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = [
+        "--dataset",
+        pair,
+        "--d-hidden",
+        512,
+        "--batch-size",
+        512,
+        "--lr",
+        2e-3,
+        "--epochs",
+        2,
+        "--k",
+        16,
+        "--val-every",
+        200,
+    ]
+    off = ["--wandb", "disabled"]
+    return {
+        "vanilla": train(folder, "vanilla", *sizes, "--l1-coeff", 0.5, "--wandb", "offline"),
+        "batch_topk": train(folder, "batch_topk", *sizes, "--variant", "batch_topk", "--aux-coeff", 0, *off),
+        # A dictionary that starts small has dead latents, so that the auxiliary loss has something to do.
+        "with_aux": train(folder, "aux", *sizes, "--variant", "batch_topk", "--dec-init-norm", 0.08, *off),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["vanilla", "batch_topk", "with_aux"])
+def test_explained_variance_rises_on_real_activations(trained, recipe):
+    lines = metrics(trained[recipe])
+    for name in ("explained_variance", "explained_variance_A", "explained_variance_B"):
+        assert lines[0][name] < 0.3 and lines[-2][name] > 0.8 and lines[-1][f"val_{name}"] > 0.8
+    assert all(m.keys() >= NINE for m in lines[:-1])
+
+
+def test_l0_falls_for_vanilla_and_stays_k_for_batch_topk(trained):
+    l0 = [m["l0_loss"] for m in metrics(trained["vanilla"]) if "l0_loss" in m]
+    assert l0[-1] < 0.25 * l0[0]
+    for recipe in ("batch_topk", "with_aux"):
+        lines = metrics(trained[recipe])
+        assert {m["l0_loss"] for m in lines[:-1]} == {16.0}
+        assert lines[-1]["val_l0_loss"] == pytest.approx(16, abs=0.01)
+
+
+def test_auxiliary_loss_runs_when_latents_are_dead(trained):
+    lines = metrics(trained["with_aux"])[:-1]
+    assert max(m["aux_loss"] for m in lines) > 0 and max(m["dead_fraction"] for m in lines) > 0
+    assert all(m["aux_loss"] == 0 for m in metrics(trained["batch_topk"])[:-1])
+
+
+def test_wandb_gets_all_metrics(trained):
+    record = next((trained["vanilla"] / "wandb").glob("offline-run-*/*.wandb")).read_bytes()
+    for name in NINE | ALSO | {"val_explained_variance"}:
+        assert name.encode() in record
+    assert not (trained["batch_topk"] / "wandb").exists()
+
+
+def test_saved_crosscoder_takes_raw_activations(trained, pair):
+    """Reconstructions of what the models gave, not of what was stored; folded, the same."""
+    crosscoder = CrossCoder.from_pretrained(trained["batch_topk"] / "crosscoder")
+    scale = torch.tensor(json.loads((pair / "pair.json").read_text())["stored_scale"])
+    assert abs(scale[0] / scale[1] - 1) > 0.05  # the two models differ in scale
+    stored = [
+        load_from_disk(str(pair / m))["validation"].with_format("torch")[:2000]["activation"].float() for m in ("base", "ft")
+    ]
+    raw = torch.stack([s / c for s, c in zip(stored, scale, strict=True)], dim=1)
+    error = (crosscoder(raw) - raw).pow(2).sum() / (raw - raw.mean(0)).pow(2).sum()
+    assert error < 0.2
+    folded = crosscoder.fold_normalization()
+    torch.testing.assert_close(folded.encode(raw), crosscoder.encode(raw), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded(raw), crosscoder(raw), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_paired_with_itself_has_no_exclusive_latents_and_with_shuffled_rows_few_shared(pair, tmp_path):
+    base = load_from_disk(str(pair / "base"))["train"].select(range(60_000)).select_columns("activation")
+    base.save_to_disk(str(tmp_path / "base"))
+    base.select(np.random.default_rng(0).permutation(60_000)).save_to_disk(str(tmp_path / "shuffled"))
+    sizes = ["--wandb", "disabled", "--d-hidden", 256, "--batch-size", 512, "--lr", 2e-3, "--epochs", 4, "--l1-coeff", 1]
+    counts = {}
+    for ft in ("base", "shuffled"):
+        run = train(tmp_path, f"run-{ft}", *sizes, "--base-dataset", tmp_path / "base", "--ft-dataset", tmp_path / ft)
+        counts[ft] = json.loads((run / "summary.json").read_text())["latents"]
+    assert counts["base"]["base_only"] == counts["base"]["ft_only"] == 0 and counts["base"]["shared"] > 200
+    assert counts["shuffled"]["shared"] < 0.5 * counts["base"]["shared"]
+
+
+# --- stopping and going on
+
+
+def start(tmp_path, name, *flags) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(tmp_path), "--run-name", name, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, run: Path, step: int) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        lines = run / "metrics.jsonl"
+        complete = lines.read_text().rpartition("\n")[0].splitlines() if lines.exists() else []
+        if complete and json.loads(complete[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [["--l1-coeff", 1], ["--variant", "batch_topk", "--d-hidden", 512, "--dec-init-norm", 0.01, "--dead-window", 0.05]],
+    ids=["vanilla", "batch_topk with aux"],
+)
+def test_killed_three_times_and_resumed_ends_with_the_same_bits(pair, tmp_path, recipe, monkeypatch):
+    recipe = [
+        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 50_000, "--val-tokens", 512, "--k", 4],
+        *["--save-every", 40, "--log-every", 5, "--val-every", 100, *recipe],
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # several threads must not cost exactness
+    straight = train(tmp_path, "straight", *recipe)
+    run = tmp_path / "killed"
+    process = start(tmp_path, "killed", *recipe)
+    for step in (45, 150, 300):
+        wait_for_step(process, run, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run / "crosscoder").exists()
+        process = start(tmp_path, "killed", "--resume", "auto")
+    assert process.communicate()[0].count("resumed") == 1 and process.returncode == 0
+    assert_same_weights(straight, run)
+    if "batch_topk" in recipe:
+        assert any(m.get("aux_loss", 0) > 0 for m in metrics(straight))
+    kept = [
+        [(m["step"], m.get("loss"), m.get("val_loss"), m.get("dead_fraction")) for m in metrics(r)] for r in (straight, run)
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_leave(tmp_path, number):
+    straight = train(tmp_path, "straight", *SMALL, "--num-tokens", 32_000)
+    process = start(tmp_path, "stopped", *SMALL, "--num-tokens", 32_000, "--save-every", 10_000)
+    run = tmp_path / "stopped"
+    wait_for_step(process, run, 20)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"--resume {run}" in printed and len(checkpoint.complete(run)) == 1
+    train(tmp_path, "stopped", "--resume", run)
+    assert_same_weights(straight, run)
+
+
+def test_a_run_ends_with_a_checkpoint_of_its_last_step_even_in_the_middle_of_a_batch(pair, tmp_path):
+    run = train(tmp_path, "a", "--dataset", pair, *QUICK, "--num-tokens", 1000, "--save-every", 7)
+    assert metrics(run)[-1]["step"] == 16 and checkpoint.complete(run)[-1].name == "step_00000016"
+    assert json.loads((run / "summary.json").read_text())["tokens"] == 1000
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    run = train(tmp_path, "a", *SMALL)
+    train(tmp_path, "a", "--resume", run, "--num-tokens", 9600)
+    assert metrics(run)[-1]["step"] == 150 and [p.name for p in checkpoint.complete(run)][-1] == "step_00000150"
+
+
+def test_resume_from_an_older_checkpoint(tmp_path):
+    straight = train(tmp_path, "straight", *SMALL)
+    run = train(tmp_path, "a", *SMALL, "--keep-checkpoints", 10)
+    train(tmp_path, "a", "--resume", run / "checkpoints" / "step_00000040")
+    assert_same_weights(straight, run)
+    assert [m["step"] for m in metrics(run)] == [m["step"] for m in metrics(straight)]
+
+
+def test_resume_auto_starts_fresh_when_there_is_nothing(tmp_path):
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, "--resume", "auto", check=True)
+    assert "holds no checkpoint, starting fresh" in result.stdout and (tmp_path / "a" / "summary.json").exists()
+
+
+def test_resumed_run_refuses_another_recipe(tmp_path):
+    run = train(tmp_path, "a", *SMALL)
+    result = run_script("train.py", "--resume", run, "--lr", "0.5")
+    assert "--lr is 0.5 and was 0.002 when the run began" in one_line_error(result, "train.py")
+
+
+def test_wandb_run_keeps_its_id(tmp_path):
+    flags = ["--num-tokens", 3200, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "offline"]
+    run = train(tmp_path, "a", *flags)
+    train(tmp_path, "a", "--resume", run, "--num-tokens", 6400)
+    ids = {p.stem for p in (run / "wandb").glob("offline-run-*/*.wandb")}
+    assert len(ids) == 1
+
+
+def test_wandb_auto_without_a_key_is_offline_and_says_so(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256]
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
+    assert "wandb    offline, no key found" in result.stdout
+    assert list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+# --- what must not move the state, and what must stop the run
+
+
+def test_evaluation_moves_nothing(tmp_path):
+    often = train(tmp_path, "often", *SMALL, "--variant", "batch_topk", "--val-every", 10)
+    never = train(tmp_path, "never", *SMALL, "--variant", "batch_topk", "--val-every", 1000)
+    (a, state_a), (b, state_b) = (checkpoint.load(checkpoint.find(run)) for run in (often, never))
+    assert all(torch.equal(a[name], b[name]) for name in a) and state_a["scheduler"] == state_b["scheduler"]
+
+
+def test_nan_loss_stops_with_the_step_the_rows_and_the_last_good_checkpoint(pair, tmp_path):
+    flags = ["--dataset", pair, *QUICK, "--num-tokens", 12_800, "--save-every", 10, "--lr", "1e30", "--lr-warmup", "0"]
+    message = one_line_error(run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags), "train.py")
+    assert "the loss of step 2 is not finite" in message and "of the training rows" in message and "lower --lr" in message
+    assert "Last good checkpoint: none yet" in message and not checkpoint.complete(tmp_path / "a")
+
+
+def test_full_disk_ends_the_run_with_a_sentence(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes a file
+
+    result = run_script("train.py", "--output-dir", tmp_path, *SMALL, preexec_fn=limit)
+    assert "could not be written" in one_line_error(result, "train.py")
+
+
+def test_too_little_room_is_refused_before_the_start(tmp_path):
+    result = run_script("train.py", "--output-dir", tmp_path, *SMALL, "--keep-checkpoints", 10**9)
+    message = one_line_error(result, "train.py")
+    assert "GB free" in message and "--keep-checkpoints" in message
+
+
+BAD = [
+    (["--dataset", "nowhere/", "--base-dataset", "x"], "leave out --base-dataset"),
+    (["--dataset", "./nowhere"], "no such file or folder"),
+    (["--base-dataset", "x"], "--base-dataset is given without --ft-dataset"),
+    (["--ft-dataset", "x"], "--ft-dataset is given without --base-dataset"),
+    (["--epochs", "2", "--num-tokens", "5"], "--epochs and --num-tokens both"),
+    (["--epochs", "2"], "planted concepts are endless"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--batch-size", "-3"], "--batch-size -3: must be above 0"),
+    (["--l1-coeff", "-1"], "--l1-coeff -1.0: must lie between"),
+    (["--seed", "-1"], "--seed -1: must lie between"),
+    (["--beta2", "1.0"], "--beta2 1.0: must lie between"),
+    (["--variant", "batch_topk", "--k", "5000"], "--k 5000: must be at most --d-hidden"),
+    (["--device", "quantum"], "--device quantum: not usable here"),
+    (["--resume", "auto"], "--resume auto needs --run-name"),
+    (["--resume", "nowhere"], "--resume nowhere: no such run"),
+    (["--base-column", "x"], "--base-column and --ft-column need"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_flags_are_refused(tmp_path, flags, message):
+    assert message in one_line_error(run_script("train.py", "--output-dir", tmp_path / "runs", *flags), "train.py")
+    assert not (tmp_path / "runs").exists()  # nothing is left behind
+
+
+def test_a_run_name_that_exists_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL)
+    assert f"{tmp_path / 'a'} exists" in one_line_error(result, "train.py")
+
+
+def test_an_unwritable_output_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_script("train.py", "--output-dir", tmp_path / "file", *SMALL)
+    assert "--output-dir: cannot create" in one_line_error(result, "train.py")
+
+
+def test_published_datasets_of_python_lists_train(tmp_path):
+    """Two single datasets with variable lists under other names, and no pair.json."""
+    x = np.random.default_rng(0).normal(size=(800, 8)).astype("float32")
+    Dataset.from_dict({"base_model_acts": x.tolist()}).save_to_disk(str(tmp_path / "b"))
+    Dataset.from_dict({"ft_model_acts": (x + 1).tolist()}).save_to_disk(str(tmp_path / "f"))
+    run = train(tmp_path, "a", *QUICK, "--base-dataset", tmp_path / "b", "--ft-dataset", tmp_path / "f", "--val-tokens", 100)
+    assert json.loads((run / "summary.json").read_text())["tokens"] == 700

@@ -1,0 +1,470 @@
+"""Train a crosscoder: `python train.py --help`. The whole run, top to bottom."""
+
+from __future__ import annotations
+
+from config import DEC_INIT_NORM, PLANTED, REAL, TrainConfig, parse, resolve_sizes
+
+if __name__ == "__main__":
+    CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import latents
+from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
+from crosscoder import CrossCoder, Losses, explained, explained_variance
+from planted import PlantedConcepts
+
+DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
+MAY_CHANGE_ON_RESUME = {  # length, logging and device
+    "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints", "device",
+    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "resume", "config",
+}  # fmt: skip
+
+
+def main(given: TrainConfig) -> int:
+    """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
+    check(given)
+    start_from = resume_point(given)  # a checkpoint, or None
+    run = start_from.parents[1] if start_from else Path(given.output_dir) / run_name(given)
+    if start_from is None and given.resume is None and run.exists():
+        raise ValueError(f"--run-name: {run} exists; choose another name, or go on with --resume {run}")
+    saved = json.loads((run / "config.json").read_text())["resolved"] if start_from else None
+
+    # --- data, and what follows from it
+    real = bool(given.dataset or given.base_dataset)
+    config = resolve_sizes(given, saved or (REAL if real else PLANTED))
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    source = open_source(given, config)
+    stop = given.num_tokens or config.num_tokens if source.train_rows is None else given.num_tokens
+    config.num_tokens = stop = stop or (given.epochs or 1) * source.train_rows
+    config.val_tokens = source.val_rows
+    config.k_aux = config.k_aux or source.d_model // 2
+    config.dec_init_norm = config.dec_init_norm or DEC_INIT_NORM[config.variant]
+    if config.compute_dtype == "auto":
+        config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
+    if config.variant == "batch_topk" and given.l1_coeff is None:
+        config.l1_coeff = 0.0
+    steps = math.ceil(stop / config.batch_size)
+    dead_after = min(DEAD_AFTER_AT_MOST, int(config.dead_window * stop))  # tokens
+    if config.variant == "batch_topk" and config.k > config.d_hidden:
+        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
+    require_room(config, source, run)
+    if saved:
+        refuse_changes(config, saved)
+    else:
+        make_folder(run)
+        record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config)}
+        record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
+        checkpoint.write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
+
+    # --- model, optimizer, schedule
+    torch.manual_seed(config.seed)
+    crosscoder = CrossCoder(
+        source.d_model, config.d_hidden, source.n_models, config.variant, config.k, config.k_aux,
+        config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype),
+    )  # fmt: skip
+    unscale = (1 / source.stored_scale.double())[:, None]  # [n_models, 1] stored values -> raw activations
+    if start_from is None:
+        mean, scale = estimate_normalization(source, config.center)
+        crosscoder.mean.copy_(mean * unscale)
+        crosscoder.scale.copy_(scale / unscale[:, 0])
+    crosscoder.to(device)
+    unscale = unscale.float().to(device)
+    parameters = dict(crosscoder.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    schedule = partial(lr_factor, steps=steps, warmup=config.lr_warmup, decay=config.lr_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    tokens_since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)
+    bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step whose loss was not finite; 0: none
+    step = tokens = position = dropped = 0
+    seconds, wandb_id = 0.0, None
+
+    if start_from:
+        tensors, state = checkpoint.load(start_from)
+        crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+        checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
+        checkpoint.restore_random_states(tensors)
+        tokens_since_fired.copy_(tensors["tokens_since_fired"])
+        scheduler.load_state_dict(state["scheduler"])
+        step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
+        seconds, wandb_id = state["seconds"], state["wandb_id"]
+        for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
+            group["lr"] = config.lr * schedule(step)
+    checkpoint.cut_metrics(run, step)
+    print_plan(config, source, run, start_from, device, steps)
+    tracker, wandb_id = start_wandb(config, run, wandb_id)
+
+    # --- the loop
+    signals = catch_signals()
+    recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
+    pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates: a log file wants few
+    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace)
+    started = logged_at = waiting_since = time.perf_counter()
+    waited, logged_tokens = 0.0, tokens
+    for batch in batches(source, config.batch_size, stop, device, position, dropped):
+        waited += time.perf_counter() - waiting_since
+        step, position, dropped = step + 1, batch.position, batch.dropped
+        recent.append((step, batch.first_row, batch.last_row))
+
+        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
+        l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
+        dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
+        if device.type == "cpu" and dead is not None and not dead.any():
+            dead = None  # a free question here; on CUDA it would wait for the device
+        out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead)
+        out.loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+
+        tokens += len(x)
+        tokens_since_fired.add_(len(x)).masked_fill_((out.f > 0).any(0), 0)
+        bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
+        last = position >= stop or bool(signals)
+        validate = step % config.val_every == 0 and not last
+        if step == 1 or step % config.log_every == 0 or validate or last:
+            require_finite(bad_step, recent, run)
+            elapsed = time.perf_counter() - logged_at
+            metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder.threshold, grad_norm)
+            metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
+            metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
+            if validate:
+                metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
+            tracker = log(run, tracker, step, metrics)
+            show(bar, metrics)
+            logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
+        if step % config.save_every == 0 or last:
+            require_finite(bad_step, recent, run)
+            state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
+            state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
+            tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
+            tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
+            checkpoint.save(run, step, tensors, state, config.keep_checkpoints)
+        bar.update()
+        if signals:
+            break
+        waiting_since = time.perf_counter()
+    bar.close()
+    seconds += time.perf_counter() - started
+    if signals:
+        print(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with: python train.py --resume {run}")
+        finish_wandb(tracker, {})
+        return 128 + signals[0]
+
+    # --- the result: an inference threshold and metrics from rows that were never trained on
+    if config.variant == "batch_topk":
+        crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.batch_size, unscale))
+    final = evaluate(crosscoder, source, config.batch_size, unscale, config.l1_coeff)
+    log(run, tracker, step, final)
+    crosscoder.save_pretrained(run / "crosscoder")
+    dead = tokens_since_fired >= dead_after
+    summary = {name.removeprefix("val_"): value for name, value in final.items()}
+    summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(step)}
+    summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
+    summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
+    summary["latents"] = latents.count_classes(crosscoder.decoder_norms(), dead)
+    if isinstance(source, PlantedConcepts):
+        summary["planted"] = source.score(crosscoder.W_dec, dead)
+    checkpoint.write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
+    print_summary(summary, config, run)
+    return 0
+
+
+# --- before the run
+
+
+def check(config: TrainConfig) -> None:
+    """ValueError, naming the flag, for values that cannot be trained with."""
+    if config.dataset and (config.base_dataset or config.ft_dataset):
+        raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
+    if bool(config.base_dataset) != bool(config.ft_dataset):
+        there, missing = ("--base-dataset", "--ft-dataset") if config.base_dataset else ("--ft-dataset", "--base-dataset")
+        raise ValueError(f"{there} is given without {missing}: a crosscoder needs the same tokens' activations of both models")
+    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset):
+        raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
+    if config.epochs is not None and config.num_tokens is not None:
+        raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
+    if config.epochs is not None and not (config.dataset or config.base_dataset):
+        raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
+    for name in (
+        "d_hidden", "k", "k_aux", "batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every",
+        "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name, low, high in (
+        ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
+        ("lr_decay", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {config.device}: not usable here ({reason}); try --device auto") from None
+
+
+def open_source(given: TrainConfig, config: TrainConfig):
+    """Where the activations come from: a paired dataset, two single ones, or planted concepts."""
+    rest = ((given.base_column, given.ft_column), given.val_tokens, config.val_tokens, config.seed)
+    if given.dataset:
+        return open_pair(given.dataset, *rest)
+    if given.base_dataset:
+        return open_single(given.base_dataset, given.ft_dataset, *rest)
+    return PlantedConcepts(config.seed, config.val_tokens)
+
+
+def resume_point(given: TrainConfig) -> Path | None:
+    """The checkpoint that --resume asks for; None for a fresh run."""
+    if given.resume is None:
+        return None
+    if given.resume != "auto":
+        return checkpoint.find(Path(given.resume))
+    run = Path(given.output_dir) / given.run_name
+    if not checkpoint.complete(run):
+        print(f"--resume auto: {run} holds no checkpoint, starting fresh")
+        return None
+    return checkpoint.find(run)
+
+
+def run_name(given: TrainConfig) -> str:
+    return given.run_name or f"{given.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose a folder you can write to") from None
+
+
+def refuse_changes(config: TrainConfig, saved: dict) -> None:
+    """ValueError if a resumed run would go on under another recipe than it began with."""
+    for name, value in dataclasses.asdict(config).items():
+        if name not in MAY_CHANGE_ON_RESUME and name in saved and value != saved[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began: a resumed run keeps its "
+                "recipe; leave the flag out, or start a new run with --config and this flag"
+            )
+
+
+def require_room(config: TrainConfig, source, run: Path) -> None:
+    """ValueError if the disk cannot hold the run's checkpoints: weights and two Adam moments each, float32."""
+    size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
+    needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))
+    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if needed > (room := shutil.disk_usage(existing).free):
+        raise ValueError(
+            f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
+            "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"
+        )
+
+
+def print_plan(config: TrainConfig, source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
+    rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
+    what = config.dataset or (f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts")
+    count = 2 * source.n_models * source.d_model * config.d_hidden
+    state = f"weights, gradient and Adam's moments {16 * count / 1e9:.2f} GB"
+    detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
+    if config.variant == "batch_topk" and config.l1_coeff:
+        detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
+    print(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
+    print(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
+    print(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
+    if start_from:
+        print(f"resumed  {start_from}")
+
+
+def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Share of the peak learning rate after `step` steps: linear rise, constant, linear fall to 0 at the end."""
+    rise = (step + 1) / max(1.0, warmup * steps)  # the first step already learns
+    fall = (steps - step) / max(1.0, decay * steps)
+    return max(0.0, min(1.0, rise, fall))
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM append to; the loop saves and leaves at the next step. A second one interrupts at once."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return caught
+
+
+# --- measuring
+
+
+@torch.no_grad()
+def training_metrics(out: Losses, x: Tensor, dead: Tensor, threshold: Tensor, grad_norm: Tensor) -> dict[str, float]:
+    """Metrics of one training batch of normalised activations [batch, n_models, d_model], in one copy to the host."""
+    together, base, ft = explained_variance(x, out.x_hat)
+    values = {
+        "loss": out.loss,
+        "l2_loss": out.l2_loss,
+        "l1_loss": out.l1_loss,
+        "l0_loss": (out.f > 0).sum() / len(x),
+        "explained_variance": together,
+        "explained_variance_A": base,
+        "explained_variance_B": ft,
+        "aux_loss": out.aux_loss,
+        "dead_fraction": dead.float().mean(),
+        "threshold": threshold,
+        "grad_norm": grad_norm,
+    }
+    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+
+
+def held_out(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor):
+    """The held-out rows, normalised: batches of [batch, n_models, d_model]."""
+    for stored in validation_batches(source, batch_size, unscale.device):
+        yield crosscoder.normalize(stored.float() * unscale)
+
+
+@torch.no_grad()
+def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l1_coeff: float) -> dict[str, float]:
+    """val_ metrics over all held-out rows, with inference codes. Totals in float64; nothing of the run's state moves."""
+    rows, active, l1, error, total, squared = 0, 0, 0, 0, 0, 0
+    norm_sum = crosscoder.decoder_norms().sum(-1)
+    for x in held_out(crosscoder, source, batch_size, unscale):
+        f = crosscoder.encode(x, normalized=True)
+        x_hat = crosscoder.decode(f, normalized=True)
+        rows += len(x)
+        active = active + (f > 0).sum()
+        l1 = l1 + (f.sum(0) * norm_sum).sum().double()
+        error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
+        total = total + x.double().sum(0)  # [n_models, d_model]
+        squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
+    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
+    l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
+    return {
+        "val_loss": l2_loss + l1_coeff * l1_loss,
+        "val_l2_loss": l2_loss,
+        "val_l1_loss": l1_loss,
+        "val_l0_loss": active.item() / rows,
+        "val_explained_variance": together,
+        "val_explained_variance_A": base,
+        "val_explained_variance_B": ft,
+    }
+
+
+def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
+    """ValueError if the loss was not finite at some step since the last look."""
+    if step := int(bad_step):
+        where = next((f"rows {low} to {high} of the training rows" for at, low, high in recent if at == step), "unknown rows")
+        good = checkpoint.complete(run)
+        raise ValueError(
+            f"the loss of step {step} is not finite (its batch lies in {where}): lower --lr, or look at those rows. "
+            f"Last good checkpoint: {good[-1] if good else 'none yet'}"
+        )
+
+
+# --- logging: metrics.jsonl always, wandb where it works
+
+
+def log(run: Path, tracker, step: int, metrics: dict[str, float]):
+    """Append a line to metrics.jsonl and tell wandb. Returns the tracker, None once it has failed."""
+    with open(run / "metrics.jsonl", "a") as lines:
+        lines.write(json.dumps({"step": step} | metrics) + "\n")
+    if tracker is not None:
+        try:
+            tracker.log(metrics, step=step)
+        except Exception as error:  # noqa: BLE001 - logging must never stop a run
+            tqdm.write(f"wandb failed ({error}); metrics.jsonl goes on", file=sys.stderr)
+            return None
+    return tracker
+
+
+def show(bar: tqdm, metrics: dict[str, float]) -> None:
+    bar.set_postfix_str(
+        f"EV {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}, dead {metrics['dead_fraction']:.1%}, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        refresh=False,
+    )
+
+
+def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
+    """The wandb run (None when disabled or not to be had) and its id, which a resumed run keeps."""
+    if config.wandb == "disabled":
+        return None, run_id
+    import wandb
+
+    mode = config.wandb
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False) else "offline"
+        print(f"wandb    {mode}" + (", no key found; `wandb sync` uploads it later" if mode == "offline" else ""))
+
+    def init(mode):
+        return wandb.init(
+            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
+            resume="allow" if mode == "online" else None, config=dataclasses.asdict(config),
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )  # fmt: skip
+
+    try:
+        tracker = init(mode)
+    except wandb.errors.Error as error:
+        if config.wandb == "online":
+            print(f"wandb    cannot go online ({str(error).splitlines()[0]}); offline instead, metrics.jsonl as always")
+        else:
+            print("wandb    no answer from its server; offline instead")
+        tracker = init("offline")
+    return tracker, tracker.id
+
+
+def finish_wandb(tracker, summary: dict[str, float]) -> None:
+    if tracker is not None:
+        tracker.summary.update(summary)
+        tracker.finish()
+
+
+def print_summary(summary: dict, config: TrainConfig, run: Path) -> None:
+    """The end of a run: held-out metrics, what was found, where it lies."""
+    print(
+        f"\nheld out   explained variance {summary['explained_variance']:.3f} (base {summary['explained_variance_A']:.3f}, "
+        f"ft {summary['explained_variance_B']:.3f}), L0 {summary['l0_loss']:.1f}, {config.val_tokens:,} rows"
+    )
+    counts = summary["latents"]
+    print(
+        f"latents    {counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, "
+        f"{counts['dead']} dead of {config.d_hidden}"
+    )
+    if planted := summary.get("planted"):
+        print("\nplanted concepts    recall   right class")
+        for name in latents.CLASSES:
+            print(f"  {name.replace('_', '-'):<18}{planted['recall_' + name]:>6.2f}{planted['class_ok_' + name]:>14.2f}")
+        print(f"  exclusive latents that are no exclusive concept: {planted['false_exclusive']:.2f}\n")
+    print(f"time       {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    print(f"saved      {run / 'crosscoder'}, {run / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(CONFIG))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: error: {error}")
