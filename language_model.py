@@ -1,0 +1,271 @@
+"""Language models: load one with its tokenizer, read the activations at a hook, pair those of two models.
+
+The only file that imports nnsight, because that import patches every Python object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import NamedTuple
+
+import nnsight
+import numpy as np
+import torch
+import transformers
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class PairedRows(NamedTuple):
+    """Activations of two models at the same tokens; one row a token."""
+
+    base: torch.Tensor  # [rows, d_model] float32, on the base model's device
+    ft: torch.Tensor  # [rows, d_model] float32, on the fine-tuned model's device
+    sequence: np.ndarray  # [rows] int32, index of the row's sequence
+    position: np.ndarray  # [rows] int32, position inside it
+    token: np.ndarray  # [rows] int32, id of the token there
+    n_padding: int  # positions of the batch that were padding
+    n_first: int  # positions left out because they come before skip_first
+
+
+# --- loading
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence of a library's error, for errors of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(" .") if lines else type(error).__name__
+
+
+def model_name(name: str, flag: str) -> str:
+    """The name with `~` expanded. ValueError if it is a path (absolute, `./`, `../`, `~`) to no folder."""
+    path = os.path.expanduser(name)
+    if (os.path.isabs(path) or name.startswith(("./", "../"))) and not os.path.isdir(path):
+        raise ValueError(f"{flag} {name}: there is no such folder; give a Hugging Face id or the folder of a saved model")
+    return path
+
+
+def load_model(name: str, dtype: str, device: str, flag: str = "--model") -> nnsight.NNsight:
+    """A frozen causal language model, wrapped for `capture`. The plain model is its attribute `_module`.
+
+    name: Hugging Face id or folder. dtype: float32, bfloat16 or float16. ValueError (naming `flag`) if it cannot be loaded.
+    """
+    path = model_name(name, flag)
+    try:
+        # no device_map: that would need accelerate
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, ImportError) as error:
+        hint = "give a causal language model's Hugging Face id or folder"
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            hint = "it is an adapter (LoRA): `pip install peft` to load it, or merge it into its model first"
+        raise ValueError(f"{flag} {name}: cannot be loaded ({first_line(error)}); {hint}") from None
+    model.requires_grad_(False)
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"{flag} {name}: does not fit into the memory of {device}; give each model a device of its own"
+        ) from None
+    # NNsight and not TransformersModel: it needs no tokenizer and leaves the padding side alone
+    return nnsight.NNsight(model.eval())
+
+
+def load_tokenizer(name: str, flag: str):
+    """The tokenizer of a model, or None where its folder holds none. ValueError if it cannot be loaded."""
+    path = model_name(name, flag)
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, file)) for file in TOKENIZER_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{flag} {name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+
+
+def load_paired_tokenizer(base_name: str, ft_name: str):
+    """The tokenizer for both models: the fine-tuned one's, or the base model's where the other folder has none.
+
+    Both models must read the same ids as the same tokens; the fine-tuned one may know more. ValueError otherwise.
+    """
+    base, ft = load_tokenizer(base_name, "--base-model"), load_tokenizer(ft_name, "--ft-model")
+    if base is None and ft is None:
+        raise ValueError(f"--base-model {base_name}, --ft-model {ft_name}: neither folder holds a tokenizer; save one into it")
+    if base is not None and ft is not None:
+        check_vocabularies(base.get_vocab(), ft.get_vocab())
+    tokenizer = ft if ft is not None else base
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
+    """ValueError unless every token that both know has one id, and every id that both know is one token."""
+    ft_tokens = {index: token for token, index in ft.items()}
+    for token, index in base.items():
+        where = None
+        if token in ft and ft[token] != index:
+            where = f"the token {token!r} is {index} in the base model and {ft[token]} in the fine-tuned one"
+        elif ft_tokens.get(index, token) != token:
+            where = f"the id {index} is {token!r} in the base model and {ft_tokens[index]!r} in the fine-tuned one"
+        if where:
+            raise ValueError(
+                f"--base-model, --ft-model: their tokenizers differ ({where}), so these two models cannot be paired; "
+                "give a model and its own fine-tuned version"
+            )
+
+
+def embedding_rows(model: nnsight.NNsight) -> int:
+    """How many token ids the model knows."""
+    return model._module.get_input_embeddings().weight.shape[0]
+
+
+def max_positions(model: nnsight.NNsight) -> int | None:
+    """Longest sequence that the model was made for, in tokens; None where its config does not say."""
+    return getattr(model._module.config.get_text_config(), "max_position_embeddings", None)
+
+
+# --- reading one hook
+
+
+def parse_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> str:
+    """`model.layers.16.mlp` -> `model.layers.16.mlp.output`; `.input` and `.output` stay.
+
+    ValueError with close names if the model has no such module.
+    """
+    path, end = hook, "output"
+    if hook.rpartition(".")[2] in ("input", "output"):
+        path, _, end = hook.rpartition(".")
+    modules = dict(model._module.named_modules())
+    if path in modules and path:
+        return f"{path}.{end}"
+    hint = ""
+    # the longest part that exists: if it is a list of layers, the index is what went wrong
+    parent = path
+    while parent not in modules:
+        parent = parent.rpartition(".")[0]
+    index = path[len(parent) + 1 :].split(".")[0]
+    if isinstance(modules[parent], torch.nn.ModuleList) and index.isdecimal():
+        hint = f"{parent} has {len(modules[parent])} entries, 0 to {len(modules[parent]) - 1}"
+    elif close := difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.4):
+        hint = f"did you mean {' or '.join(close)}?"
+    raise ValueError(f"{flag} {hook}: the model has no module {path!r}" + (f"; {hint}" if hint else ""))
+
+
+@torch.no_grad()
+def capture(model: nnsight.NNsight, hook: str, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Activations [batch, seq, d_model] at a hook (as `parse_hook` returns it), on the model's device, in its dtype.
+
+    input_ids, attention_mask: [batch, seq] int64, padded on the right. Nothing past the hook is computed.
+    """
+    with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
+        value = model.get(hook)
+        # attention modules, and blocks of older transformers, give a tuple
+        value = nnsight.save(value[0] if isinstance(value, tuple) else value)
+        tracer.stop()
+    return value
+
+
+def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
+    """d_model at the hook, from a forward over two tokens. ValueError if no [batch, seq, d_model] activation is there."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model._module.device)
+    try:
+        value = capture(model, hook, ids, torch.ones_like(ids))
+    except Exception as error:  # nnsight makes an exception class of its own for each kind of failure
+        raise ValueError(
+            f"{flag} {hook}: a forward pass does not reach it ({first_line(error)}); give another module"
+        ) from None
+    if not (isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point() and value.shape[:2] == (1, 2)):
+        what = f"{value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{flag} {hook}: holds a {what}, not activations [batch, sequence, d_model]; give another module")
+    return value.shape[2]
+
+
+# --- two models over the same tokens
+
+
+def pad_batch(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token sequences -> ids [batch, seq] padded on the right with 0, lengths [batch]; both int64."""
+    lengths = torch.tensor([len(s) for s in sequences])  # [batch]
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)  # [batch, seq]
+    for row, tokens in zip(ids, sequences, strict=True):
+        row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    return ids, lengths
+
+
+def paired_activations(
+    base: nnsight.NNsight,
+    ft: nnsight.NNsight,
+    base_hook: str,
+    ft_hook: str,
+    start: int,
+    sequences: list[np.ndarray],
+    skip_first: int = 0,
+) -> PairedRows:
+    """Both models over one padded batch; the rows come in reading order.
+
+    start: index of the first sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
+    ValueError if a token is unknown to one of the models.
+    """
+    ids, lengths = pad_batch(sequences)
+    for model, flag in ((base, "--base-model"), (ft, "--ft-model")):
+        if int(ids.max()) >= embedding_rows(model):
+            raise ValueError(
+                f"{flag}: the text holds the token id {int(ids.max())}, but this model's embedding has only "
+                f"{embedding_rows(model)} rows; take that token out of the text or the chat template"
+            )
+    positions = torch.arange(ids.shape[1])  # [seq]
+    mask = positions < lengths[:, None]  # [batch, seq]
+    keep = mask & (positions >= skip_first)  # [batch, seq]
+    acts = []
+    for model, hook in ((base, base_hook), (ft, ft_hook)):
+        device = model._module.device
+        try:
+            value = capture(model, hook, ids.to(device), mask.long().to(device))  # [batch, seq, d_model]
+            acts.append(value[keep.to(value.device)].float())  # [rows, d_model]
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"--batch-size {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
+            ) from None
+    sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
+    return PairedRows(
+        *acts,
+        sequence=(start + sequence).numpy().astype(np.int32),
+        position=position.numpy().astype(np.int32),
+        token=ids[keep].numpy().astype(np.int32),
+        n_padding=int((~mask).sum()),
+        n_first=int((mask & ~keep).sum()),
+    )
+
+
+def row_norms(rows: PairedRows) -> np.ndarray:
+    """L2 norms in float64, [rows, 2]. A row with a non-finite value has a non-finite norm."""
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in (rows.base, rows.ft)]
+    return torch.stack(norms, dim=1).numpy()
+
+
+def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows to store, and which are finite: two [rows] bool arrays.
+
+    norms [rows, 2], median [2]. A row is stored if in both models it is finite and its norm <= max_ratio * median.
+    """
+    finite = np.isfinite(norms).all(1)
+    return finite & (norms <= max_ratio * median).all(1), finite
+
+
+def calibrate(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Median norm [2] and stored_scale [2] of the first rows: sqrt(d_model) / mean norm of the survivors, per model.
+
+    norms: [rows, 2] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
+    """
+    finite = norms[np.isfinite(norms).all(1)]
+    if not len(finite):
+        raise ValueError("--model-dtype: the first activations hold inf or nan; give --model-dtype bfloat16 or float32")
+    median = np.median(finite, axis=0)  # [2]
+    if not (median > 0).all():
+        raise ValueError("--hook: most of the first activations there are zero; give another module")
+    stored, _ = survivors(norms, median, max_ratio)
+    if not stored.any():
+        raise ValueError(f"--max-norm-ratio {max_ratio:g}: leaves out every one of the first {len(norms)} rows; raise it")
+    return median, np.sqrt(d_model) / norms[stored].mean(0)

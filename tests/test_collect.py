@@ -1,0 +1,470 @@
+"""collect.py through its real command line, on real tiny models, against plain Hugging Face forward hooks and numpy."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from datasets import Dataset, DatasetDict, load_from_disk
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import text
+
+COLUMNS = ("activation", "sequence", "position", "token")
+
+
+def command(tiny, out, *flags, **options) -> list[str]:
+    """The command line; a flag given in `options` replaces the usual one."""
+    options = {"base_model": tiny["base"], "ft_model": tiny["ft"], "hook": "model.layers.1.mlp", "model_dtype": "float32",
+               "seq_len": 128, "output": out} | options  # fmt: skip
+    if "--text" not in flags:
+        flags = ("--text", f"{tiny['code']}=3", "--text", f"{tiny['prose']}=1", *flags)
+    given = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return [sys.executable, str(ROOT / "collect.py"), *given, *map(str, flags)]
+
+
+def collect(tiny, out, *flags, **options) -> str:
+    """Run to the end; returns what was printed."""
+    done = subprocess.run(command(tiny, out, *flags, **options), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RECIPE = dict(num_tokens=50_000, shard_rows=12_000)
+
+
+@pytest.fixture(scope="session")
+def packed(tiny, tmp_path_factory) -> Path:
+    """50,000 rows of two text files, 3 to 1, in several shards."""
+    out = tmp_path_factory.mktemp("packed") / "pair"
+    collect(tiny, out, **RECIPE)
+    return out
+
+
+@pytest.fixture(scope="session")
+def padded(tiny, tmp_path_factory) -> Path:
+    """Documents and chats, one a sequence, a hook at an input, float32, and texts that end before the budget."""
+    folder = tmp_path_factory.mktemp("padded")
+    docs = [p for p in Path(tiny["prose"]).read_text().split("\n\n") if len(p) > 40][:300]
+    (folder / "docs.jsonl").write_text("\n".join(json.dumps({"id": i, "text": p}) for i, p in enumerate(docs)))
+    chats = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": docs[i]}] for i in range(50)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in chats))
+    out = folder / "pair"
+    printed = collect(
+        tiny, out, "--text", folder / "docs.jsonl", "--text", folder / "chats.jsonl", "--chat-template", "--no-pack",
+        hook="model.layers.2.input", dtype="float32", num_tokens=90_000, skip_first=3,
+    )  # fmt: skip
+    assert "chats.jsonl: ran out after" in printed
+    assert "of 90,000 rows (--num-tokens); give more with another --text" in printed
+    return out
+
+
+@pytest.fixture(scope="session")
+def filtered(tiny, tmp_path_factory) -> Path:
+    """A limit so low that many rows are outliers, and another hook in the fine-tuned model."""
+    out = tmp_path_factory.mktemp("filtered") / "pair"
+    collect(tiny, out, num_tokens=12_000, max_norm_ratio=1.2, ft_hook="model.layers.2.mlp")
+    return out
+
+
+def read_rows(out: Path, model: str, splits=("train", "validation")) -> dict[str, np.ndarray]:
+    data = load_from_disk(str(out / model))
+    parts = [data[split].with_format("numpy")[:] for split in splits]
+    return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+
+
+def read_pair(out: Path) -> dict:
+    return json.loads((out / "pair.json").read_text())
+
+
+@torch.no_grad()
+def plain_activations(model_path: str, hook: str, sequences: list[list[int]]) -> list[np.ndarray]:
+    """Activations [len, d_model] of each sequence, run alone and without padding, by a hook of torch."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    seen = []
+    if hook.endswith(".input"):
+        model.get_submodule(hook.removesuffix(".input")).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    else:
+        model.get_submodule(hook).register_forward_hook(lambda m, args, output: seen.append(output))
+    for tokens in sequences:
+        model(input_ids=torch.tensor([tokens]))
+    return [x[0].numpy() for x in seen]
+
+
+@pytest.mark.parametrize("which", ["packed", "padded", "filtered"])
+def test_rows_are_the_models_activations(which, request):
+    out = request.getfixturevalue(which)
+    pair = read_pair(out)
+    sequences = [row["input_ids"] for row in load_from_disk(str(out / "tokens"))]
+    assert len(sequences) == pair["sequences"]
+    rows = {model: read_rows(out, model) for model in ("base", "ft")}
+    for column in ("sequence", "position", "token"):
+        assert np.array_equal(rows["base"][column], rows["ft"][column])
+    places = list(zip(rows["base"]["sequence"].tolist(), rows["base"]["position"].tolist(), strict=True))
+    assert len(set(places)) == len(places) == sum(pair["rows"].values())
+    assert rows["base"]["token"].tolist() == [sequences[s][p] for s, p in places]
+    assert min(p for _, p in places) == pair["skip_first"]
+    for model, scale in zip(("base", "ft"), pair["stored_scale"], strict=True):
+        raw = plain_activations(pair[f"{model}_model"], pair["hook" if model == "base" else "ft_hook"], sequences)
+        want = np.stack([raw[s][p] for s, p in places]) * scale
+        got = rows[model]["activation"].astype(np.float32)
+        assert load_from_disk(str(out / model))["train"].features["activation"].feature.dtype == pair["dtype"]
+        assert np.allclose(
+            got, want, **({"rtol": 1e-3, "atol": 1e-3} if pair["dtype"] == "float16" else {"rtol": 1e-4, "atol": 1e-4})
+        )
+    # not in reading order: shuffled, the same way for both
+    assert places != sorted(places)
+
+
+@pytest.mark.parametrize("which", ["packed", "padded", "filtered"])
+def test_statistics_and_counts_equal_numpy(which, request):
+    out = request.getfixturevalue(which)
+    pair = read_pair(out)
+    sequences = [row["input_ids"] for row in load_from_disk(str(out / "tokens"))]
+    norms = np.stack([
+        np.concatenate([np.linalg.norm(x[pair["skip_first"] :].astype(np.float64), axis=1)
+                        for x in plain_activations(pair[f"{model}_model"], pair[hook], sequences)])
+        for model, hook in (("base", "hook"), ("ft", "ft_hook"))
+    ], axis=1)  # fmt: skip
+    first = norms[: min(32_768, pair["recipe"]["num_tokens"])]
+    median = np.median(first, axis=0)
+    survivors = (first <= pair["max_norm_ratio"] * median).all(1)
+    scale = np.sqrt(pair["d_model"]) / first[survivors].mean(0)
+    assert np.allclose(pair["median_norm"], median, rtol=1e-3)
+    assert np.allclose(pair["stored_scale"], scale, rtol=1e-3)
+    n_outliers = (norms > pair["max_norm_ratio"] * median).any(1).sum()
+    assert abs(pair["left_out"]["norm"] - n_outliers) <= 2  # a norm may lie on the limit to the last bit
+    assert pair["left_out"]["norm"] > 500 if which == "filtered" else pair["left_out"]["norm"] == 0
+    lengths = [len(tokens) for tokens in sequences]
+    left_out = dict(pair["left_out"])
+    padding = left_out.pop("padding")
+    assert sum(pair["rows"].values()) + sum(left_out.values()) == sum(lengths)
+    assert left_out["first_positions"] == pair["skip_first"] * len(lengths)
+    batches = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+    assert padding == sum(max(batch) - length for batch in batches for length in batch)
+    assert (padding > 0) == (which == "padded")
+    for model in ("base", "ft"):
+        rows = read_rows(out, model)
+        order = np.lexsort((rows["position"], rows["sequence"]))[: survivors.sum()]
+        mean_norm = np.linalg.norm(rows["activation"][order].astype(np.float64), axis=1).mean()
+        assert mean_norm == pytest.approx(np.sqrt(pair["d_model"]), rel=2e-3)
+
+
+def test_budget_and_held_out_sequences(packed):
+    pair = read_pair(packed)
+    assert sum(pair["rows"].values()) == RECIPE["num_tokens"]
+    train, held_out = (set(read_rows(packed, "base", (split,))["sequence"].tolist()) for split in ("train", "validation"))
+    assert not train & held_out
+    assert 0.8 < pair["rows"]["validation"] / (0.05 * RECIPE["num_tokens"]) < 1.2
+    shards = sorted(packed.glob("base/train/data-*.arrow"))
+    assert len(shards) == 5
+    assert not list(packed.rglob("*.partial"))
+    assert not (packed / "progress.json").exists()
+
+
+def test_chats_are_formatted_beside_plain_text(padded, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny["ft"])
+    rows = list(load_from_disk(str(padded / "tokens")))
+    chats = [tokenizer.decode(row["input_ids"]) for row in rows if row["source"] == 1]
+    assert len(chats) == 50
+    assert all(chat.startswith(f"<bos>user: What is {i}?<eos>\nassistant: ") for i, chat in enumerate(chats))
+    plain = [tokenizer.decode(row["input_ids"]) for row in rows if row["source"] == 0]
+    assert len(plain) == 300 and not any("user:" in p for p in plain)
+    assert len({len(row["input_ids"]) for row in rows}) > 20  # each document its own length
+
+
+def test_weights_share_the_tokens(packed, tiny):
+    code, prose = read_pair(packed)["text"]
+    assert (code["source"], prose["source"]) == (tiny["code"], tiny["prose"])
+    assert code["tokens"] / (code["tokens"] + prose["tokens"]) == pytest.approx(0.75, abs=0.01)
+    tokens = load_from_disk(str(packed / "tokens")).with_format("numpy")[:]
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    assert lengths[tokens["source"] == 0].sum() == code["tokens"]
+
+
+def test_same_command_on_a_complete_folder_says_so(tiny, packed):
+    before = {file: file.read_bytes() for file in packed.rglob("*") if file.is_file()}
+    assert "is complete" in collect(tiny, packed, **RECIPE)
+    assert before == {file: file.read_bytes() for file in packed.rglob("*") if file.is_file()}
+
+
+def start_and_wait_for_a_shard(tiny, out) -> subprocess.Popen:
+    process = subprocess.Popen(command(tiny, out, **RECIPE), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["shards"]:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tmp_path):
+    out = tmp_path / "pair"
+    for kill, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start_and_wait_for_a_shard(tiny, out)
+        if kill != signal.SIGKILL:  # past the imports, which a restart has to do again
+            done = json.loads((out / "progress.json").read_text())["shards"]
+            while json.loads((out / "progress.json").read_text())["shards"] == done:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.002)
+        process.send_signal(kill)
+        errors = process.communicate()[1]
+        assert process.returncode == code, errors
+        if kill != signal.SIGKILL:
+            assert "Traceback" not in errors
+            assert errors.splitlines()[-1].startswith("collect.py: stopped; complete shards stay")
+        shards = json.loads((out / "progress.json").read_text())["shards"]
+        assert 1 <= shards < 5
+    (out / "base/train/data-00004.partial").write_bytes(b"half a shard")
+    (out / "ft/train/data-00004.arrow").write_bytes(b"a shard that was never counted")
+    # a restart by another recipe is refused, and leaves everything as it is
+    line = failure(command(tiny, out, **RECIPE | {"seq_len": 64}))
+    assert "--seq-len 128 and not 64" in line
+    collect(tiny, out, **RECIPE)
+    files = sorted(file.relative_to(packed) for file in packed.rglob("*.arrow"))
+    assert files == sorted(file.relative_to(out) for file in out.rglob("*.arrow"))
+    for file in files:
+        assert (out / file).read_bytes() == (packed / file).read_bytes(), file
+    assert read_pair(out) == read_pair(packed)
+
+
+def failure(argv: list[str]) -> str:
+    """The one line that a command with bad input ends with."""
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1, (argv, done.stdout, done.stderr)
+    assert done.stderr.startswith("collect.py: error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.strip()
+
+
+RUN_EACH = """
+import json, runpy, sys
+for sys.argv in json.load(sys.stdin):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        print(json.dumps("no error"), file=sys.stderr)
+    except SystemExit as stop:
+        print(json.dumps(stop.code), file=sys.stderr)
+"""
+
+
+def failures(commands: list[list[str]]) -> list[str]:
+    """What each command exits with; all in one process, so that the libraries are imported once."""
+    given = json.dumps([argv[1:] for argv in commands])
+    done = subprocess.run([sys.executable, "-c", RUN_EACH], input=given, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands), done.stderr  # nothing beside the errors
+    return [json.loads(line) for line in lines]
+
+
+def swapped_tokens(model: str, folder: Path, a: str, b: str) -> Path:
+    """A copy of a model whose tokenizer gives two tokens each other's ids."""
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_bad_input_gives_one_line(tiny, packed, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("keep me")
+    swapped = swapped_tokens(tiny["ft"], tmp_path / "swapped", "a", "b")
+    wide = shutil.copytree(tiny["ft"], tmp_path / "wide")
+    config = AutoConfig.from_pretrained(tiny["ft"])
+    config.hidden_size = config.intermediate_size = 96
+    AutoModelForCausalLM.from_config(config).save_pretrained(wide)
+    few = shutil.copytree(tiny["ft"], tmp_path / "few")  # its embedding ends before its tokenizer
+    model = AutoModelForCausalLM.from_pretrained(few)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(few)
+
+    out = tmp_path / "never"
+    cases = [
+        ((), dict(hook="model.layers.9.mlp"), "model.layers has 4 entries, 0 to 3"),
+        ((), dict(hook="model.layer.1.mlp"), "did you mean model.layers.1.mlp"),
+        ((), dict(hook="model.layers"), "--hook model.layers.output: a forward pass does not reach it"),
+        ((), dict(hook="model.embed_tokens.input"), "not activations [batch, sequence, d_model]"),
+        (("--text", "./none.txt"), dict(), "--text ./none.txt: there is no such file or folder"),
+        (("--text", tmp_path / "broken.jsonl"), dict(), "broken.jsonl: "),
+        ((), dict(ft_model="./none"), "--ft-model ./none: there is no such folder"),
+        ((), dict(ft_model="nobody/nothing"), "--ft-model nobody/nothing: its tokenizer cannot be loaded"),
+        ((), dict(ft_model=swapped), "cannot be paired"),
+        ((), dict(ft_model=wide), "base activations have 64 values and fine-tuned ones 96"),
+        ((), dict(ft_model=few), "--ft-model: the text holds the token id"),
+        ((), dict(seq_len=2048), "--base-model was made for 1024 positions"),
+        ((), dict(num_tokens=10**13), "of free disk; lower --num-tokens"),
+        ((), dict(device="cuda:77"), "--device cuda:77: is not a device of this machine"),
+        ((), dict(output=tmp_path / "full"), "is not empty and holds no collection"),
+        ((), dict(output=packed, seed=5), "--num-tokens 50000 and not 1000000"),
+        ((), dict(val_tokens=10**7), "--val-tokens 10000000: must lie between"),
+    ]  # fmt: skip
+    lines = failures([command(tiny, out, *flags, **options) for flags, options, _ in cases])
+    for line, (_, _, want) in zip(lines, cases, strict=True):
+        assert line.startswith("collect.py: error: ") and "\n" not in line
+        assert want in line, line
+    assert "--hook model.layers.9.mlp" in failure(command(tiny, out, hook="model.layers.9.mlp"))  # as its user sees it
+    assert not out.exists()
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "keep me"
+
+
+def test_activation_beyond_float16_is_refused(tiny, tmp_path):
+    """A token that the rows behind the scale did not hold, with an activation far above all others."""
+    huge = shutil.copytree(tiny["base"], tmp_path / "huge")
+    weights = load_file(huge / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(huge)("\x01").input_ids] *= 1e8
+    save_file(weights, huge / "model.safetensors", {"format": "pt"})
+    (tmp_path / "rare.txt").write_text("x = 1\n" * 40_000 + "\x01")
+    argv = command(tiny, tmp_path / "pair", "--text", tmp_path / "rare.txt", base_model=huge, hook="model.embed_tokens",
+                   max_norm_ratio="inf", num_tokens=200_000, seq_len=1024)  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("collect.py: error: --dtype float16: an activation is too large")
+    shutil.rmtree(tmp_path / "pair")
+    subprocess.run([*argv, "--dtype", "float32"], check=True, capture_output=True)
+    assert np.isfinite(read_rows(tmp_path / "pair", "base")["activation"]).all()
+
+
+# --- text sources, with the real tokenizer and no models
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny["ft"])
+
+
+def decoded(tokenizer, *specs, **options) -> list[str]:
+    sources = text.open_sources([str(spec) for spec in specs], tokenizer, **{"seq_len": 64} | options)
+    return [tokenizer.decode(tokens.tolist()) for _, tokens in text.mix(sources)]
+
+
+def test_documents_are_packed_whole_and_in_order(tokenizer, tmp_path):
+    docs = [f"document {i} says {'word ' * (i % 40)}end {i}." for i in range(200)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"content": doc}) for doc in docs))
+    sequences = decoded(tokenizer, tmp_path / "docs.jsonl")
+    assert all(s.startswith("<bos>") for s in sequences)
+    assert "".join(s.removeprefix("<bos>") for s in sequences) == "".join(doc + "<eos>" for doc in docs)
+    ids = [t for _, t in text.mix(text.open_sources([str(tmp_path / "docs.jsonl")], tokenizer, seq_len=64))]
+    assert {len(t) for t in ids[:-1]} == {64}
+    alone = decoded(tokenizer, tmp_path / "docs.jsonl", pack=False)
+    assert len(alone) == 200
+    assert all(("<bos>" + doc).startswith(s) for s, doc in zip(alone, docs, strict=True))
+
+
+def test_long_documents_keep_every_character(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE_CHARS", 1000)
+    words = "".join(f"word{i} " for i in range(5000)) + "x" * 5000 + "\nüñí\n"
+    (tmp_path / "long.txt").write_text(words, encoding="utf-8")
+    got = "".join(s.removeprefix("<bos>") for s in decoded(tokenizer, tmp_path / "long.txt"))
+    assert got == words + "<eos>"
+
+
+def test_columns_and_chat_templates(tokenizer, tmp_path):
+    table = [{"prompt": f"Why {i}?", "answer": "Because." if i else None, "id": i} for i in range(3)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, table)))
+    assert decoded(tokenizer, tmp_path / "qa.jsonl", pack=False, text_column=("prompt", "answer"))[:2] == [
+        "<bos>Why 0?", "<bos>Why 1?\n\nBecause.",
+    ]  # fmt: skip
+    turns = decoded(tokenizer, tmp_path / "qa.jsonl", pack=False, text_column=("prompt", "answer"), chat_template=True)
+    assert turns[1] == "<bos>user: Why 1?<eos>\nassistant: Because.<eos>\n"
+    chats = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, {"conversations": []}]
+    (tmp_path / "chat.json").write_text(json.dumps(chats))
+    (tmp_path / "web.csv").write_text('text,url\n"plain, with a comma",u\n,u\n')
+    mixed = decoded(tokenizer, tmp_path / "chat.json", tmp_path / "web.csv", pack=False, chat_template=True)
+    assert mixed == ["<bos>user: Hi<eos>\nassistant: Ho<eos>\n", "<bos>plain, with a comma"]
+
+
+@pytest.mark.parametrize(
+    "name, content, options, want",
+    [
+        ("qa.csv", "prompt,answer\nwhat,that\n", {}, "which column holds the text? it has prompt, answer"),
+        ("qa.csv", "prompt,answer\nwhat,that\n", {"text_column": ("reply",)}, "has no such column; it has prompt, answer"),
+        ("chat.jsonl", '{"messages": [{"role": "user", "content": "hello"}]}', {}, "add --chat-template"),
+        ("web.jsonl", '{"text": "hello"}', {"chat_template": True}, "--chat-template: no --text has a messages column"),
+        ("web.txt", "hello", {"text_column": ("text",)}, "--text-column text: plain text files have no columns"),
+        ("web.zip", "hello", {}, "is of an unknown kind"),
+        ("web.txt", "", {}, "holds no file with content"),
+    ],
+)
+def test_bad_text_is_refused(tokenizer, tmp_path, name, content, options, want):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        decoded(tokenizer, tmp_path / name, **options)
+    assert want in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_other_text_sources_are_refused(tokenizer, tmp_path):
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text('{"text": "hello"}')
+    with pytest.raises(ValueError, match="holds files of several kinds"):
+        decoded(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="weight -1 is not a positive number"):
+        decoded(tokenizer, f"{tmp_path / 'a.jsonl'}=-1")
+    with pytest.raises(ValueError, match="the Hub does not give it"):
+        decoded(tokenizer, "nobody/nothing:default:train=2")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}')
+    with pytest.raises(ValueError, match="the tokenizer has no template"):
+        decoded(tokenizer, tmp_path / "a.jsonl", chat_template=True)
+
+
+def test_folders_of_save_to_disk_and_parquet(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    rows.save_to_disk(tmp_path / "plain")
+    DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    rows.to_parquet(tmp_path / "folder" / "part.parquet")
+    (tmp_path / "folder" / "README.md").write_text("no text of the data")
+    for name in ("plain", "splits", "folder"):
+        assert decoded(tokenizer, tmp_path / name) == ["<bos>one<eos>two<eos>"]
+
+
+def test_chats_that_the_template_refuses_are_counted(tokenizer, tmp_path, capsys):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    roles = ["user", "system", "user", "system"]
+    rows = [{"messages": [{"role": role, "content": f"turn {i}"}]} for i, role in enumerate(roles)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (source,) = text.open_sources([str(tmp_path / "chat.jsonl")], tokenizer, 64, pack=False, chat_template=True)
+    assert len(list(text.mix([source]))) == 2
+    assert source.refused == 2
+    assert capsys.readouterr().out.count("no system role") == 1
+    (tmp_path / "chat.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match="refused all of its 1 conversations"):
+        decoded(tokenizer, tmp_path / "chat.jsonl", chat_template=True)
+
+
+def test_sources_that_run_out_or_give_nothing(tokenizer, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("short text " * 100)
+    (tmp_path / "long.txt").write_text("long text " * 2000)
+    specs = [f"{tmp_path}/short.txt=1", f"{tmp_path}/long.txt=1"]
+    sequences = decoded(tokenizer, *specs)
+    assert capsys.readouterr().out.count("short.txt: ran out after") == 1
+    assert sum(s.count("long text") for s in sequences) > 1800
+    (tmp_path / "blank.jsonl").write_text(json.dumps({"text": "  \n "}))
+    with pytest.raises(ValueError, match="blank.jsonl: gives no text"):
+        decoded(tokenizer, tmp_path / "blank.jsonl", tmp_path / "long.txt")
+
+
+def test_mix_is_always_near_its_weights(tokenizer, tiny):
+    sources = text.open_sources([f"{tiny['code']}=2", f"{tiny['prose']}=0.5"], tokenizer, seq_len=64)
+    given = [0, 0]
+    for index, tokens in itertools.islice(text.mix(sources), 500):
+        given[index] += len(tokens)
+        assert abs(given[0] - 4 * given[1]) <= 5 * 64
