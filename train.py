@@ -49,8 +49,9 @@ def main(given: TrainConfig) -> int:
     config = resolve_sizes(given, saved or (REAL if real else PLANTED))
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     source = open_source(given, config)
-    stop = given.num_tokens or config.num_tokens if source.train_rows is None else given.num_tokens
-    config.num_tokens = stop = stop or (given.epochs or 1) * source.train_rows
+    endless = source.train_rows is None
+    stop = given.num_tokens or (config.num_tokens if endless else (given.epochs or 1) * source.train_rows)  # tokens
+    config.num_tokens = stop
     config.val_tokens = source.val_rows
     config.k_aux = config.k_aux or source.d_model // 2
     config.dec_init_norm = config.dec_init_norm or DEC_INIT_NORM[config.variant]
@@ -285,7 +286,7 @@ def print_plan(config: TrainConfig, source, run: Path, start_from: Path | None, 
     rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
     what = config.dataset or (f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts")
     count = 2 * source.n_models * source.d_model * config.d_hidden
-    state = f"weights, gradient and Adam's moments {16 * count / 1e9:.2f} GB"
+    state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
     if config.variant == "batch_topk" and config.l1_coeff:
         detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
