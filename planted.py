@@ -24,22 +24,38 @@ class PlantedConcepts:
     """An endless source of paired activations [rows, 2, d_model] with known shared, base-only and ft-only directions.
 
     A row is a function of (seed, split, its number). Takes the place of `activations.PairedActivations`.
+
+    Args:
+        hard: as real models are. Frequencies have a long tail, exclusive concepts are active on only .05 % to 1 % of the
+            rows, concepts wake in groups of 8, amplitudes are lognormal, and two dimensions have a large mean.
+        offset: means ten times the activations' norm, two outlier dimensions, and a factor of 5 between the models.
+        null: both models are the same one, so that nothing is exclusive.
     """
 
     n_models = 2
     dtype = torch.float32
     train_rows = None  # endless: there are no epochs
 
-    def __init__(self, seed: int = 0, val_rows: int = 16_384, n_concepts: int = 512, d_model: int = 128):
-        self.seed, self.val_rows, self.d_model = seed, val_rows, d_model
+    def __init__(
+        self,
+        seed: int = 0,
+        val_rows: int = 16_384,
+        n_concepts: int = 512,
+        d_model: int = 128,
+        hard: bool = False,
+        offset: bool = False,
+        null: bool = False,
+    ):
+        self.seed, self.val_rows, self.d_model, self.hard = seed, val_rows, d_model, hard
         self.stored_scale = torch.ones(2)
         draw = torch.Generator().manual_seed(seed)
-        exclusive = n_concepts // 20  # 5 % for each model
+        exclusive = 0 if null else n_concepts // 20  # 5 % for each model
         self.kind = torch.full((n_concepts,), SHARED)
         self.kind[:exclusive] = BASE_ONLY
         self.kind[exclusive : 2 * exclusive] = FT_ONLY
         base = torch.randn(n_concepts, d_model, generator=draw)
-        turned = base + 0.3 * torch.randn(n_concepts, d_model, generator=draw)  # fine-tuning turns each a little, cosine 0.96
+        turn = 0.0 if null else 0.3  # fine-tuning turns each a little, cosine 0.96
+        turned = base + turn * torch.randn(n_concepts, d_model, generator=draw)
         directions = torch.stack([base, turned], dim=1)
         directions /= directions.norm(dim=-1, keepdim=True)
         directions[self.kind == FT_ONLY, 0] = 0
@@ -51,6 +67,21 @@ class PlantedConcepts:
         self.loading = 0.3 * torch.randn(10, n_concepts, generator=draw)  # ten hidden topics move the probabilities
         self.mean = torch.randn(2, d_model, generator=draw) / d_model**0.5  # norm about 1, like the activations'
         self.scale = torch.tensor([1.0, 3.0])
+        if hard:
+            tail = 1 / torch.arange(1.0, n_concepts - 2 * exclusive + 1)
+            tail = (tail / tail.sum() * n_concepts / 100).clamp_max(0.25)
+            rare = 0.0005 * 20 ** torch.rand(2 * exclusive, generator=draw)  # .05 % to 1 %, uniform in the logarithm
+            self.rate = torch.cat([rare[:exclusive].sort().values, rare[exclusive:].sort().values, tail])
+            self.group = torch.arange(n_concepts) // 8  # [n_concepts] neighbours, so of similar rates, wake together
+            most = torch.zeros(int(self.group[-1]) + 1).scatter_reduce(0, self.group, self.rate, "amax")
+            self.awake_rate = (2 * most).clamp_max(1)  # [groups]
+        if offset:
+            self.mean *= 10
+            self.scale = torch.tensor([1.0, 5.0])
+        if hard or offset:
+            self.mean[:, :2] += torch.tensor([20.0, -30.0])
+        if null:
+            self.mean[1], self.scale[1] = self.mean[0], self.scale[0]
 
     def order(self, position: int, count: int) -> np.ndarray:
         """[count] the rows at these places of the stream: each place is its own row."""
@@ -71,15 +102,26 @@ class PlantedConcepts:
         """[2, BLOCK, d_model] activations, a function of (seed, split, block) alone."""
         seeds = np.random.SeedSequence([self.seed, split == "train", block])
         draw = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
+        codes = self._hard_codes(draw) if self.hard else self._codes(draw)  # [BLOCK, n_concepts]
+        x = codes @ self.directions.flatten(1)  # [BLOCK, 2 * d_model]
+        x = x + 0.01 * torch.randn(x.shape, generator=draw)
+        return ((x.unflatten(1, (2, -1)) + self.mean) * self.scale[:, None]).transpose(0, 1).contiguous()
+
+    def _codes(self, draw: torch.Generator) -> Tensor:
         topics = torch.randn(BLOCK, 10, generator=draw)
         tilt = torch.exp(topics @ self.loading - self.loading.pow(2).sum(0) / 2)  # [BLOCK, n_concepts], mean 1
         probability = self.rate * tilt
         uniform = torch.rand(BLOCK, len(self.rate), generator=draw)
         # Given that it lies below the probability, uniform / probability is itself uniform on (0, 1): the magnitude.
-        codes = torch.where(uniform < probability, uniform / probability, 0)
-        x = codes @ self.directions.flatten(1)  # [BLOCK, 2 * d_model]
-        x = x + 0.01 * torch.randn(x.shape, generator=draw)
-        return ((x.unflatten(1, (2, -1)) + self.mean) * self.scale[:, None]).transpose(0, 1).contiguous()
+        return torch.where(uniform < probability, uniform / probability, 0)
+
+    def _hard_codes(self, draw: torch.Generator) -> Tensor:
+        awake = torch.rand(BLOCK, len(self.awake_rate), generator=draw) < self.awake_rate  # [BLOCK, groups]
+        given_awake = self.rate / self.awake_rate[self.group]  # [n_concepts]
+        active = (torch.rand(BLOCK, len(self.rate), generator=draw) < given_awake) & awake[:, self.group]
+        codes = torch.zeros(BLOCK, len(self.rate))
+        codes[active] = torch.exp(0.5 * torch.randn(int(active.sum()), generator=draw))
+        return codes
 
     def score(self, W_dec: Tensor, dead: Tensor) -> dict[str, float]:
         """How much of the truth a dictionary found.
