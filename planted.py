@@ -123,19 +123,20 @@ class PlantedConcepts:
         codes[active] = torch.exp(0.5 * torch.randn(int(active.sum()), generator=draw))
         return codes
 
-    def score(self, W_dec: Tensor, dead: Tensor) -> dict[str, float]:
+    def score(self, W_dec: Tensor, dead: Tensor, kind_of: Tensor | None = None) -> dict[str, float]:
         """How much of the truth a dictionary found.
 
         Args:
             W_dec: [d_hidden, 2, d_model] decoder; dead: [d_hidden] bool, latents that do not count.
+            kind_of: [d_hidden] class of each latent, index into latents.CLASSES; None: by decoder norm.
 
         Returns:
             recall_X: share of the concepts of kind X that some live latent points at (cosine above 0.83, for a shared
-            concept in both models at once). class_ok_X: share of those recovered whose best latent's decoder norms say X.
+            concept in both models at once). class_ok_X: share of those recovered whose best latent's class is X.
             false_exclusive: share of the live base-only and ft-only latents that point at no concept of that kind.
         """
         W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
-        kind_of = latents.classify(W_dec.norm(dim=-1))  # [d_hidden]
+        kind_of = latents.classify(W_dec.norm(dim=-1)) if kind_of is None else kind_of.cpu()  # [d_hidden]
         rows = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         cosine = torch.einsum("cmd,jmd->mcj", self.directions, rows)  # [2, n_concepts, d_hidden]
         cosine[:, :, dead] = -1

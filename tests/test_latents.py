@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 import latents
@@ -18,3 +19,55 @@ def test_counts_leave_dead_latents_out_of_the_classes():
     norms = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     dead = torch.tensor([False, False, False, True])
     assert latents.count_classes(norms, dead) == {"base_only": 1, "shared": 1, "ft_only": 1, "dead": 1}
+
+
+def naive_beta(f, d, y):
+    """argmin_b sum |b f d - y|^2 by least squares on the stacked equations."""
+    design = (f[:, None] * d).flatten()[:, None]
+    return torch.linalg.lstsq(design, y.flatten()[:, None]).solution.item()
+
+
+@pytest.mark.parametrize("of", [0, 1])
+def test_latent_scaling_equals_its_definition(of):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 2, 6, generator=draw, dtype=torch.float64)
+    f = torch.randn(300, 5, generator=draw, dtype=torch.float64).relu()
+    W_dec = torch.randn(5, 2, 6, generator=draw, dtype=torch.float64)
+    x_hat = torch.einsum("bj,jmd->bmd", f, W_dec) + torch.randn(2, 6, generator=draw, dtype=torch.float64)
+    whole = latents.scaling_sums(x, f, x_hat, W_dec, of)
+    parts = [latents.scaling_sums(x[i : i + 100], f[i : i + 100], x_hat[i : i + 100], W_dec, of) for i in (0, 100, 200)]
+    got = latents.latent_scaling(parts[0] + parts[1] + parts[2], W_dec, of)
+    torch.testing.assert_close(got, latents.latent_scaling(whole, W_dec, of))
+    for j in range(5):
+        for m in range(2):
+            without = x[:, m] - x_hat[:, m] + f[:, j, None] * W_dec[j, m]
+            assert got.error[m, j].item() == pytest.approx(naive_beta(f[:, j], W_dec[j, of], without), rel=1e-9)
+            expected = naive_beta(f[:, j], W_dec[j, of], x_hat[:, m])
+            assert got.reconstruction[m, j].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_latent_scaling_sees_what_norms_do_not():
+    """Three latents that all look ft-only by norm: truly so; shrunk away in base; reconstructed in base by another latent."""
+    draw = torch.Generator().manual_seed(0)
+    d = torch.eye(4, dtype=torch.float64)
+    f = torch.rand(2000, 4, generator=draw, dtype=torch.float64) * (torch.rand(2000, 4, generator=draw) < 0.3)
+    f[:, 3] = f[:, 2]  # latent 3 writes, in base, the direction of latent 2
+    W_dec = torch.zeros(4, 2, 4, dtype=torch.float64)
+    W_dec[range(4), 1] = d
+    W_dec[:3, 0] = 0.01 * d[:3]
+    W_dec[3, 0], W_dec[3, 1] = d[2], d[3]
+    x_hat = torch.einsum("bj,jmd->bmd", f, W_dec)
+    x = x_hat.clone()
+    x[:, 0, 1] += f[:, 1]  # the base model has concept 1, and nothing reconstructs it there
+    x += 0.01 * torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
+    assert latents.classify(W_dec.norm(dim=-1))[:3].tolist() == [2, 2, 2]
+    assert latents.classify_by_scaling(base, ft)[:3].tolist() == [2, 1, 1]
+    nu_error, nu_reconstruction = ft.nu(1)
+    assert nu_error[0] < 0.1 < 0.9 < nu_error[1] and nu_reconstruction[0] < 0.1 < 0.9 < nu_reconstruction[2]
+
+
+def test_a_latent_that_never_fires_is_not_exclusive():
+    x, f, W_dec = torch.randn(10, 2, 3), torch.zeros(10, 1), torch.randn(1, 2, 3)
+    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
+    assert ft.error.isnan().all() and latents.classify_by_scaling(base, ft).tolist() == [1]

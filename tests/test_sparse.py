@@ -6,8 +6,8 @@ import sparse
 
 def test_keep_largest_keeps_the_largest_scores_of_the_whole_matrix():
     torch.manual_seed(0)
-    for batch, latents, count in [(1, 1, 1), (3, 7, 5), (64, 96, 64 * 8), (5, 4, 100)]:
-        score = torch.randn(batch, latents).relu()
+    for batch, latents, count in [(1, 1, 1), (3, 7, 5), (64, 96, 64 * 8), (5, 4, 100), (500, 300, 1), (500, 300, 7_000)]:
+        score = torch.randn(batch, latents).relu() * torch.rand(latents) ** 4
         mask = sparse.keep_largest(score, count)
         expected = score.flatten().sort(descending=True).values[:count]
         expected = expected[expected > 0]
