@@ -40,11 +40,12 @@ class Batch(NamedTuple):
 def batches(source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: int = 0) -> Iterator[Batch]:
     """Batches of the rows at the places `position` to `stop` of the source's stream; the last one may be shorter.
 
-    A background thread reads ahead. A batch's tensor is overwritten after the next one has been asked for. Raises
-    ValueError when more than 0.1 % of the rows hold a non-finite value.
+    A background thread reads ahead; closing the generator ends it. A batch's tensor is overwritten after the next one has
+    been asked for. Raises ValueError when more than 0.1 % of the rows hold a non-finite value.
     """
     ready: queue.Queue = queue.Queue()
     free: queue.Queue = queue.Queue()
+    closed = threading.Event()
     on_cuda = device.type == "cuda"
     for _ in range(PREFETCH + 2):  # one more is in the loop's hands, one in the thread's
         shape = (source.n_models, batch_size, source.d_model)
@@ -55,7 +56,7 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
         try:
             while position < stop:
                 buffer, copied = free.get()  # [n_models, batch_size, d_model]
-                if buffer is None:
+                if closed.is_set():
                     return
                 if copied is not None:
                     copied.synchronize()  # the copy to the device still reads from this buffer
@@ -75,7 +76,8 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
 
-    threading.Thread(target=read_ahead, name="read-ahead", daemon=True).start()
+    thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -88,7 +90,9 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
             yield Batch(x, *standing)
             free.put((buffer, copied))
     finally:
-        free.put((None, None))
+        closed.set()
+        free.put((None, None))  # wakes the thread if it waits
+        thread.join()  # a thread still inside torch while Python shuts down aborts the process
 
 
 def gather_finite(source, split: str, rows: np.ndarray, out: Tensor) -> int:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -116,51 +117,52 @@ def main(given: TrainConfig) -> int:
     bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens = 0.0, tokens
-    for batch in batches(source, config.batch_size, stop, device, position, dropped):
-        waited += time.perf_counter() - waiting_since
-        step, position, dropped = step + 1, batch.position, batch.dropped
-        recent.append((step, batch.first_row, batch.last_row))
+    with closing(batches(source, config.batch_size, stop, device, position, dropped)) as stream:
+        for batch in stream:
+            waited += time.perf_counter() - waiting_since
+            step, position, dropped = step + 1, batch.position, batch.dropped
+            recent.append((step, batch.first_row, batch.last_row))
 
-        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
-        l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
-        dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
-        if device.type == "cpu" and dead is not None and not dead.any():
-            dead = None  # a free question here; on CUDA it would wait for the device
-        out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead)
-        out.loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
+            x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
+            l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
+            dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
+            if device.type == "cpu" and dead is not None and not dead.any():
+                dead = None  # a free question here; on CUDA it would wait for the device
+            out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead)
+            out.loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
 
-        tokens += len(x)
-        tokens_since_fired.add_(len(x)).masked_fill_((out.f > 0).any(0), 0)
-        bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
-        last = position >= stop or bool(signals)
-        validate = step % config.val_every == 0 and not last
-        if step == 1 or step % config.log_every == 0 or validate or last:
-            require_finite(bad_step, recent, run)
-            elapsed = time.perf_counter() - logged_at
-            metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder.threshold, grad_norm)
-            metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
-            metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
-            if validate:
-                metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
-            tracker = log(run, tracker, step, metrics)
-            show(bar, metrics)
-            logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
-        if step % config.save_every == 0 or last:
-            require_finite(bad_step, recent, run)
-            state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
-            state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
-            tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
-            tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
-            checkpoint.save(run, step, tensors, state, config.keep_checkpoints)
-        bar.update()
-        if signals:
-            break
-        waiting_since = time.perf_counter()
+            tokens += len(x)
+            tokens_since_fired.add_(len(x)).masked_fill_((out.f > 0).any(0), 0)
+            bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
+            last = position >= stop or bool(signals)
+            validate = step % config.val_every == 0 and not last
+            if step == 1 or step % config.log_every == 0 or validate or last:
+                require_finite(bad_step, recent, run)
+                elapsed = time.perf_counter() - logged_at
+                metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder.threshold, grad_norm)
+                metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
+                metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
+                if validate:
+                    metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
+                tracker = log(run, tracker, step, metrics)
+                show(bar, metrics)
+                logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
+            if step % config.save_every == 0 or last:
+                require_finite(bad_step, recent, run)
+                state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
+                state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
+                tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
+                tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
+                checkpoint.save(run, step, tensors, state, config.keep_checkpoints)
+            bar.update()
+            if last:  # not `signals`: one that came in since `last` was asked is saved by the next step
+                break
+            waiting_since = time.perf_counter()
     bar.close()
     seconds += time.perf_counter() - started
     if signals:

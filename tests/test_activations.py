@@ -1,4 +1,5 @@
 import json
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -102,6 +103,14 @@ def test_stream_goes_on_from_a_position(tmp_path, steps):
     whole = collect(source, 100, 9000)
     rest = collect(source, 100, 9000, position=whole[steps - 1][1])
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[steps:], rest, strict=True))
+
+
+def test_closing_the_stream_ends_its_thread(tmp_path):
+    stream = batches(singles(tmp_path), 100, 9000, CPU)
+    next(stream)
+    assert any(thread.name == "read-ahead" for thread in threading.enumerate())
+    stream.close()
+    assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
 
 
 def test_held_out_rows_are_the_last_and_never_trained_on(tmp_path):
