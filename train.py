@@ -417,11 +417,6 @@ def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
         return None, run_id
     import wandb
 
-    mode = config.wandb
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False) else "offline"
-        print(f"wandb    {mode}" + (", no key found; `wandb sync` uploads it later" if mode == "offline" else ""))
-
     def init(mode):
         return wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
@@ -430,13 +425,14 @@ def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
         )  # fmt: skip
 
     try:
+        mode = config.wandb
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
         tracker = init(mode)
+        why = "no key found" if config.wandb == "auto" else "as asked"
     except wandb.errors.Error as error:
-        if config.wandb == "online":
-            print(f"wandb    cannot go online ({str(error).splitlines()[0]}); offline instead, metrics.jsonl as always")
-        else:
-            print("wandb    no answer from its server; offline instead")
-        tracker = init("offline")
+        mode, tracker, why = "offline", init("offline"), str(error).splitlines()[0]
+    print("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
     return tracker, tracker.id
 
 
