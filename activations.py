@@ -47,12 +47,13 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
     free: queue.Queue = queue.Queue()
     closed = threading.Event()
     on_cuda = device.type == "cuda"
-    for _ in range(PREFETCH + 2):  # one more is in the loop's hands, one in the thread's
+    for _ in range(PREFETCH + 3):  # one more is in the loop's hands, two in the thread's
         shape = (source.n_models, batch_size, source.d_model)
         free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
 
     def read_ahead():
         nonlocal position, dropped
+        held = None  # the batch before: the last one is known by its position, also when only dropped rows come after it
         try:
             while position < stop:
                 buffer, copied = free.get()  # [n_models, batch_size, d_model]
@@ -71,7 +72,12 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
                 if dropped > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
                     raise ValueError(too_many_non_finite(dropped, position))
                 if filled:
-                    ready.put((buffer, filled, (position, dropped, int(first_row), int(last_row))))
+                    if held:
+                        ready.put(held)
+                    held = (buffer, filled, (position, dropped, int(first_row), int(last_row)))
+                elif held:
+                    held = (*held[:2], (position, dropped, *held[2][2:]))
+            ready.put(held)
             ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
@@ -170,6 +176,8 @@ class Column:
             lengths = np.full(len(array), array.type.list_size) if hasattr(array.type, "list_size") else np.diff(array.offsets)
             if self.d_model is None:
                 self.d_model = int(lengths[0])
+            if self.d_model == 0:
+                raise ValueError(f"{flag}: column {name!r} holds empty lists; every row must be one token's activation")
             if (lengths != self.d_model).any():
                 row = int(np.argmax(lengths != self.d_model))
                 raise ValueError(
@@ -202,10 +210,14 @@ class Column:
 
 def pick_column(schema, name: str | None, flag: str) -> str:
     """The column of activations: the one named, or the only one whose rows are lists of floats."""
-    import pyarrow.types as types
+    from pyarrow import types
+
+    def is_float_list(kind) -> bool:
+        lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return lists and types.is_floating(kind.value_type)
 
     column_flag = flag.replace("dataset", "column") if flag != "--dataset" else "--base-column or --ft-column"
-    lists = [f.name for f in schema if hasattr(f.type, "value_type") and types.is_floating(f.type.value_type)]
+    lists = [f.name for f in schema if is_float_list(f.type)]
     if name is not None and name not in schema.names:
         raise ValueError(f"{column_flag} {name}: {flag} has no such column, it has {', '.join(schema.names)}")
     if name is not None and name not in lists:
@@ -279,6 +291,8 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
         val_tokens: held-out rows; None for `default_val`, or a tenth of the rows if that is less.
     """
     folder = Path(dataset).expanduser()
+    if not folder.exists() and (folder.is_absolute() or dataset.startswith(".")):
+        raise ValueError(f"--dataset {dataset}: no such file or folder")
     if folder.is_dir():
         if (folder / "progress.json").exists() and not (folder / "pair.json").exists():
             raise ValueError(f"--dataset {dataset}: the collection is unfinished; run the same collect.py command again")
@@ -295,8 +309,10 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
         pair_file = hub_pair_file(dataset)
     try:
         pair = json.loads(Path(pair_file).read_text())
-        stored_scale, shuffled = torch.tensor(pair["stored_scale"]), bool(pair.get("shuffled"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored_scale, shuffled = torch.tensor(pair["stored_scale"], dtype=torch.float64), bool(pair.get("shuffled"))
+        if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
+            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
     splits = pair_up(base, ft, ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)
@@ -345,7 +361,7 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
         )
     for name in ("sequence", "position", "token"):
         if name in base.column_names and name in ft.column_names:
-            mine, other = base.data.table.column(name), ft.data.table.column(name)
+            mine, other = (part.data.table.column(name).cast("int64") for part in (base, ft))
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
                 raise ValueError(
@@ -359,6 +375,9 @@ def open_dataset(name: str, flag: str) -> dict:
     import datasets
 
     path = Path(name).expanduser()
+    for folder in (path, path.absolute().parent):
+        if flag != "--dataset" and (folder / "pair.json").is_file():
+            raise ValueError(f"{flag} {name}: belongs to the paired dataset {folder}, which has its own scales; use --dataset")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError(f"{flag} {name}: no such file or folder")
     try:
@@ -387,7 +406,8 @@ def open_dataset(name: str, flag: str) -> dict:
         raise ValueError(f"{flag} {name}: has the splits {', '.join(loaded)}; choose one with {name}:CONFIG:SPLIT")
     if "train" not in loaded:
         return {"train": next(iter(loaded.values()))}
-    return {split: loaded[split] for split in ("train", "validation") if split in loaded}
+    empty = len(loaded.get("validation", ())) == 0  # a small collection may have held no sequence out
+    return {"train": loaded["train"]} | ({} if empty else {"validation": loaded["validation"]})
 
 
 def hub_pair_file(dataset: str) -> str | os.PathLike:

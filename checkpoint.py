@@ -11,8 +11,11 @@ A checkpoint is written beside its place and renamed, so a folder that has its n
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -63,17 +66,19 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
     for old in set(complete(run)) - set(kept):
         os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted checkpoint must not carry a complete one's name
     for leftover in folder.parent.glob(".step_*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
 def complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
+    """The complete checkpoints of a run, oldest first. A user's own copies and archives beside them are left alone."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
 
 def find(resume: Path) -> Path:
     """The checkpoint meant by a path: itself, or the newest of the run in that folder. ValueError if there is none."""
+    resume = resume.resolve()
     if (resume / "state.json").is_file():
         return resume
     if not resume.exists():
@@ -91,7 +96,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict]:
         slices = [load_file(folder / part["file"]) for part in sorted(index["slices"], key=lambda part: part["start"])]
         for name, axis in index["latent_axis"].items():
             tensors[name] = torch.cat([part[name] for part in slices], dim=axis)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {folder} is broken ({error}): delete it, and --resume takes the one before it"
         ) from None
@@ -130,16 +135,40 @@ def restore_random_states(tensors: dict[str, Tensor]) -> None:
 
 
 def cut_metrics(run: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that come after `step`, and a half-written last one."""
+    """Drop the lines of metrics.jsonl that come after `step`, a half-written one, and that of an end that was not the end."""
     path = run / "metrics.jsonl"
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
+            metrics = json.loads(line)
+            if metrics["step"] <= step and "loss" in metrics:  # the final line has held-out metrics alone
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     write_text(path, "".join(kept))
+
+
+def as_json(values: dict, **options) -> str:
+    """JSON of nested dicts of numbers, with null for what JSON has no number for (an infinite or undefined metric)."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {name: clean(part) for name, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(values), **options) + "\n"
+
+
+def lock(run: Path):
+    """Claim a run's folder for this process, until the returned file is closed. ValueError if another process has it."""
+    file = open(run / "config.json")  # noqa: SIM115 - held for the whole run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run-name: another process is writing {run}; wait for it or choose another name") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -406,7 +407,7 @@ def print_summary(out: Path, config: CollectConfig, pair: dict) -> None:
     print("left out: " + (", ".join(f"{left_out[k]:,} {why}" for k, why in reasons.items() if left_out[k]) or "nothing"))
     if left_out["norm"] + left_out["non_finite"] > 0.01 * n_rows:
         print("more than one row in a hundred was an outlier: look at --skip-first, --max-norm-ratio and --model-dtype")
-    print(f"train on it: python train.py --dataset {out}")
+    print(f"train on it: python train.py --dataset {shlex.quote(str(out))}")
 
 
 def stop_on_sigterm(*_) -> None:

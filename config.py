@@ -259,11 +259,23 @@ def parse(cls: type, argv: list[str] | None = None):
     if cls is TrainConfig:
         try:
             if config.config is not None:
-                config = tyro.cli(cls, args=argv, default=read_given(Path(config.config), flag="--config"))
+                config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
             if saved := resumed_config_file(config):
                 config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
+            config = with_full_paths(config)
         except ValueError as error:
             sys.exit(f"train.py: error: {error}")
+    return config
+
+
+def with_full_paths(config: TrainConfig) -> TrainConfig:
+    """Local paths without `~`, and those of datasets absolute, so that a run can be resumed from any folder."""
+    for name in ("output_dir", "resume", "config"):
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, str(Path(value).expanduser()))
+    for name in ("dataset", "base_dataset", "ft_dataset"):
+        if (value := getattr(config, name)) and Path(value).expanduser().exists():
+            setattr(config, name, str(Path(value).expanduser().absolute()))
     return config
 
 
@@ -274,9 +286,10 @@ def resumed_config_file(config: TrainConfig) -> Path | None:
     if config.resume == "auto":
         if config.run_name is None:
             raise ValueError("--resume auto needs --run-name NAME, or give the run itself: --resume runs/NAME")
-        folders = [Path(config.output_dir) / config.run_name]
+        folders = [Path(config.output_dir).expanduser() / config.run_name]
     else:
-        folders = [Path(config.resume), *Path(config.resume).resolve().parents[:2]]  # a run, or a checkpoint inside it
+        resume = Path(config.resume).expanduser().resolve()
+        folders = [resume, *resume.parents[:2]]  # a run, or a checkpoint inside it
     return next((f / "config.json" for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
 
 

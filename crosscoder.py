@@ -202,15 +202,22 @@ class CrossCoder(nn.Module):
 
     @torch.no_grad()
     def fit_threshold(self, batches: Callable[[], Iterable[Tensor]]) -> None:
-        """Set the threshold to the (k * N)-th largest score over N rows: k latents per token on average at inference.
+        """Set the threshold so that k latents per token score above it on average over these N rows.
+
+        It lies midway between the (k * N)-th and the next largest score: on a score itself, rounding (another batch size,
+        folded weights) would decide whether that latent is active.
 
         Args:
             batches: called several times, each time gives the same batches of normalised activations
                 [batch, n_models, d_model].
         """
         rows = sum(len(x_n) for x_n in batches())
-        kth = sparse.kth_largest(lambda: (self.score(self._pre(x_n).relu()) for x_n in batches()), self.k * rows)
-        self.threshold.fill_(kth)
+
+        def scores():
+            return (self.score(self._pre(x_n).relu()) for x_n in batches())
+
+        kept, next_one = (sparse.kth_largest(scores, count) for count in (self.k * rows, self.k * rows + 1))
+        self.threshold.fill_((kept + next_one) / 2)
 
     # --- saving
 
@@ -235,11 +242,14 @@ class CrossCoder(nn.Module):
         return folded
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent."""
+        """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent. Raises OSError."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.partial")
+        try:
+            save_file(tensors, folder / "model.safetensors.partial")
+        except SafetensorError as error:
+            raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
         os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
         names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
         text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
@@ -256,10 +266,10 @@ class CrossCoder(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text())
             tensors = load_file(folder / "model.safetensors")
-        except (ValueError, SafetensorError) as error:
+            folded = config.pop("folded")
+            crosscoder = cls(**config)
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a broken crosscoder ({error}); copy it again") from None
-        folded = config.pop("folded")
-        crosscoder = cls(**config)
         if folded:
             crosscoder.threshold = torch.zeros(crosscoder.d_hidden)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 # Cuts on the relative norm (arXiv 2602.11729, appendix B.2). Minder et al. (arXiv 2504.02922) cut at 1/6 and 5/6.
@@ -85,7 +86,8 @@ def latent_scaling(sums: ScalingSums, W_dec: Tensor, of: int) -> LatentScaling:
     W_dec = W_dec.double()
     squared_norm = W_dec[:, of].pow(2).sum(-1)  # [d_hidden]
     along_x, along_error = (total / (sums.f_squared * squared_norm) for total in (sums.x, sums.error))
-    own = torch.einsum("jmd,jd->mj", W_dec, W_dec[:, of]) / squared_norm  # what latent j itself gives back, 1 for `of`
+    # What latent j itself gives back to each model, 1 for `of`.
+    own = einsum(W_dec, W_dec[:, of], "latent model d, latent d -> model latent") / squared_norm
     return LatentScaling(error=along_error + own, reconstruction=along_x - along_error)
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from einops import einsum
 from torch import Tensor
 
 import latents
@@ -138,7 +139,7 @@ class PlantedConcepts:
         W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
         kind_of = latents.classify(W_dec.norm(dim=-1)) if kind_of is None else kind_of.cpu()  # [d_hidden]
         rows = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        cosine = torch.einsum("cmd,jmd->mcj", self.directions, rows)  # [2, n_concepts, d_hidden]
+        cosine = einsum(self.directions, rows, "concept model d, latent model d -> model concept latent")
         cosine[:, :, dead] = -1
         fit = cosine.amin(0)  # [n_concepts, d_hidden]
         fit[self.kind == BASE_ONLY] = cosine[0, self.kind == BASE_ONLY]

@@ -8,8 +8,11 @@ if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
 
 import dataclasses
+import itertools
 import json
 import math
+import os
+import shlex
 import shutil
 import signal
 import sys
@@ -30,7 +33,8 @@ from crosscoder import CrossCoder, Losses, explained, explained_variance
 from planted import PlantedConcepts
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
-MAY_CHANGE_ON_RESUME = {  # length, logging and device
+MAY_CHANGE_ON_RESUME = {  # length, logging, device, and where the same data lies now
+    "dataset", "base_dataset", "ft_dataset",
     "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints", "device",
     "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "resume", "config",
 }  # fmt: skip
@@ -42,16 +46,15 @@ def main(given: TrainConfig) -> int:
     start_from = resume_point(given)  # a checkpoint, or None
     run = start_from.parents[1] if start_from else Path(given.output_dir) / run_name(given)
     if start_from is None and given.resume is None and run.exists():
-        raise ValueError(f"--run-name: {run} exists; choose another name, or go on with --resume {run}")
-    saved = json.loads((run / "config.json").read_text())["resolved"] if start_from else None
+        raise ValueError(name_is_taken(run))
+    saved, saved_data = read_record(run) if start_from else (None, None)
 
     # --- data, and what follows from it
     real = bool(given.dataset or given.base_dataset)
     config = resolve_sizes(given, saved or (REAL if real else PLANTED))
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     source = open_source(given, config)
-    endless = source.train_rows is None
-    stop = given.num_tokens or (config.num_tokens if endless else (given.epochs or 1) * source.train_rows)  # tokens
+    stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
     config.val_tokens = source.val_rows
     config.k_aux = config.k_aux or source.d_model // 2
@@ -61,17 +64,22 @@ def main(given: TrainConfig) -> int:
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0
     steps = math.ceil(stop / config.batch_size)
-    dead_after = min(DEAD_AFTER_AT_MOST, int(config.dead_window * stop))  # tokens
+    dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if config.variant == "batch_topk" and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
+    if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
+        raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     require_room(config, source, run)
+    data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
+    data["stored_scale"] = source.stored_scale.tolist()
     if saved:
-        refuse_changes(config, saved)
+        refuse_changes(config, saved, data, saved_data)
     else:
-        make_folder(run)
-        record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config)}
+        run = make_folder(run, given)
+        record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
         record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
-        checkpoint.write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
+        checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
+    locked = checkpoint.lock(run)
 
     # --- model, optimizer, schedule
     torch.manual_seed(config.seed)
@@ -97,13 +105,16 @@ def main(given: TrainConfig) -> int:
 
     if start_from:
         tensors, state = checkpoint.load(start_from)
-        crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
-        checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
-        checkpoint.restore_random_states(tensors)
-        tokens_since_fired.copy_(tensors["tokens_since_fired"])
-        scheduler.load_state_dict(state["scheduler"])
-        step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
-        seconds, wandb_id = state["seconds"], state["wandb_id"]
+        try:
+            crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+            checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
+            checkpoint.restore_random_states(tensors)
+            tokens_since_fired.copy_(tensors["tokens_since_fired"])
+            scheduler.load_state_dict(state["scheduler"])
+            step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
+            seconds, wandb_id = state["seconds"], state["wandb_id"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
             group["lr"] = config.lr * schedule(step)
     checkpoint.cut_metrics(run, step)
@@ -131,7 +142,7 @@ def main(given: TrainConfig) -> int:
             out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead)
             out.loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
-            lr = scheduler.get_last_lr()[0]
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
@@ -166,7 +177,8 @@ def main(given: TrainConfig) -> int:
     bar.close()
     seconds += time.perf_counter() - started
     if signals:
-        print(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with: python train.py --resume {run}")
+        print(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with:")
+        print(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
         return 128 + signals[0]
 
@@ -178,15 +190,16 @@ def main(given: TrainConfig) -> int:
     crosscoder.save_pretrained(run / "crosscoder")
     dead = tokens_since_fired >= dead_after
     summary = {name.removeprefix("val_"): value for name, value in final.items()}
-    summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(step)}
+    summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
     summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
     summary["latents"] = latents.count_classes(crosscoder.decoder_norms(), dead)
     if isinstance(source, PlantedConcepts):
         summary["planted"] = source.score(crosscoder.W_dec, dead)
-    checkpoint.write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     print_summary(summary, config, run)
+    locked.close()
     return 0
 
 
@@ -222,8 +235,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     try:
         device = torch.device("cpu" if config.device == "auto" else config.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device}: not usable here ({reason}); try --device auto") from None
 
@@ -255,15 +268,41 @@ def run_name(given: TrainConfig) -> str:
     return given.run_name or f"{given.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def make_folder(run: Path) -> None:
+def name_is_taken(run: Path) -> str:
+    return f"--run-name: {run} exists; choose another name, or go on with --resume {shlex.quote(str(run))}"
+
+
+def make_folder(run: Path, given: TrainConfig) -> Path:
+    """The new folder of a fresh run. A name made from the time gets a number if another run has just taken it."""
+    for number in itertools.count(2):
+        try:
+            run.mkdir(parents=True, exist_ok=given.resume == "auto")
+            return run
+        except FileExistsError:
+            if given.run_name is not None:
+                raise ValueError(name_is_taken(run)) from None
+            run = run.with_name(f"{run_name(given)}-{number}")
+        except OSError as error:
+            raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose one you can write to") from None
+
+
+def read_record(run: Path) -> tuple[dict, dict]:
+    """The resolved flags and the facts of the data that a run began with."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose a folder you can write to") from None
+        record = json.loads((run / "config.json").read_text())
+        return record["resolved"], record["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {run / 'config.json'} is missing or broken ({error!r}); the run cannot go on") from None
 
 
-def refuse_changes(config: TrainConfig, saved: dict) -> None:
-    """ValueError if a resumed run would go on under another recipe than it began with."""
+def refuse_changes(config: TrainConfig, saved: dict, data: dict, saved_data: dict) -> None:
+    """ValueError if a resumed run would go on under another recipe, or on other data, than it began with."""
+    for name, value in data.items():
+        if value != saved_data.get(name):
+            raise ValueError(
+                f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
+                "another order; resume on the same dataset, or start a new run with --config"
+            )
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE_ON_RESUME and name in saved and value != saved[name]:
             raise ValueError(
@@ -295,6 +334,8 @@ def print_plan(config: TrainConfig, source, run: Path, start_from: Path | None, 
     print(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
     print(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
     print(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
+    if config.variant == "vanilla" and config.k != (PLANTED if what == "planted concepts" else REAL)["k"]:
+        print("note     --k belongs to --variant batch_topk and does nothing here")
     if start_from:
         print(f"resumed  {start_from}")
 
@@ -393,7 +434,7 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
 def log(run: Path, tracker, step: int, metrics: dict[str, float]):
     """Append a line to metrics.jsonl and tell wandb. Returns the tracker, None once it has failed."""
     with open(run / "metrics.jsonl", "a") as lines:
-        lines.write(json.dumps({"step": step} | metrics) + "\n")
+        lines.write(checkpoint.as_json({"step": step} | metrics))
     if tracker is not None:
         try:
             tracker.log(metrics, step=step)
@@ -413,7 +454,10 @@ def show(bar: tqdm, metrics: dict[str, float]) -> None:
 
 def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
     """The wandb run (None when disabled or not to be had) and its id, which a resumed run keeps."""
-    if config.wandb == "disabled":
+    mode = config.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "auto")  # wandb's own switch
+    if mode == "disabled":
         return None, run_id
     import wandb
 
@@ -424,14 +468,17 @@ def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
             settings=wandb.Settings(silent=True, init_timeout=30),
         )  # fmt: skip
 
+    why = "as asked"
     try:
-        mode = config.wandb
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
+            mode, why = ("online", "") if wandb.login(prompt=False) else ("offline", "no key found")
         tracker = init(mode)
-        why = "no key found" if config.wandb == "auto" else "as asked"
     except wandb.errors.Error as error:
-        mode, tracker, why = "offline", init("offline"), str(error).splitlines()[0]
+        mode, why = "offline", str(error).splitlines()[0]
+        try:
+            tracker = init(mode)
+        except wandb.errors.Error:
+            raise ValueError(f"wandb refuses to start ({why}); check --wandb-project and --wandb-entity") from None
     print("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
     return tracker, tracker.id
 
@@ -467,3 +514,5 @@ if __name__ == "__main__":
         sys.exit(main(CONFIG))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:  # before the loop, or a second time
+        sys.exit(130)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Array2D, Dataset, DatasetDict, Features, List, Value
 
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 
@@ -83,6 +83,13 @@ def test_every_row_comes_once_an_epoch_in_both_models(tmp_path, rows, shuffled):
         assert not torch.equal(seen[:rows], seen[rows:])  # another order
     assert [len(b) for b, _ in got] == [256] * (2 * rows // 256) + ([2 * rows % 256] if 2 * rows % 256 else [])
     assert got[-1][1] == 2 * rows
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_each_epoch_has_an_order_of_its_own(tmp_path, shuffled):
+    source = singles(tmp_path, 20_010, val_tokens=10)
+    source.shuffled = shuffled
+    assert not np.array_equal(source.order(0, 1024), source.order(20_000, 1024))
 
 
 def test_unshuffled_rows_are_mixed_over_the_whole_dataset(tmp_path):
@@ -180,6 +187,15 @@ def test_pairs_with_a_non_finite_value_are_left_out_of_both_models_and_counted(t
     assert list(batches(source, 100, 4500, CPU))[-1].dropped == 2
 
 
+def test_the_last_batch_is_known_although_only_dropped_rows_follow(tmp_path):
+    x = numbered(1100)
+    clean = open_single(*[write(tmp_path / name, x) for name in "bf"], (None, None), 100, 0, seed=0)
+    x[clean.order(999, 1)] = np.nan  # the row that comes last
+    source = open_single(*[write(tmp_path / (name + "nan"), x) for name in "bf"], (None, None), 100, 0, seed=0)
+    got = [(len(b.x), b.position, b.dropped) for b in batches(source, 111, 1000, CPU)]
+    assert [size for size, _, _ in got] == [111] * 9 and got[-1] == (111, 1000, 1)
+
+
 def test_too_many_non_finite_pairs_stop_the_run(tmp_path):
     x = numbered(5000)
     x[::500] = np.nan
@@ -243,6 +259,11 @@ def test_bad_datasets_are_refused(tmp_path, monkeypatch):
     Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).save_to_disk(str(tmp_path / "text"))
     assert "no column holds lists of floats" in refusal(tmp_path, tmp_path / "text")
     Dataset.from_dict({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}).save_to_disk(str(tmp_path / "two"))
+    shape = Features({"a": Array2D((2, 2), "float32")})
+    Dataset.from_dict({"a": [np.ones((2, 2))]}, features=shape).save_to_disk(str(tmp_path / "array"))
+    assert "no column holds lists of floats" in refusal(tmp_path, tmp_path / "array")
+    Dataset.from_dict({"a": [[], []]}, features=Features({"a": List(Value("float32"))})).save_to_disk(str(tmp_path / "zero"))
+    assert "holds empty lists" in refusal(tmp_path, tmp_path / "zero")
     assert "several columns hold float lists (a, b); choose one with --base-column" in refusal(tmp_path, tmp_path / "two")
     Dataset.from_dict({"a": [[1.0, 2.0], [1.0, 2.0], [1.0]]}).save_to_disk(str(tmp_path / "ragged"))
     assert "row 2 has 1 values, the first row 2" in refusal(tmp_path, tmp_path / "ragged")
@@ -274,6 +295,29 @@ def test_broken_pairs_are_refused(tmp_path):
     assert "the collection is unfinished" in message(tmp_path / "p")
     (tmp_path / "p" / "pair.json").write_text("{")
     assert "pair.json is missing or broken" in message(tmp_path / "p")
+
+
+def test_half_of_a_pair_is_not_a_single_dataset(tmp_path):
+    for model in ("base", "ft"):
+        write(tmp_path / "p" / model, numbered(100))
+    (tmp_path / "p" / "pair.json").write_text(json.dumps({"stored_scale": [1.0, 2.0]}))
+    assert "belongs to the paired dataset" in refusal(tmp_path, tmp_path / "p")
+    assert "use --dataset" in refusal(tmp_path, tmp_path / "p" / "base", tmp_path / "p" / "ft")
+
+
+@pytest.mark.parametrize("scale", ["[1, 2, 3]", "[null, 1]", "[0, 1]", "[1]", "3"])
+def test_impossible_scales_of_a_pair_are_refused(tmp_path, scale):
+    for model in ("base", "ft"):
+        write(tmp_path / model, numbered(100))
+    (tmp_path / "pair.json").write_text(f'{{"stored_scale": {scale}}}')
+    with pytest.raises(ValueError, match="pair.json is missing or broken"):
+        open_pair(str(tmp_path), (None, None), 10, 0, seed=0)
+
+
+def test_token_columns_of_another_integer_type_still_agree(tmp_path):
+    paths = [write(tmp_path / name, numbered(100), token=np.arange(100)) for name in ("b", "f")]
+    Dataset.load_from_disk(paths[1]).cast_column("token", Value("int64")).save_to_disk(str(tmp_path / "wide"))
+    assert open_single(paths[0], str(tmp_path / "wide"), (None, None), 10, 0, seed=0).train_rows == 90
 
 
 def test_identical_rows_are_refused(tmp_path):

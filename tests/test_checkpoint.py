@@ -62,6 +62,22 @@ def test_only_the_newest_are_kept_and_later_steps_of_another_past_go(tmp_path):
     assert checkpoint.load(checkpoint.find(tmp_path))[0]["W_enc"][0, 0, 0] == 2.0
 
 
+def test_a_users_own_copies_are_left_alone(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
+    copy, archive = folder.with_name("step_00000001_mine"), folder.with_name("step_00000001.tar")
+    copy.mkdir()
+    archive.write_bytes(b"")
+    assert checkpoint.complete(tmp_path) == [folder]
+    checkpoint.save(tmp_path, 2, tensors(), {}, keep=1)
+    assert copy.exists() and archive.exists() and not folder.exists()
+
+
+def test_a_checkpoint_can_be_named_from_inside_its_folder(tmp_path, monkeypatch):
+    folder = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
+    monkeypatch.chdir(folder)
+    assert checkpoint.find(Path(".")) == folder and checkpoint.find(Path("../..")) == folder
+
+
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
     checkpoint.save(tmp_path, 1, tensors(), {}, keep=2)
     (tmp_path / "checkpoints" / ".step_00000002.partial").mkdir()
@@ -112,10 +128,16 @@ except OSError as error:
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     lines = [json.dumps({"step": s, "loss": 0.1}) for s in (1, 5, 10)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 11, "lo')
+    end_of_a_shorter_run = '\n{"step": 5, "val_loss": 0.2}\n{}\n[]\n'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + end_of_a_shorter_run + '{"step": 11, "lo')
     checkpoint.cut_metrics(tmp_path, 5)
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_numbers_that_json_lacks_become_null():
+    values = {"a": float("nan"), "b": {"c": -float("inf"), "d": 1.5, "e": "x"}}
+    assert json.loads(checkpoint.as_json(values)) == {"a": None, "b": {"c": None, "d": 1.5, "e": "x"}}
 
 
 def test_optimizer_and_random_states_round_trip(tmp_path):

@@ -80,6 +80,38 @@ def test_schedules(tmp_path):
     np.testing.assert_allclose(l1[20:], 2)
 
 
+SHORT = [*QUICK, "--num-tokens", 1280]
+SHORT_SPARSE = [*QUICK, "--d-hidden", 256, "--num-tokens", 6400, "--variant", "batch_topk", "--k", 2, "--dead-window", 0.1]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("baseline"), "a", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def sparse_baseline(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("sparse"), "a", *SHORT_SPARSE)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *["--lr 0.005", "--beta1 0.5", "--beta2 0.9", "--grad-clip 0.1", "--l1-coeff 3", "--l1-warmup 0.9", "--lr-warmup 0.9"],
+        *["--lr-decay 0.9", "--dec-init-norm 0.2", "--no-center", "--compute-dtype bfloat16"],
+    ],
+)
+def test_each_knob_moves_the_weights(tmp_path, baseline, flag):
+    run = train(tmp_path, "a", *SHORT, *flag.split())
+    assert not torch.equal(weights(run)["W_dec"], weights(baseline)["W_dec"])
+
+
+@pytest.mark.parametrize("flag", ["--k 3", "--k-aux 1", "--aux-coeff 0", "--dead-window 0.5"])
+def test_each_knob_of_batch_topk_moves_the_weights(tmp_path, sparse_baseline, flag):
+    run = train(tmp_path, "a", *SHORT_SPARSE, *flag.split())
+    assert not torch.equal(weights(run)["W_dec"], weights(sparse_baseline)["W_dec"])
+
+
 def test_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
     a, b, c = (train(tmp_path, n, *SMALL, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert_same_weights(a, b)
@@ -247,9 +279,87 @@ def test_ctrl_c_and_sigterm_save_and_leave(tmp_path, number):
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors
-    assert f"--resume {run}" in printed and len(checkpoint.complete(run)) == 1
+    assert f"python train.py --resume {run}" in printed and len(checkpoint.complete(run)) == 1
     train(tmp_path, "stopped", "--resume", run)
     assert_same_weights(straight, run)
+
+
+def test_a_signal_during_validation_is_saved_too(tmp_path):
+    flags = [
+        *QUICK,
+        "--num-tokens",
+        32_000,
+        "--save-every",
+        10_000,
+        "--val-every",
+        30,
+        "--val-tokens",
+        100_000,
+        "--log-every",
+        29,
+    ]
+    process = start(tmp_path, "a", *flags)
+    wait_for_step(process, tmp_path / "a", 29)
+    time.sleep(0.3)  # the next step validates on 1,563 batches
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(checkpoint.complete(tmp_path / "a")) == 1 and "saved at step" in printed
+
+
+def test_two_runs_of_one_name_at_once(tmp_path):
+    processes = [start(tmp_path, "same", *SMALL, "--seed", seed) for seed in (0, 1)]
+    outcomes = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    assert sorted(code for _, code in outcomes) == [0, 1]
+    (refused,) = (errors for errors, code in outcomes if code)
+    assert "same exists; choose another name" in refused and "Traceback" not in refused
+
+
+def test_a_run_that_another_process_writes_is_refused(tmp_path):
+    run = train(tmp_path, "a", *SMALL)
+    with checkpoint.lock(run):
+        result = run_script("train.py", "--resume", run, "--num-tokens", 9600)
+    assert "another process is writing" in one_line_error(result, "train.py")
+
+
+def test_resume_refuses_another_dataset_and_finds_a_moved_one(tmp_path):
+    def write(folder, rows):
+        for name in ("b", "f"):
+            x = np.random.default_rng(0).normal(size=(rows, 8)).astype("float32")
+            Dataset.from_dict({"x": x.tolist()}).save_to_disk(str(folder / name))
+        return ["--base-dataset", folder / "b", "--ft-dataset", folder / "f"]
+
+    run = train(tmp_path, "a", *QUICK, "--val-tokens", 100, "--epochs", 2, *write(tmp_path / "data", 1000))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = ["--base-dataset", tmp_path / "moved" / "b", "--ft-dataset", tmp_path / "moved" / "f"]
+    train(tmp_path, "a", "--resume", run, *moved, "--epochs", 3)
+    assert len([m for m in metrics(run) if "loss" not in m]) == 1  # one end, although the run ended twice
+    result = run_script("train.py", "--resume", run, *write(tmp_path / "data", 900))
+    assert "the data has train_rows 800 and had 900 when the run began" in one_line_error(result, "train.py")
+
+
+def test_resume_from_another_folder_with_relative_paths(pair, tmp_path):
+    (tmp_path / "pair").symlink_to(pair)
+    flags = ["--dataset", "pair", *QUICK, "--num-tokens", 1000, "--output-dir", "runs", "--run-name", "a"]
+    run_script("train.py", *flags, cwd=tmp_path, check=True)
+    (tmp_path / "elsewhere").mkdir()
+    run_script("train.py", "--resume", "../runs/a", "--num-tokens", "2000", cwd=tmp_path / "elsewhere", check=True)
+    assert metrics(tmp_path / "runs" / "a")[-1]["step"] == 32
+
+
+def test_home_folder_is_understood(tmp_path):
+    env = os.environ | {"HOME": str(tmp_path)}
+    run_script("train.py", "--output-dir=~/runs", "--run-name", "a", *SMALL, env=env, cwd=tmp_path, check=True)
+    run_script("train.py", "--resume=~/runs/a", env=env, cwd=tmp_path, check=True)
+    assert (tmp_path / "runs" / "a" / "summary.json").exists() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(("file", "content"), [("config.json", "{}"), ("checkpoints/step_00000100/state.json", "{}")])
+def test_a_damaged_run_is_refused(tmp_path, file, content):
+    run = train(tmp_path, "a", *SMALL)
+    (run / file).write_text(content)
+    message = one_line_error(run_script("train.py", "--resume", run), "train.py")
+    assert "broken" in message or "incomplete" in message
 
 
 def test_a_run_ends_with_a_checkpoint_of_its_last_step_even_in_the_middle_of_a_batch(pair, tmp_path):
@@ -334,6 +444,30 @@ def test_full_disk_ends_the_run_with_a_sentence(tmp_path):
     assert "could not be written" in one_line_error(result, "train.py")
 
 
+def test_held_out_rows_without_a_number_are_refused(tmp_path):
+    x = np.random.default_rng(0).normal(size=(1000, 8)).astype("float32")
+    x[900:] = np.nan
+    for name in ("b", "f"):
+        Dataset.from_dict({"x": x.tolist()}).save_to_disk(str(tmp_path / name))
+    data = ["--base-dataset", tmp_path / "b", "--ft-dataset", tmp_path / "f"]
+    result = run_script("train.py", "--output-dir", tmp_path / "runs", *data, *QUICK, "--val-tokens", 100)
+    assert "every held-out row holds NaN" in one_line_error(result, "train.py")
+
+
+def test_a_collection_without_held_out_sequences_holds_out_its_last_rows(tiny, tmp_path):
+    flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--text", tiny["code"]]
+    flags += ["--num-tokens", 1000, "--val-tokens", 0, "--seq-len", 128, "--output", tmp_path / "pair"]
+    run_script("collect.py", *flags, check=True)
+    run = train(tmp_path, "a", "--wandb", "disabled", "--dataset", tmp_path / "pair", "--d-hidden", 64, "--batch-size", 64)
+    assert json.loads((run / "config.json").read_text())["data"]["train_rows"] == 900
+
+
+def test_a_run_of_a_single_row(tmp_path):
+    run = train(tmp_path, "a", *SMALL, "--num-tokens", 1, "--variant", "batch_topk")
+    assert [m["step"] for m in metrics(run)] == [1, 1]
+    assert metrics(run)[0]["explained_variance"] is None  # one row has no variance; null, which JSON knows
+
+
 def test_too_little_room_is_refused_before_the_start(tmp_path):
     result = run_script("train.py", "--output-dir", tmp_path, *SMALL, "--keep-checkpoints", 10**9)
     message = one_line_error(result, "train.py")
@@ -355,8 +489,9 @@ BAD = [
     (["--beta2", "1.0"], "--beta2 1.0: must lie between"),
     (["--variant", "batch_topk", "--k", "5000"], "--k 5000: must be at most --d-hidden"),
     (["--device", "quantum"], "--device quantum: not usable here"),
+    (["--device", "meta"], "--device meta: not usable here"),
     (["--resume", "auto"], "--resume auto needs --run-name"),
-    (["--resume", "nowhere"], "--resume nowhere: no such run"),
+    (["--resume", "nowhere"], "nowhere: no such run or checkpoint"),
     (["--base-column", "x"], "--base-column and --ft-column need"),
 ]
 
