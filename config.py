@@ -25,7 +25,7 @@ REAL = dict(
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(
-    d_hidden=1024, k=8, batch_size=1024, lr=2e-3, l1_coeff=1.0, num_tokens=1_500_000,
+    d_hidden=1024, k=8, batch_size=1024, lr=5e-3, l1_coeff=1.0, num_tokens=1_500_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
 # Norm of each decoder row per model at the start. Small keeps the L1 penalty from killing latents before they have learnt

@@ -66,7 +66,7 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     )
     assert printed in result.stdout
     config = json.loads((run / "config.json").read_text())
-    assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None and config["resolved"]["lr"] == 2e-3
+    assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None and config["resolved"]["lr"] == 5e-3
 
 
 def test_schedules(tmp_path):
@@ -97,7 +97,7 @@ def sparse_baseline(tmp_path_factory):
 @pytest.mark.parametrize(
     "flag",
     [
-        *["--lr 0.005", "--beta1 0.5", "--beta2 0.9", "--grad-clip 0.1", "--l1-coeff 3", "--l1-warmup 0.9", "--lr-warmup 0.9"],
+        *["--lr 0.001", "--beta1 0.5", "--beta2 0.9", "--grad-clip 0.1", "--l1-coeff 3", "--l1-warmup 0.9", "--lr-warmup 0.9"],
         *["--lr-decay 0.9", "--dec-init-norm 0.2", "--no-center", "--compute-dtype bfloat16"],
     ],
 )
@@ -390,7 +390,7 @@ def test_resume_auto_starts_fresh_when_there_is_nothing(tmp_path):
 def test_resumed_run_refuses_another_recipe(tmp_path):
     run = train(tmp_path, "a", *SMALL)
     result = run_script("train.py", "--resume", run, "--lr", "0.5")
-    assert "--lr is 0.5 and was 0.002 when the run began" in one_line_error(result, "train.py")
+    assert "--lr is 0.5 and was 0.005 when the run began" in one_line_error(result, "train.py")
 
 
 def test_wandb_run_keeps_its_id(tmp_path):
