@@ -135,6 +135,7 @@ class PlantedConcepts:
             recall_X: share of the concepts of kind X that some live latent points at (cosine above 0.83, for a shared
             concept in both models at once). class_ok_X: share of those recovered whose best latent's class is X.
             false_exclusive: share of the live base-only and ft-only latents that point at no concept of that kind.
+            NaN where a world has no concept of a kind.
         """
         W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
         kind_of = latents.classify(W_dec.norm(dim=-1)) if kind_of is None else kind_of.cpu()  # [d_hidden]
@@ -153,7 +154,8 @@ class PlantedConcepts:
             recovered = found & (self.kind == kind)
             result[f"class_ok_{name}"] = class_ok[recovered].float().mean().item() if recovered.any() else 0.0
         exclusive = ~dead & (kind_of != SHARED)
-        points_at = torch.stack([fit[self.kind == kind].amax(0) for kind in range(3)])  # [3, d_hidden]
+        none = torch.full_like(fit[:1], -1)  # where a world has no concept of a kind
+        points_at = torch.stack([torch.cat([fit[self.kind == kind], none]).amax(0) for kind in range(3)])  # [3, d_hidden]
         right = points_at.gather(0, kind_of[None])[0] > RECOVERED
         result["false_exclusive"] = (~right[exclusive]).float().mean().item() if exclusive.any() else 0.0
         return result

@@ -79,13 +79,13 @@ def write_world(folder: Path, world: PlantedConcepts, tokens: int) -> None:
     partial.rename(folder)
 
 
-def run(name: str, recipe: str, seed: int, lr: str | None) -> dict:
-    """Train one recipe on one world and score it."""
-    planted, tokens, d_hidden, dials = WORLDS[name]
+def run(name: str, recipe: str, seed: int, lr: str | None, tokens: int) -> dict:
+    """Train one recipe on one world for so many tokens and score it."""
+    planted, _, d_hidden, dials = WORLDS[name]
     world = PlantedConcepts(seed, **planted)
-    data = ROOT / "runs" / "worlds" / f"{name}-{seed}"
+    data = ROOT / "runs" / "worlds" / f"{name}-{seed}-{tokens}"
     write_world(data, world, tokens)
-    out = ROOT / "runs" / "recipes" / f"{name} {recipe} {lr} {seed}".replace(", ", "-").replace(" ", "_")
+    out = ROOT / "runs" / "recipes" / f"{name} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name]
     command += ["--base-dataset", str(data / "base.arrow"), "--ft-dataset", str(data / "ft.arrow"), "--seed", str(seed)]
@@ -147,18 +147,29 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")
     parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "recipes.csv")
     args = parser.parse_args()
-    wanted = [(w, r, s, lr) for w in args.worlds for s in args.seeds for r in args.recipes for lr in args.lrs]
+    wanted = [
+        (world, recipe, seed, lr, args.num_tokens or WORLDS[world][1])
+        for world in args.worlds
+        for seed in args.seeds
+        for recipe in args.recipes
+        for lr in args.lrs
+    ]
+
+    def key(row: dict) -> tuple:
+        return row["world"], row["recipe"], int(row["seed"]), row["lr"] or None, int(row["tokens"])
+
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     if not args.csv.exists():
         args.csv.write_text(",".join(COLUMNS) + "\n")
-    done = {(r["world"], r["recipe"], int(r["seed"]), r["lr"] or None) for r in csv.DictReader(args.csv.open())}
-    for key in tqdm([key for key in wanted if key not in done], unit="run"):
+    done = {key(row) for row in csv.DictReader(args.csv.open())}
+    for missing in tqdm([one for one in wanted if one not in done], unit="run"):
+        result = run(*missing)
         with args.csv.open("a") as file:
-            csv.DictWriter(file, COLUMNS).writerow(run(*key))
-    rows = list(csv.DictReader(args.csv.open()))
-    table([r for r in rows if (r["world"], r["recipe"], int(r["seed"]), r["lr"] or None) in wanted])
+            csv.DictWriter(file, COLUMNS).writerow(result)
+    table([row for row in csv.DictReader(args.csv.open()) if key(row) in wanted])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,22 @@ def test_scores_fall_for_what_is_missing_wrong_or_dead(world):
     assert score["class_ok_shared"] == 0 and score["false_exclusive"] == pytest.approx(462 / 512)
 
 
+def test_worlds_of_every_kind():
+    null = PlantedConcepts(seed=0, n_concepts=128, null=True)
+    assert (null.kind == SHARED).all() and torch.equal(null.directions[:, 0], null.directions[:, 1])
+    one_sided = torch.randn(4, 2, 128)
+    one_sided[:, 0] = 0
+    assert null.score(one_sided, torch.zeros(4, dtype=torch.bool))["false_exclusive"] == 1
+    hard = PlantedConcepts(seed=0, n_concepts=1024, hard=True)
+    codes = torch.cat([hard._hard_codes(torch.Generator().manual_seed(s)) for s in range(20)])
+    torch.testing.assert_close((codes > 0).float().mean(0), hard.rate, atol=0.006, rtol=0.1)
+    exclusive = hard.rate[hard.kind != SHARED]
+    assert exclusive.min() >= 0.0005 and exclusive.max() <= 0.01
+    offset = PlantedConcepts(seed=0, n_concepts=128, offset=True)
+    x = take(offset, "train", np.arange(4096))
+    assert (x.mean(1).norm(dim=-1) > 5 * (x - x.mean(1, keepdim=True)).norm(dim=-1).mean(1)).all()
+
+
 def test_a_random_dictionary_finds_nothing(world):
     score = world.score(
         torch.randn(2048, 2, 128, generator=torch.Generator().manual_seed(0)), torch.zeros(2048, dtype=torch.bool)
