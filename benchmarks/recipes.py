@@ -30,6 +30,7 @@ import latents
 from activations import open_single, validation_batches
 from crosscoder import CrossCoder
 from planted import BLOCK, PlantedConcepts
+from train import DEAD_AFTER_AT_MOST
 
 HELD_OUT = 32_768  # rows
 EASY = dict(n_concepts=1024)
@@ -102,7 +103,7 @@ def score(out: Path, world: PlantedConcepts, data: Path) -> dict:
     summary = json.loads((out / "summary.json").read_text())
     resolved = json.loads((out / "config.json").read_text())["resolved"]
     tokens_since_fired = checkpoint.load(checkpoint.find(out))[0]["tokens_since_fired"]
-    dead = tokens_since_fired >= int(resolved["dead_window"] * resolved["num_tokens"])
+    dead = tokens_since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * resolved["num_tokens"]))
     source = open_single(str(data / "base.arrow"), str(data / "ft.arrow"), (None, None), HELD_OUT, 0, seed=0)
     W_dec, sums = crosscoder.W_dec.detach(), [None, None]
     with torch.no_grad():
