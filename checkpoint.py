@@ -113,10 +113,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    state = {
-        i: {key: tensors[f"{name}.adam_{key}"] for key in ("exp_avg", "exp_avg_sq")} | {"step": tensors[f"adam_step.{name}"]}
-        for i, name in enumerate(names)
-    }
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        # In the parameter's memory layout, as fused Adam walks through both in parallel.
+        moments = {key: torch.empty_like(parameter).copy_(tensors[f"{name}.adam_{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+        state[i] = moments | {"step": tensors[f"adam_step.{name}"]}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -36,7 +36,8 @@ class Losses(NamedTuple):
     l2_loss: Tensor
     l1_loss: Tensor
     aux_loss: Tensor
-    f: Tensor  # [batch, d_hidden] kept codes
+    l0_loss: Tensor  # active latents per token
+    fired: Tensor  # [d_hidden] bool, active at some token
     x_hat: Tensor  # [batch, n_models, d_model] normalised reconstruction
 
 
@@ -86,7 +87,7 @@ class CrossCoder(nn.Module):
         rows = dec_init_norm * directions / directions.norm(dim=-1, keepdim=True)
         W_dec = rows[:, None, :].repeat(1, n_models, 1)  # [d_hidden, n_models, d_model]
         self.W_dec = nn.Parameter(W_dec)
-        self.W_enc = nn.Parameter(W_dec.permute(1, 2, 0).contiguous())
+        self.W_enc = nn.Parameter(W_dec.clone().permute(1, 2, 0))  # a latent's weights lie together in memory, as in W_dec
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.register_buffer("mean", torch.zeros(n_models, d_model))
@@ -139,8 +140,8 @@ class CrossCoder(nn.Module):
     def folded(self) -> bool:
         return self.threshold.ndim == 1
 
-    def _pre(self, x_n: Tensor) -> Tensor:
-        return sparse.encode(x_n, self.W_enc, self.compute_dtype) + self.b_enc
+    def _pre(self, x_n: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
+        return sparse.encode(x_n, self.W_enc[:, :, latents], self.compute_dtype) + self.b_enc[latents]
 
     # --- training: normalised activations in
 
@@ -158,34 +159,52 @@ class CrossCoder(nn.Module):
         """
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
-        pre = self._pre(x_n)  # [batch, d_hidden]
-        f = pre.relu()
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
-        if self.variant == "batch_topk":
-            score = (f * norm_sum).detach()
-            kept = sparse.keep_largest(score, self.k * len(f))
-            f = f * kept
-            self._follow_threshold(score, kept)
-        x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+        count = self.k * len(x_n) if self.variant == "batch_topk" else None
+        codes = None
+        if x_n.device.type == "cpu":
+            codes = sparse.active_codes(x_n, self.W_enc, self.b_enc, self.compute_dtype, norm_sum.detach(), count)
+        if codes is not None:
+            values, active = codes  # [active]
+            weighted = values * norm_sum[active.latents]
+            l1_loss = weighted.sum() / len(x_n)
+            smallest = weighted.detach().amin() if len(values) else torch.tensor(torch.inf)
+            fired = torch.zeros_like(norm_sum, dtype=torch.bool).index_fill_(0, active.latents, True)
+            l0_loss = torch.tensor(len(values) / len(x_n))
+            x_hat = sparse.decode_active(values, active, self.W_dec) + self.b_dec
+        else:
+            f = self._pre(x_n).relu()  # [batch, d_hidden]
+            if count is not None:
+                score = (f * norm_sum).detach()
+                kept = sparse.keep_largest(score, count)
+                f = f * kept
+                smallest = torch.where(kept, score, torch.inf).amin()
+            l1_loss = (f.sum(0) * norm_sum).sum() / len(f)  # summed over the batch first: no second [batch, d_hidden] product
+            fired = (f > 0).any(0)
+            l0_loss = (f > 0).sum() / len(f)
+            x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+        if count is not None:
+            self._follow_threshold(smallest)
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
-        l1_loss = (f.sum(0) * norm_sum).sum() / len(f)  # summed over the batch first: no second [batch, d_hidden] product
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
         aux_loss = torch.zeros_like(l2_loss)
         if dead is not None and aux_coeff:
-            aux_loss = self._aux_loss(pre, norm_sum, error.detach(), dead)
+            aux_loss = self._aux_loss(x_n, norm_sum, error.detach(), dead)
             loss = loss + aux_coeff * aux_loss
-        return Losses(loss, l2_loss, l1_loss, aux_loss, f, x_hat)
+        return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, fired, x_hat)
 
-    def _aux_loss(self, pre: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
 
         The batch's k_aux * batch largest dead scores are used. No decoder bias and no live latent takes part, and
         winners are positive, so gradient reaches the dead latents only. 0 when no latent is dead or the residual is constant.
         """
-        a = pre.relu()
-        kept = sparse.keep_largest((a * norm_sum * dead).detach(), self.k_aux * len(a))
-        predicted = sparse.decode(a * kept, self.W_dec, self.compute_dtype)  # [batch, n_models, d_model]
+        # Only dead latents are computed; on CUDA, asking which would wait for the device, so all are, and the live are masked.
+        some = dead.nonzero()[:, 0] if dead.device.type == "cpu" else slice(None)
+        a = self._pre(x_n, some).relu() * dead[some]  # [batch, dead]
+        kept = sparse.keep_largest((a * norm_sum[some]).detach(), self.k_aux * len(a))
+        predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
         varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
@@ -194,9 +213,8 @@ class CrossCoder(nn.Module):
         return torch.where(usable, squared / torch.where(usable, variance, 1.0), 0.0)
 
     @torch.no_grad()
-    def _follow_threshold(self, score: Tensor, kept: Tensor) -> None:
-        """Smallest kept score of the batch, averaged over steps; the first batch sets it, an all-zero batch leaves it."""
-        smallest = torch.where(kept, score, torch.inf).amin()
+    def _follow_threshold(self, smallest: Tensor) -> None:
+        """Smallest kept score of the batch, averaged over steps; the first batch sets it, one without any (inf) leaves it."""
         moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 

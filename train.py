@@ -148,7 +148,7 @@ def main(given: TrainConfig) -> int:
             scheduler.step()
 
             tokens += len(x)
-            tokens_since_fired.add_(len(x)).masked_fill_((out.f > 0).any(0), 0)
+            tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
             bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
             last = position >= stop or bool(signals)
             validate = step % config.val_every == 0 and not last
@@ -372,7 +372,7 @@ def training_metrics(out: Losses, x: Tensor, dead: Tensor, threshold: Tensor, gr
         "loss": out.loss,
         "l2_loss": out.l2_loss,
         "l1_loss": out.l1_loss,
-        "l0_loss": (out.f > 0).sum() / len(x),
+        "l0_loss": out.l0_loss,
         "explained_variance": together,
         "explained_variance_A": base,
         "explained_variance_B": ft,
