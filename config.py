@@ -86,7 +86,8 @@ class TrainConfig:
     # batch_topk: active latents per token, averaged over a batch.
     k: int | None = None
 
-    # Weight of the L1 loss. None: the tuned size for vanilla and 0 for batch_topk (given with batch_topk, it is added).
+    # Weight of the L1 loss. None: the tuned size for vanilla and 0 for batch_topk. Given with batch_topk, it is added: with
+    # crowded dictionaries about half of vanilla's weight separates concepts that the selection alone leaves mixed.
     l1_coeff: float | None = None
 
     # Share of the run over which the L1 weight rises from 0: a late penalty leaves fewer dead latents.
