@@ -124,6 +124,20 @@ class PlantedConcepts:
         codes[active] = torch.exp(0.5 * torch.randn(int(active.sum()), generator=draw))
         return codes
 
+    def fit(self, W_dec: Tensor, dead: Tensor) -> Tensor:
+        """[n_concepts, d_hidden] cosine of each concept and each latent's decoder row; -1 for dead latents.
+
+        In the model that has the concept; for a shared concept the smaller of the two models' cosines.
+        """
+        W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
+        rows = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        cosine = einsum(self.directions, rows, "concept model d, latent model d -> model concept latent")
+        fit = cosine.amin(0)
+        fit[self.kind == BASE_ONLY] = cosine[0, self.kind == BASE_ONLY]
+        fit[self.kind == FT_ONLY] = cosine[1, self.kind == FT_ONLY]
+        fit[:, dead] = -1
+        return fit
+
     def score(self, W_dec: Tensor, dead: Tensor, kind_of: Tensor | None = None) -> dict[str, float]:
         """How much of the truth a dictionary found.
 
@@ -137,14 +151,11 @@ class PlantedConcepts:
             false_exclusive: share of the live base-only and ft-only latents that point at no concept of that kind.
             NaN where a world has no concept of a kind.
         """
-        W_dec, dead = W_dec.detach().float().cpu(), dead.cpu()
-        kind_of = latents.classify(W_dec.norm(dim=-1)) if kind_of is None else kind_of.cpu()  # [d_hidden]
-        rows = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        cosine = einsum(self.directions, rows, "concept model d, latent model d -> model concept latent")
-        cosine[:, :, dead] = -1
-        fit = cosine.amin(0)  # [n_concepts, d_hidden]
-        fit[self.kind == BASE_ONLY] = cosine[0, self.kind == BASE_ONLY]
-        fit[self.kind == FT_ONLY] = cosine[1, self.kind == FT_ONLY]
+        dead = dead.cpu()
+        kind_of = (
+            latents.classify(W_dec.detach().float().cpu().norm(dim=-1)) if kind_of is None else kind_of.cpu()
+        )  # [d_hidden]
+        fit = self.fit(W_dec, dead)  # [n_concepts, d_hidden]
         best, latent = fit.max(dim=1)
         found, class_ok = best > RECOVERED, kind_of[latent] == self.kind
         result = {}
