@@ -95,15 +95,16 @@ def latent_scaling(sums: ScalingSums, W_dec: Tensor, of: int) -> LatentScaling:
 NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW = 0.2, 0.5
 
 
-def classify_by_scaling(base: LatentScaling, ft: LatentScaling) -> Tensor:
+def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -> Tensor:
     """[d_hidden] index into CLASSES by latent scaling; `base` and `ft` were asked about (`of`) models 0 and 1.
 
-    Sees through decoder norms: a concept that only fires rarely keeps a base row for long, and an L1 penalty can
-    shrink away a row whose concept the other model has.
+    A latent can be exclusive only to the model with its larger row: the direction of a row near zero is arbitrary, and so
+    are its ratios. Sees through decoder norms: a concept that only fires rarely keeps a base row for long, and an L1 penalty
+    can shrink away a row whose concept the other model has. norms: [d_hidden, 2] decoder norms, base first.
     """
     exclusive = []
     for scaling, of in ((base, 0), (ft, 1)):
         nu_error, nu_reconstruction = scaling.nu(of)
-        exclusive.append((nu_error < NU_ERROR_BELOW) & (nu_reconstruction < NU_RECONSTRUCTION_BELOW))
-    only_base, only_ft = exclusive[0] & ~exclusive[1], exclusive[1] & ~exclusive[0]
-    return 1 - only_base.long() + only_ft.long()
+        low = (nu_error.abs() < NU_ERROR_BELOW) & (nu_reconstruction.abs() < NU_RECONSTRUCTION_BELOW)
+        exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
+    return 1 - exclusive[0].long() + exclusive[1].long()

@@ -175,7 +175,8 @@ def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, so
         for of in (0, 1):
             part = latents.scaling_sums(x, f, x_hat, W_dec, of)
             sums[of] = part if sums[of] is None else sums[of] + part
-    by_scaling = latents.classify_by_scaling(*(latents.latent_scaling(sums[of], W_dec, of) for of in (0, 1)))
+    scaling = (latents.latent_scaling(sums[of], W_dec, of) for of in (0, 1))
+    by_scaling = latents.classify_by_scaling(*scaling, W_dec.norm(dim=-1))
     by_norm, scaled = world.score(W_dec, dead), world.score(W_dec, dead, by_scaling)
     result = {f"right_{kind}": by_norm[f"recall_{kind}"] * by_norm[f"class_ok_{kind}"] for kind in latents.CLASSES}
     result |= {f"scaling_{kind}": scaled[f"recall_{kind}"] * scaled[f"class_ok_{kind}"] for kind in ("base_only", "ft_only")}

@@ -62,7 +62,7 @@ def test_latent_scaling_sees_what_norms_do_not():
     x += 0.01 * torch.randn(x.shape, generator=draw, dtype=torch.float64)
     base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
     assert latents.classify(W_dec.norm(dim=-1))[:3].tolist() == [2, 2, 2]
-    assert latents.classify_by_scaling(base, ft)[:3].tolist() == [2, 1, 1]
+    assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1))[:3].tolist() == [2, 1, 1]
     nu_error, nu_reconstruction = ft.nu(1)
     assert nu_error[0] < 0.1 < 0.9 < nu_error[1] and nu_reconstruction[0] < 0.1 < 0.9 < nu_reconstruction[2]
 
@@ -70,4 +70,21 @@ def test_latent_scaling_sees_what_norms_do_not():
 def test_a_latent_that_never_fires_is_not_exclusive():
     x, f, W_dec = torch.randn(10, 2, 3), torch.zeros(10, 1), torch.randn(1, 2, 3)
     base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
-    assert ft.error.isnan().all() and latents.classify_by_scaling(base, ft).tolist() == [1]
+    assert ft.error.isnan().all() and latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [1]
+
+
+def test_the_direction_of_a_vanished_row_does_not_decide():
+    """Base rows near zero point anywhere: asked about base, these two latents of the fine-tuned model look base-only."""
+    draw = torch.Generator().manual_seed(0)
+    f = torch.rand(2000, 2, generator=draw) * (torch.rand(2000, 2, generator=draw) < 0.2)
+    W_dec = torch.zeros(2, 2, 4)
+    W_dec[:, 1, :2] = torch.eye(2)
+    W_dec[0, 0, 2] = 1e-6
+    W_dec[1, 0, 3] = 1e-6
+    x_hat = torch.einsum("bj,jmd->bmd", f, W_dec)
+    x = x_hat.clone()
+    x[:, 0, 2:] += 0.1 * f  # a little error in base, by chance along those rows
+    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
+    nu_error, nu_reconstruction = base.nu(0)
+    assert (nu_error.abs() < 0.2).all() and (nu_reconstruction.abs() < 0.5).all()
+    assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [2, 2]
