@@ -3,9 +3,9 @@
     python benchmarks/recipes.py --worlds easy offset null --seeds 0 1 2
     python benchmarks/recipes.py --worlds hard --recipes "ours, vanilla" --seeds 0
 
-Each world is written once as paired datasets under runs/worlds and trained on as a user would; results are appended to
-runs/recipes.csv, and a run that stands there is not repeated, so several can work side by side on different seeds. Prints a
-table, mean and spread over the seeds, and draws it as runs/recipes.png.
+Each world is written once as paired datasets under runs/recipes/worlds and trained on as a user would; results are appended
+to runs/recipes/recipes.csv, and a run that stands there is not repeated, so several can work side by side on different seeds.
+Prints a table, mean and spread over the seeds, and draws it as runs/recipes/recipes.png.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
@@ -30,22 +31,32 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint
 import latents
-from activations import batches, estimate_normalization, open_single, validation_batches
+from activations import batches, estimate_normalization, open_pair, open_single
 from crosscoder import CrossCoder
 from planted import BLOCK, RECOVERED, PlantedConcepts
-from train import DEAD_AFTER_AT_MOST, evaluate, lr_factor
+from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
 
-BATCH = 2048  # rows a step
 HELD_OUT = 32_768  # rows
-EASY = dict(n_concepts=1024)
-HARD = dict(n_concepts=2048, hard=True)
-WORLDS = {  # what is planted, training tokens, latents, and the dials of sparsity
-    "easy": (EASY, 3_000_000, 2048, {"l1": 1.0, "k": 28, "l1_topk": 0.5}),
-    "offset": (EASY | {"offset": True}, 3_000_000, 2048, {"l1": 1.0, "k": 28, "l1_topk": 0.5}),
-    "null": (EASY | {"null": True}, 3_000_000, 2048, {"l1": 1.0, "k": 28, "l1_topk": 0.5}),
-    "hard": (HARD, 6_000_000, 4096, {"l1": 1.0, "k": 40, "l1_topk": 1.0}),
-    "hard, none to spare": (HARD, 6_000_000, 2048, {"l1": 1.0, "k": 40, "l1_topk": 1.0}),
-    "paper": (dict(n_concepts=2048, d_model=256), 800_000_000, 4096, {"l1": 1.0, "k": 48, "l1_topk": 0.5}),  # for a GPU
+
+
+class World(NamedTuple):
+    planted: dict | None  # arguments of PlantedConcepts; None: the tiny Llama pair of tests/, whose truth nobody knows
+    tokens: int  # to train on
+    d_hidden: int
+    batch_size: int
+    dials: dict  # of sparsity, for our recipes; k for the published one as well
+
+
+EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
+HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.0}
+WORLDS = {
+    "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
+    "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),
+    "null": World(EASY | {"null": True}, 3_000_000, 2048, 2048, EASY_DIALS),
+    "hard": World(HARD, 6_000_000, 4096, 2048, HARD_DIALS),
+    "hard, none to spare": World(HARD, 6_000_000, 2048, 2048, HARD_DIALS),
+    "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
+    "tiny pair": World(None, 800_000, 512, 512, {"l1": 0.5, "k": 16, "l1_topk": 0.0}),
 }
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
@@ -92,25 +103,42 @@ def write_world(folder: Path, world: PlantedConcepts, tokens: int) -> None:
     partial.rename(folder)
 
 
-def run(name: str, recipe: str, seed: int, lr: str | None, tokens: int) -> dict:
-    """Train one recipe on one world for so many tokens and score it."""
-    planted, _, d_hidden, dials = WORLDS[name]
-    world = PlantedConcepts(seed, **planted)
-    data = ROOT / "runs" / "worlds" / f"{name}-{seed}-{tokens}"
-    write_world(data, world, tokens)
-    files = str(data / "base.arrow"), str(data / "ft.arrow")
-    source = open_single(*files, (None, None), HELD_OUT, 0, seed)
+def collect_tiny_pair(folder: Path) -> None:
+    """folder/data: paired activations of the two tiny models of tests/tiny_models.py, which are trained first."""
+    if not (folder / "data" / "pair.json").exists():
+        python, models = sys.executable, [str(folder / "base"), str(folder / "ft")]
+        subprocess.run([python, str(ROOT / "tests" / "tiny_models.py"), str(folder)], check=True)
+        command = [python, str(ROOT / "collect.py"), "--base-model", models[0], "--ft-model", models[1]]
+        command += ["--text", str(folder / "text" / "code.txt"), "--text", str(folder / "text" / "prose.txt")]
+        command += ["--hook", "model.layers.1.mlp", "--num-tokens", "400_000", "--seq-len", "256", "--model-dtype", "float32"]
+        subprocess.run([*command, "--output", str(folder / "data")], check=True)
+
+
+def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens: int) -> dict:
+    """Train one recipe on one world for so many tokens, in folder/worlds and folder/runs, and score it."""
+    world = WORLDS[name]
+    if world.planted is None:
+        planted, data = None, folder / "worlds" / "tiny-pair"
+        collect_tiny_pair(data)
+        flags = ["--dataset", str(data / "data")]
+        source = open_pair(str(data / "data"), (None, None), HELD_OUT, 0, seed)
+    else:
+        planted, data = PlantedConcepts(seed, **world.planted), folder / "worlds" / f"{name}-{seed}-{tokens}"
+        write_world(data, planted, tokens)
+        files = str(data / "base.arrow"), str(data / "ft.arrow")
+        flags = ["--base-dataset", files[0], "--ft-dataset", files[1]]
+        source = open_single(*files, (None, None), HELD_OUT, 0, seed)
     started = time.perf_counter()
     if recipe == UNSQUARED:
-        crosscoder, dead = train_unsquared(source, d_hidden, int(dials["k"]), float(lr or 1e-4), tokens, seed)
+        crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
     else:
-        out = ROOT / "runs" / "recipes" / f"{name} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
+        out = folder / "runs" / f"{name} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name]
-        command += ["--base-dataset", files[0], "--ft-dataset", files[1], "--seed", str(seed), "--wandb", "disabled"]
-        command += ["--d-hidden", str(d_hidden), "--val-tokens", str(HELD_OUT), "--num-tokens", str(tokens)]
-        command += ["--batch-size", str(BATCH), "--log-every", "100"]
-        command += [part.format(**dials) for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
+        command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name, *flags]
+        command += ["--seed", str(seed), "--num-tokens", str(tokens), "--val-tokens", str(HELD_OUT), "--wandb", "disabled"]
+        command += ["--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size), "--log-every", "100"]
+        command += ["--compute-dtype", "bfloat16"]
+        command += [part.format(**world.dials) for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
@@ -118,26 +146,31 @@ def run(name: str, recipe: str, seed: int, lr: str | None, tokens: int) -> dict:
         dead = since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * tokens))
     seconds = time.perf_counter() - started
     result = {"world": name, "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens, "seconds": round(seconds, 1)}
-    return result | score(crosscoder, dead, world, source)
+    measured = evaluate(crosscoder, source, world.batch_size, (1 / source.stored_scale.float())[:, None], 0.0)
+    result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
+    result |= {"dead_fraction": dead.float().mean().item()}
+    return result | (score(crosscoder, dead, planted, source) if planted else {})
 
 
-def train_unsquared(source, d_hidden: int, k: int, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
+def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
     """BatchTopK as crosscoder_learning trains it -> the crosscoder, and which latents are dead [d_hidden].
 
     The mean over rows and models of the un-squared error norm, an auxiliary loss of 1/32 for what has been silent for 10M
     tokens, decoder norm 1, b_dec from the geometric median of the first batch, Adam with a constant rate after its warm-up
     (1000 of about 100,000 steps there, so 1 % here), gradients clipped to 1. Our code does the selection.
     """
-    crosscoder = CrossCoder(source.d_model, d_hidden, 2, "batch_topk", k, source.d_model // 2, 1.0, seed)
+    k, k_aux = world.dials["k"], source.d_model // 2
+    crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", k, k_aux, 1.0, seed, torch.bfloat16)
+    unscale = (1 / source.stored_scale)[:, None]  # [2, 1] stored values -> raw activations
     mu, scale = estimate_normalization(source, center=True)
-    crosscoder.mean.copy_(mu)
-    crosscoder.scale.copy_(scale)
+    crosscoder.mean.copy_(mu * unscale)
+    crosscoder.scale.copy_(scale / unscale[:, 0])
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=lr, fused=True)
-    steps = -(-tokens // BATCH)
-    silent = torch.zeros(d_hidden, dtype=torch.int64)  # tokens since each latent fired
-    stream = batches(source, BATCH, tokens, torch.device("cpu"))
+    steps = -(-tokens // world.batch_size)
+    silent = torch.zeros(world.d_hidden, dtype=torch.int64)  # tokens since each latent fired
+    stream = batches(source, world.batch_size, tokens, torch.device("cpu"))
     for step, batch in enumerate(tqdm(stream, total=steps, desc=f"crosscoder_learning, lr {lr:g}", unit="step", mininterval=5)):
-        x = crosscoder.normalize(batch.x.float())  # [batch, 2, d_model]
+        x = crosscoder.normalize(batch.x.float() * unscale.float())  # [batch, 2, d_model]
         if step == 0:
             crosscoder.b_dec.data.copy_(geometric_median(x.flatten(1)).view(2, -1))
         for group in optimizer.param_groups:
@@ -150,8 +183,7 @@ def train_unsquared(source, d_hidden: int, k: int, lr: float, tokens: int, seed:
         optimizer.step()
         optimizer.zero_grad()
         silent.add_(len(x)).masked_fill_(out.fired, 0)
-    held_out = lambda: (crosscoder.normalize(x.float()) for x in validation_batches(source, BATCH, torch.device("cpu")))  # noqa: E731
-    crosscoder.fit_threshold(held_out)
+    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale.float()))
     return crosscoder, silent >= tokens // 10
 
 
@@ -168,8 +200,7 @@ def geometric_median(x: torch.Tensor) -> torch.Tensor:
 def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, source) -> dict:
     """The planted truth against a crosscoder: classes by decoder norm, and by latent scaling on the held-out rows."""
     W_dec, sums = crosscoder.W_dec.detach(), [None, None]
-    for stored in validation_batches(source, BATCH, torch.device("cpu")):
-        x = crosscoder.normalize(stored.float())  # [batch, 2, d_model]
+    for x in held_out(crosscoder, source, 2048, torch.ones(2, 1)):  # [batch, 2, d_model]
         f = crosscoder.encode(x, normalized=True)
         x_hat = crosscoder.decode(f, normalized=True)
         for of in (0, 1):
@@ -184,9 +215,7 @@ def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, so
     found = (world.fit(W_dec, dead).amax(1) > RECOVERED).float()  # [n_concepts]
     by_rate = found[world.rate.argsort()].chunk(4)
     result |= {name: quarter.mean().item() for name, quarter in zip(QUARTERS, by_rate, strict=True)}
-    measured = evaluate(crosscoder, source, BATCH, torch.ones(2, 1), 0.0)
-    result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
-    return result | {"dead_fraction": dead.float().mean().item()}
+    return result
 
 
 def by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -207,7 +236,7 @@ def table(rows: list[dict]) -> None:
     for (world, recipe, lr), group in by_run(rows).items():
         cells = []
         for name in names:
-            values = [float(row[name]) for row in group]
+            values = [float(row[name] or "nan") for row in group]  # nothing is planted in the tiny pair
             digits = 1 if name == "l0_loss" else 2
             cells.append(f"{mean(values):.{digits}f}" + (f" ± {pstdev(values):.{digits}f}" if len(values) > 1 else ""))
         print(f"| {world} | {recipe} | {lr} | {len(group)} | {' | '.join(cells)} |")
@@ -215,7 +244,9 @@ def table(rows: list[dict]) -> None:
 
 def draw(rows: list[dict], path: Path) -> None:
     """One line of panels a world: right class of each kind, false-exclusive share, recall by frequency; bars are the spread."""
-    worlds = list(dict.fromkeys(row["world"] for row in rows))
+    worlds = list(dict.fromkeys(row["world"] for row in rows if row["right_shared"]))
+    if not worlds:
+        return
     figure, axes = plt.subplots(len(worlds), 2, figsize=(12, 3.2 * len(worlds)), squeeze=False, layout="constrained")
     bars = {
         "right_shared": "shared",
@@ -249,10 +280,11 @@ def main() -> None:
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")
-    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "recipes.csv", help="the figure is written beside it")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "recipes", help="folder of worlds, runs and results")
     args = parser.parse_args()
+    results = args.output / "recipes.csv"
     wanted = [
-        (world, recipe, seed, lr, args.num_tokens or WORLDS[world][1])
+        (world, recipe, seed, lr, args.num_tokens or WORLDS[world].tokens)
         for world in args.worlds
         for seed in args.seeds
         for recipe in args.recipes
@@ -260,20 +292,20 @@ def main() -> None:
     ]
 
     def done() -> dict[tuple, dict]:
-        rows = csv.DictReader(args.csv.open())
+        rows = csv.DictReader(results.open())
         own = {"own": None}
         return {(r["world"], r["recipe"], int(r["seed"]), own.get(r["lr"], r["lr"]), int(r["tokens"])): r for r in rows}
 
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    if not args.csv.exists():
-        args.csv.write_text(",".join(COLUMNS) + "\n")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not results.exists():
+        results.write_text(",".join(COLUMNS) + "\n")
     for missing in tqdm([one for one in wanted if one not in done()], unit="run"):
-        result = run(*missing)
-        with args.csv.open("a") as file:
+        result = run(args.output, *missing)
+        with results.open("a") as file:
             csv.DictWriter(file, COLUMNS).writerow(result)
     rows = [row for key, row in done().items() if key in wanted]
     table(rows)
-    draw(rows, args.csv.with_suffix(".png"))
+    draw(rows, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

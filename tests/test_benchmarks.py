@@ -1,0 +1,45 @@
+"""The benchmarks run as their documentation says, on sizes of seconds. What they measure is in the README."""
+
+import csv
+
+import pytest
+import torch
+from conftest import run_script
+
+from benchmarks.recipes import geometric_median
+
+
+def test_frontier_reads_finished_runs(tmp_path):
+    small = ["--num-tokens", 6400, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "disabled"]
+    runs = tmp_path / "runs"
+    run_script("train.py", "--output-dir", runs, "--run-name", "l1", "--l1-coeff", 2, *small, check=True)
+    run_script("train.py", "--output-dir", runs, "--run-name", "k", "--variant", "batch_topk", "--k", 4, *small, check=True)
+    (runs / "unfinished").mkdir()
+    shown = run_script("benchmarks/frontier.py", runs, check=True).stdout
+    table = [line.split(" | ") for line in shown.splitlines() if line.startswith("|")][2:]
+    assert [line[:3] for line in table] == [["| batch_topk", "64", "k 4"], ["| vanilla", "64", "l1 2"]]
+    assert 3.5 < float(table[0][3]) < 4.5
+    assert "do not compare" not in shown and (runs / "frontier.png").stat().st_size > 10_000
+    run_script("train.py", "--output-dir", runs, "--run-name", "other", "--seed", 1, *small[:-4], *small[-2:], check=True)
+    assert "do not compare" in run_script("benchmarks/frontier.py", runs, check=True).stdout
+    nothing = run_script("benchmarks/frontier.py", tmp_path)
+    assert nothing.returncode == 1 and "no finished run" in nothing.stderr
+
+
+def test_recipes_scores_once_and_goes_on(tmp_path):
+    flags = ["--worlds", "null", "--num-tokens", 8192, "--seeds", 7, "--output", tmp_path]
+    first = run_script("benchmarks/recipes.py", *flags, "--recipes", "BatchTopK (crosscoder_learning)", check=True)
+    (row,) = csv.DictReader((tmp_path / "recipes.csv").open())
+    assert row["lr"] == "own" and row["tokens"] == "8192" and float(row["l0_loss"]) == pytest.approx(28, abs=0.1)
+    assert row["right_shared"] == "0.0" and row["right_base_only"] == "nan"  # four steps find nothing, and nothing is exclusive
+    assert (tmp_path / "recipes.png").stat().st_size > 10_000
+    again = run_script("benchmarks/recipes.py", *flags, "--recipes", "BatchTopK (crosscoder_learning)", check=True)
+    assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 2
+
+
+def test_geometric_median_is_not_moved_by_outliers():
+    x = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
+    x[:100] += 1000
+    assert geometric_median(x).norm() < 0.5 < 90 < x.mean(0).norm()
+    line = torch.tensor([[0.0], [1.0], [10.0]])
+    assert geometric_median(line).item() == pytest.approx(1, abs=0.01)
