@@ -20,16 +20,18 @@ import tyro
 
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
-    d_hidden=16_384, k=100, batch_size=4096, lr=1e-4, l1_coeff=2.0,
+    d_hidden=16_384, k=100, batch_size=4096, l1_coeff=2.0,
     val_tokens=131_072, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(
-    d_hidden=1024, k=8, batch_size=1024, lr=5e-3, l1_coeff=1.0, num_tokens=1_500_000,
+    d_hidden=1024, k=8, batch_size=1024, l1_coeff=1.0, num_tokens=1_500_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
 # Norm of each decoder row per model at the start. Small keeps the L1 penalty from killing latents before they have learnt
 # anything; BatchTopK has no such penalty, and rows that start small lose every selection and stay dead.
+# Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden).
+LR_FACTOR = 1.5
 DEC_INIT_NORM = {"vanilla": 0.08, "batch_topk": 1.0}
 
 
@@ -86,12 +88,20 @@ class TrainConfig:
     # batch_topk: active latents per token, averaged over a batch.
     k: int | None = None
 
+    # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from
+    # k alone, concepts that occur together share one and are never told apart.
+    k_start: float = 12.0
+
+    # Share of the run over which k falls to its final value, by equal factors.
+    k_anneal: float = 0.8
+
     # Weight of the L1 loss. None: the tuned size for vanilla and 0 for batch_topk. Given with batch_topk, it is added: with
     # crowded dictionaries about half of vanilla's weight separates concepts that the selection alone leaves mixed.
     l1_coeff: float | None = None
 
-    # Share of the run over which the L1 weight rises from 0: a late penalty leaves fewer dead latents.
-    l1_warmup: float = 0.05
+    # Share of the run over which the L1 weight rises from 0. A weak penalty tells rare concepts apart, a strong one then makes
+    # the codes sparse; strong from the start it keeps whole groups of rare concepts in one latent.
+    l1_warmup: float = 0.8
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
     # 0 turns it off; it costs nothing until a latent can be dead.
@@ -112,7 +122,7 @@ class TrainConfig:
     # Tokens per step.
     batch_size: int | None = None
 
-    # Peak learning rate of Adam.
+    # Peak learning rate of Adam. None: 1.5 / sqrt(d_model * d_hidden).
     lr: float | None = None
 
     # Share of the run over which the learning rate rises from 0.

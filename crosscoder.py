@@ -145,7 +145,9 @@ class CrossCoder(nn.Module):
 
     # --- training: normalised activations in
 
-    def losses(self, x_n: Tensor, l1_coeff: float, aux_coeff: float = 0.0, dead: Tensor | None = None) -> Losses:
+    def losses(
+        self, x_n: Tensor, l1_coeff: float, aux_coeff: float = 0.0, dead: Tensor | None = None, k: int | None = None
+    ) -> Losses:
         """Losses of a training batch of normalised activations [batch, n_models, d_model].
 
         Squared errors and L1 are sums over models, latents and d_model, and means over the batch. The L1 weight of a code
@@ -156,11 +158,12 @@ class CrossCoder(nn.Module):
             l1_coeff: weight of the L1 loss at this step.
             aux_coeff: weight of the auxiliary loss.
             dead: [d_hidden] bool, the latents the auxiliary loss may use; None leaves the auxiliary loss out.
+            k: batch_topk: active latents per token at this step; None: the final number.
         """
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
-        count = self.k * len(x_n) if self.variant == "batch_topk" else None
+        count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
         codes = None
         if x_n.device.type == "cpu":
             codes = sparse.active_codes(x_n, self.W_enc, self.b_enc, self.compute_dtype, norm_sum.detach(), count)

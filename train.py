@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import DEC_INIT_NORM, PLANTED, REAL, TrainConfig, parse, resolve_sizes
+from config import DEC_INIT_NORM, LR_FACTOR, PLANTED, REAL, TrainConfig, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -58,6 +58,7 @@ def main(given: TrainConfig) -> int:
     config.num_tokens = stop
     config.val_tokens = source.val_rows
     config.k_aux = config.k_aux or source.d_model // 2
+    config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     config.dec_init_norm = config.dec_init_norm or DEC_INIT_NORM[config.variant]
     if config.compute_dtype == "auto":
         config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
@@ -136,10 +137,11 @@ def main(given: TrainConfig) -> int:
 
             x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
             l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
+            k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
             dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
             if device.type == "cpu" and dead is not None and not dead.any():
                 dead = None  # a free question here; on CUDA it would wait for the device
-            out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead)
+            out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead, k)
             out.loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
             lr = optimizer.param_groups[0]["lr"]
@@ -228,7 +230,7 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name, low, high in (
         ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
-        ("lr_decay", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
+        ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -345,6 +347,12 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     rise = (step + 1) / max(1.0, warmup * steps)  # the first step already learns
     fall = (steps - step) / max(1.0, decay * steps)
     return max(0.0, min(1.0, rise, fall))
+
+
+def annealed_k(step: int, steps: int, config: TrainConfig) -> int:
+    """Active latents per token at this step: k_start * k at the beginning, falling by equal factors to k."""
+    left = max(0.0, 1 - step / max(1.0, config.k_anneal * steps))
+    return min(config.d_hidden, round(config.k * config.k_start**left))
 
 
 def catch_signals() -> list[int]:
