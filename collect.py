@@ -100,7 +100,7 @@ def main(config: CollectConfig) -> None:
     # --- what was made
     if not sum(progress["rows"].values()):
         raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
-    print_summary(out, config, dataset.finish(models, config.ft_hook or config.hook))
+    print_summary(out, config, dataset.finish(models))
 
 
 def val_tokens(config: CollectConfig) -> int:

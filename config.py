@@ -21,7 +21,7 @@ import tyro
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
     d_hidden=16_384, k=100, batch_size=4096, lr=1e-4, l1_coeff=2.0,
-    val_tokens=131_072, log_every=50, val_every=1000, save_every=1000,
+    val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(

@@ -153,7 +153,7 @@ class PairedDataset:
         sources = pa.array([s.source for s in fill.passed], pa.int32())
         write_arrow(shard_file(self.out / "tokens", shard), schema, [pa.record_batch([ids, sources], schema=schema)])
 
-    def finish(self, models: PairedModels, ft_hook: str) -> dict:
+    def finish(self, models: PairedModels) -> dict:
         """Make the folders of shards readable by load_from_disk and write pair.json. Returns what it says."""
         recipe, progress = self.recipe, self.progress
         rows = row_features(models.d_model, recipe["dtype"])
@@ -183,7 +183,7 @@ class PairedDataset:
             **{name: progress[name] for name in ("revisions", "rows", "sequences", "stored_scale", "median_norm", "left_out")},
             "text": given,
             "tokenizer": models.tokenizer.name_or_path,
-            "ft_hook": ft_hook,
+            "ft_hook": models.ft_hook,
             "d_model": models.d_model,
             "shuffled": True,
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "nnsight")},

@@ -59,6 +59,7 @@ class PairedModels:
     ):  # fmt: skip
         self.seq_len, self.skip_first, self.max_norm_ratio, self.seed = seq_len, skip_first, max_norm_ratio, seed
         self.batch_size, self.dtype, self.live = batch_size, dtype, live
+        self.ft_hook = ft_hook or hook
         self.batch_flag = "--model-batch-size" if live else "--batch-size"
         if seq_len < 2:
             raise ValueError(f"--seq-len {seq_len}: must be at least 2")
