@@ -289,15 +289,15 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
                 setattr(config, name, max(least, min(getattr(config, name), config.num_tokens // 10)))
     fill_rows = rows_of_a_fill(config.buffer_tokens, config.model_batch_size, config.seq_len)
     keep = None
-    if config.keep_activations:  # under collect.py's names for the same things
+    if given.keep_activations:  # under collect.py's names for the same things
         recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
         recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
-        keep = PairedDataset(Path(config.keep_activations), recipe, "--keep-activations")
+        keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
         if keep.pair and known is None:
             raise ValueError(
                 f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
             )
-    names = ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
+    names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
         **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
         devices=[usable_device(name or str(device), flag) for name, flag in names],
