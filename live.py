@@ -20,7 +20,7 @@ from tqdm import tqdm
 import language_model as lm
 from activations import Batch
 from paired_dataset import PairedDataset, size
-from paired_rows import CALIBRATION_ROWS, Fill, PairedModels
+from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
 
@@ -61,44 +61,43 @@ class LiveActivations:
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
         if keep is not None and not keep.pair:
             keep.begin(models)
+        self.capacity = buffer_tokens // 2  # rows of a fill, at most
+        shape = (2 * self.capacity, 2, self.d_model)
+        pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
+        self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
+        self.fills = [Fill(self.buffer[: self.capacity]), Fill(self.buffer[self.capacity :])]
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
         self.stored_scale = torch.from_numpy(models.scale)
         self.record = {"median_norm": models.median.tolist(), "revisions": models.revisions}
         self.record["held_out_until"] = models.held_out_until
 
-        self.capacity = buffer_tokens // 2  # rows of a fill, at most
-        shape = (2 * self.capacity, 2, self.d_model)
-        pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
-        self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
-        self.fills = [Fill(self.buffer[: self.capacity]), Fill(self.buffer[self.capacity :])]
         self.ahead = models.training_rows()
         self.epoch, self.window, self.starts = 0, None, [0, 0]  # starts: the first sequence of each fill
         self.rows, self.served = torch.empty(0, dtype=torch.int64), 0  # of the window: places in the buffer, how many are used
 
     def hold_out(self, wanted: int) -> Tensor:
-        """The held-out rows [val_rows, 2, d_model]."""
-        kept, shard, fill = [], 0, Fill(torch.empty(self.fill_rows + self.batch_rows, 2, self.d_model, dtype=self.dtype))
+        """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
+        kept, fill = [], self.fills[0]
+
+        def put_away():
+            self.store("validation", len(kept), fill)
+            kept.append(fill.values[: fill.n].cpu().clone())
+            fill.clear()
+
         with progress_bar("held-out rows", wanted) as bar:
             for rows in self.models.held_out(wanted):
-                kept.append(torch.stack([rows.base.cpu(), rows.ft.cpu()], dim=1))
                 bar.update(fill.add(rows))
                 if fill.n >= self.fill_rows:
-                    self.store("validation", shard, fill)
-                    shard += 1
-                    fill.clear()
+                    put_away()
+        if fill.n:
+            put_away()
         if not kept:
             raise ValueError("--text: gives too few sequences to hold one out; give more text, or lower --seq-len")
-        if fill.n:
-            self.store("validation", shard, fill)
         if self.keep is not None and not self.keep.pair:
             self.keep.progress["held_out_complete"] = True
             self.keep.save_progress()
         return torch.cat(kept)
-
-    @property
-    def batch_rows(self) -> int:
-        return self.models.batch_size * self.models.seq_len
 
     # --- the stream
 
@@ -107,7 +106,7 @@ class LiveActivations:
 
         standing: what `standing()` said at that position; None at the beginning.
         """
-        if standing is not None:
+        if standing is not None and position < stop:
             self.go_to(standing)
         while position < stop:
             wanted, parts = min(batch_size, stop - position), []
@@ -119,7 +118,7 @@ class LiveActivations:
                 self.served += len(places)
                 position += len(places)
                 wanted -= len(places)
-            x = torch.cat(parts)
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]
             yield Batch(x, position, 0, position - len(x), position - 1)
 
     def standing(self) -> dict:
@@ -271,8 +270,3 @@ def host_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def progress_bar(what: str, rows: int) -> tqdm:
-    """On a terminal, and gone when it is done."""
-    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, leave=False, disable=None, dynamic_ncols=True)

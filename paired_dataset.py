@@ -61,7 +61,9 @@ class PairedDataset:
         try:
             found = json.loads(saved.read_text())
             differs = [name for name in recipe if recipe[name] != found["recipe"].get(name)]
-        except (ValueError, KeyError, AttributeError):
+            if not isinstance(found["rows" if saved.name == "pair.json" else "shards"], dict):
+                raise TypeError("not counted by split")
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(
                 f"{self.flag} {out}: {saved.name} cannot be understood; choose another folder or delete it"
             ) from None

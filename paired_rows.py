@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import language_model as lm
 import text as texts
@@ -114,8 +115,10 @@ class PairedModels:
     def calibrate(self, n_rows: int) -> None:
         """Fix the median norm and the scale from the first rows ahead; these are run again later, so none is held in memory."""
         norms, ahead = [], self.ahead()
-        while sum(map(len, norms)) < n_rows and (batch := list(itertools.islice(ahead, self.batch_size))):
-            norms.append(lm.row_norms(self.activations(batch)))  # [rows, 2]
+        with progress_bar("norms of the first rows", n_rows) as bar:
+            while sum(map(len, norms)) < n_rows and (batch := list(itertools.islice(ahead, self.batch_size))):
+                norms.append(lm.row_norms(self.activations(batch)))  # [rows, 2]
+                bar.update(len(norms[-1]))
         if not norms:
             raise ValueError("--text: gives no text; check it and --text-column")
         norms = np.concatenate(norms)[:n_rows]
@@ -236,3 +239,8 @@ def usable_device(name: str, flag: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError):  # each for its own kind of missing device
         raise ValueError(f"{flag} {name}: is not a device of this machine; auto chooses one") from None
     return name
+
+
+def progress_bar(what: str, rows: int) -> tqdm:
+    """On a terminal, and gone when it is done."""
+    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, leave=False, disable=None, dynamic_ncols=True)

@@ -297,6 +297,8 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
             raise ValueError(
                 f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
             )
+        if keep.pair:
+            print(f"kept     {keep.out} is complete and stays as it is")
     names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
         **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
