@@ -58,6 +58,8 @@ def main(given: TrainConfig) -> int:
         config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
     if saved:
         refuse_changes(config, saved)
+    if config.variant == "batch_topk" and config.k > config.d_hidden:
+        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     source = open_live(given, config, device, saved_data) if live else open_source(given, config)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
@@ -67,8 +69,6 @@ def main(given: TrainConfig) -> int:
         config.l1_coeff = 0.0
     steps = math.ceil(stop / config.batch_size)
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
-    if config.variant == "batch_topk" and config.k > config.d_hidden:
-        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     require_room(config, source, run)
