@@ -125,9 +125,9 @@ class PairedModels:
         self.median, self.scale = lm.calibrate(norms, self.d_model, self.max_norm_ratio)
 
     def held_out(self, wanted: int, so_far: int = 0) -> Iterator[Rows]:
-        """The rows of held-out sequences, `so_far` and these `wanted` together, as closely as whole sequences allow.
+        """The rows of held-out sequences: with the `so_far` known ones `wanted`, as closely as whole sequences allow.
 
-        They are drawn from one of every four sequences ahead, from `held_out_until` on, which follows them.
+        One of every four sequences ahead, from `held_out_until` on; that index follows the sequences taken.
         """
         if so_far >= wanted:
             return
