@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +21,7 @@ import tyro
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
     d_hidden=16_384, k=100, batch_size=4096, l1_coeff=2.0,
-    val_tokens=131_072, log_every=50, val_every=1000, save_every=1000,
+    val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(
@@ -35,15 +35,9 @@ LR_FACTOR = 1.5
 DEC_INIT_NORM = {"vanilla": 0.08, "batch_topk": 1.0}
 
 
-@dataclass
-class TrainConfig:
-    """Train a crosscoder on the paired activations of a base model and its fine-tuned version.
-
-    Without a dataset it trains on planted concepts, activations whose true directions are known, and prints how many of
-    them it found. Real data: `python collect.py ...` first, then `python train.py --dataset OUT`.
-    """
-
-    # --- data
+@dataclass(kw_only=True)
+class DatasetFlags:
+    """Activations that lie on the disk or on the Hub."""
 
     # Paired activations written by collect.py: a folder, or a Hub dataset with the configs base, ft and tokens.
     dataset: str | None = None
@@ -61,15 +55,89 @@ class TrainConfig:
     # The same for the fine-tuned dataset.
     ft_column: str | None = None
 
+
+@dataclass(kw_only=True)
+class ModelFlags:
+    """Two models and the text that both read: what collect.py stores, and what train.py trains on without storing it."""
+
+    # Base model: a Hugging Face id or a folder.
+    base_model: str | None = None
+
+    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's.
+    ft_model: str | None = None
+
+    # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
+    hook: str | None = None
+
+    # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
+    ft_hook: str | None = None
+
+    # Text source, repeatable: a Hub id (`user/name:config:split`), a folder, or a .txt, .jsonl, .csv or .parquet file.
+    # Add =WEIGHT for its share of the tokens: --text web=1 --text chat=1 is the published recipe.
+    text: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+
+    # Columns that hold the text, joined by a blank line, e.g. --text-column prompt answer. Of several sources each uses
+    # those of the columns that it has. Empty: text, content, messages or conversation, whichever the source has.
+    text_column: list[str] = field(default_factory=list)
+
+    # Format messages (or prompt and answer columns, in turn user and assistant) with the fine-tuned model's chat template.
+    # Sources with a single column of plain text stay as they are, so web text and chats mix.
+    chat_template: bool = False
+
+    # Tokens per sequence.
+    seq_len: int = 1024
+
+    # Join documents until a sequence is full. --no-pack: one document a sequence, cut or padded to --seq-len.
+    pack: bool = True
+
+    # Precision in which the models run.
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25).
+    skip_first: int = 1
+
+    # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
+    max_norm_ratio: float = 10.0
+
+    # Device of the base model, if another than --device.
+    base_device: str | None = None
+
+    # Device of the fine-tuned model, if another than --device.
+    ft_device: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainConfig(ModelFlags, DatasetFlags):
+    """Train a crosscoder on the paired activations of a base model and its fine-tuned version.
+
+    Without data it trains on planted concepts, activations whose true directions are known, and prints how many of them it
+    found. Real data: `python collect.py ...` first, then `python train.py --dataset OUT`; or straight from the two models
+    with --base-model, --ft-model, --hook, --text and --num-tokens.
+    """
+
+    # --- straight from the two models
+
+    # Sequences per forward pass of the two models.
+    model_batch_size: int = 8
+
+    # Most rows that the buffer holds, from which batches are drawn mixed: half of them stay while the other half is
+    # replaced. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of --num-tokens if that is less.
+    buffer_tokens: int | None = None
+
+    # Folder that keeps the activations of the first pass over the texts, as the paired dataset that collect.py would write.
+    keep_activations: str | None = None
+
+    # --- data
+
     # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
-    # of the dataset they come again in another order.
+    # of the dataset or the end of the texts they come again in another order.
     num_tokens: int | None = None
 
     # Length of the run in passes over the dataset, instead of --num-tokens.
     epochs: int | None = None
 
-    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows.
-    # None: the size in REAL, at most a tenth of the rows.
+    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows,
+    # texts give whole sequences. None: the size in REAL, at most a tenth of the rows or of --num-tokens.
     val_tokens: int | None = None
 
     # Subtract each model's mean activation before scaling its mean norm to sqrt(d_model). Uncentred outlier dimensions
@@ -186,63 +254,25 @@ class TrainConfig:
     config: str | None = None
 
 
-@dataclass
-class CollectConfig:
+@dataclass(kw_only=True)
+class CollectConfig(ModelFlags):
     """Run two models over the same text and write their activations at one hook as a paired dataset for train.py."""
-
-    # Base model: a Hugging Face id or a folder.
-    base_model: str
-
-    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's.
-    ft_model: str
-
-    # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
-    hook: str
-
-    # Text source, repeatable: a Hub id (`user/name:config:split`), a folder, or a .txt, .jsonl, .csv or .parquet file.
-    # Add =WEIGHT for its share of the tokens: --text web=1 --text chat=1 is the published recipe.
-    text: Annotated[list[str], tyro.conf.UseAppendAction]
 
     # Folder to write. An unfinished collection there goes on after its last complete shard.
     output: str
 
-    # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
-    ft_hook: str | None = None
-
-    # Columns that hold the text, joined by a blank line, e.g. --text-column prompt answer. Of several sources each uses
-    # those of the columns that it has. Empty: text, content, messages or conversation, whichever the source has.
-    text_column: tuple[str, ...] = ()
-
-    # Format messages (or prompt and answer columns, in turn user and assistant) with the fine-tuned model's chat template.
-    # Sources with a single column of plain text stay as they are, so web text and chats mix.
-    chat_template: bool = False
-
     # Rows (paired token activations) to store, held-out rows included.
     num_tokens: int = 1_000_000
 
-    # About how many of the rows are held out, as whole sequences. None: a twentieth, at most 2 million.
+    # Rows held out, as closely as whole sequences allow: one of every four sequences from the beginning of the texts, until
+    # there are enough. At most a quarter of --num-tokens. None: a twentieth, at most 2 million.
     val_tokens: int | None = None
-
-    # Tokens per sequence.
-    seq_len: int = 1024
-
-    # Join documents until a sequence is full. --no-pack: one document a sequence, cut or padded to --seq-len.
-    pack: bool = True
 
     # Sequences per forward pass.
     batch_size: int = 8
 
-    # Precision in which the models run.
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-
     # Precision of the stored activations: 2 or 4 bytes a value.
     dtype: Literal["float16", "float32"] = "float16"
-
-    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25).
-    skip_first: int = 1
-
-    # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
-    max_norm_ratio: float = 10.0
 
     # Rows shuffled together and written as one shard: more mixes better and needs more memory.
     shard_rows: int = 131_072
@@ -253,11 +283,8 @@ class CollectConfig:
     # Device of both models: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     device: str = "auto"
 
-    # Device of the base model, if another.
-    base_device: str | None = None
 
-    # Device of the fine-tuned model, if another.
-    ft_device: str | None = None
+REQUIRED = {CollectConfig: ("base_model", "ft_model", "hook", "output")}
 
 
 def parse(cls: type, argv: list[str] | None = None):
@@ -266,28 +293,46 @@ def parse(cls: type, argv: list[str] | None = None):
     Returns the config with None where nothing was given; `resolve_sizes` fills the sizes in later.
     """
     argv = sys.argv[1:] if argv is None else argv
-    config = tyro.cli(cls, args=argv)
+    config = tyro.cli(cls, args=argv, default=cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
     if cls is TrainConfig:
+        texts = config.text  # tyro would append them to those of a file
         try:
             if config.config is not None:
                 config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
             if saved := resumed_config_file(config):
                 config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
-            config = with_full_paths(config)
+            config = with_full_paths(dataclasses.replace(config, text=texts or config.text))
         except ValueError as error:
             sys.exit(f"train.py: error: {error}")
     return config
 
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
-    """Local paths without `~`, and those of datasets absolute, so that a run can be resumed from any folder."""
+    """Local paths without `~`, and those of data absolute, so that a run can be resumed from any folder."""
+
+    def full(value: str) -> str:
+        return str(path.absolute()) if (path := Path(value).expanduser()).exists() else value
+
+    def full_text(spec: str) -> str:
+        name, equals, weight = spec.rpartition("=")
+        return f"{full(name)}={weight}" if equals and full(spec) == spec else full(spec)
+
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset"):
-        if (value := getattr(config, name)) and Path(value).expanduser().exists():
-            setattr(config, name, str(Path(value).expanduser().absolute()))
+    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model"):
+        if value := getattr(config, name):
+            setattr(config, name, full(value))
+    if config.keep_activations:
+        config.keep_activations = str(Path(config.keep_activations).expanduser().absolute())
+    config.text = [full_text(spec) for spec in config.text]
     return config
+
+
+def model_flags(config: ModelFlags) -> dict:
+    """The flags that say which models read which text, and how, without the devices: {field: value}."""
+    names = [f.name for f in dataclasses.fields(ModelFlags) if f.name not in ("base_device", "ft_device")]
+    return {name: getattr(config, name) for name in names}
 
 
 def resumed_config_file(config: TrainConfig) -> Path | None:
@@ -315,13 +360,13 @@ def read_given(path: Path, flag: str) -> TrainConfig:
     raw = raw.get("given", raw) if isinstance(raw, dict) else raw
     if not isinstance(raw, dict):
         raise ValueError(f"{flag} {path}: expected a JSON object of config fields")
-    hints = typing.get_type_hints(TrainConfig)
+    hints, kinds = typing.get_type_hints(TrainConfig), {f.name: f.type for f in dataclasses.fields(TrainConfig)}
     for name, value in raw.items():
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
             raise ValueError(f"{flag} {path}: unknown field {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
         if not _fits(value, hints[name]):
-            raise ValueError(f"{flag} {path}: {name} = {value!r} is not of type {TrainConfig.__annotations__[name]}")
+            raise ValueError(f"{flag} {path}: {name} = {value!r} is not of type {kinds[name]}")
     return TrainConfig(**raw)
 
 
@@ -331,6 +376,8 @@ def _fits(value, hint) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(part, *typing.get_args(hint)) for part in value)
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)

@@ -28,8 +28,6 @@ class PairedRows(NamedTuple):
     sequence: np.ndarray  # [rows] int32, index of the row's sequence
     position: np.ndarray  # [rows] int32, position inside it
     token: np.ndarray  # [rows] int32, id of the token there
-    n_padding: int  # positions of the batch that were padding
-    n_first: int  # positions left out because they come before skip_first
 
 
 # --- loading
@@ -68,7 +66,8 @@ def load_model(name: str, dtype: str, device: str, flag: str = "--model") -> nns
         model.to(device)
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"{flag} {name}: does not fit into the memory of {device}; give each model a device of its own"
+            f"{flag} {name}: does not fit into the memory of {device}; "
+            "give each model a device of its own with --base-device and --ft-device"
         ) from None
     # NNsight and not TransformersModel: it needs no tokenizer and leaves the padding side alone
     return nnsight.NNsight(model.eval())
@@ -119,6 +118,11 @@ def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
 def embedding_rows(model: nnsight.NNsight) -> int:
     """How many token ids the model knows."""
     return model._module.get_input_embeddings().weight.shape[0]
+
+
+def memory(model: nnsight.NNsight) -> int:
+    """Bytes of the model's weights."""
+    return sum(p.numel() * p.element_size() for p in model._module.parameters())
 
 
 def max_positions(model: nnsight.NNsight) -> int | None:
@@ -199,14 +203,15 @@ def paired_activations(
     ft: nnsight.NNsight,
     base_hook: str,
     ft_hook: str,
-    start: int,
+    indices: list[int],
     sequences: list[np.ndarray],
     skip_first: int = 0,
+    batch_flag: str = "--batch-size",
 ) -> PairedRows:
     """Both models over one padded batch; the rows come in reading order.
 
-    start: index of the first sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
-    ValueError if a token is unknown to one of the models.
+    indices: the number of each sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
+    ValueError if a token is unknown to one of the models, or the batch does not fit into memory (naming `batch_flag`).
     """
     ids, lengths = pad_batch(sequences)
     for model, flag in ((base, "--base-model"), (ft, "--ft-model")):
@@ -226,16 +231,14 @@ def paired_activations(
             acts.append(value[keep.to(value.device)].float())  # [rows, d_model]
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"--batch-size {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
+                f"{batch_flag} {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
             ) from None
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
     return PairedRows(
         *acts,
-        sequence=(start + sequence).numpy().astype(np.int32),
+        sequence=np.array(indices, dtype=np.int32)[sequence.numpy()],
         position=position.numpy().astype(np.int32),
         token=ids[keep].numpy().astype(np.int32),
-        n_padding=int((~mask).sum()),
-        n_first=int((mask & ~keep).sum()),
     )
 
 

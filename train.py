@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import DEC_INIT_NORM, LR_FACTOR, PLANTED, REAL, TrainConfig, parse, resolve_sizes
+from config import DEC_INIT_NORM, LR_FACTOR, PLANTED, REAL, TrainConfig, model_flags, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -30,12 +29,13 @@ import checkpoint
 import latents
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
+from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
 from planted import PlantedConcepts
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
-MAY_CHANGE_ON_RESUME = {  # length, logging, device, and where the same data lies now
-    "dataset", "base_dataset", "ft_dataset",
-    "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints", "device",
+MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
+    "dataset", "base_dataset", "ft_dataset", "keep_activations", "device", "base_device", "ft_device",
+    "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
     "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "resume", "config",
 }  # fmt: skip
 
@@ -50,31 +50,35 @@ def main(given: TrainConfig) -> int:
     saved, saved_data = read_record(run) if start_from else (None, None)
 
     # --- data, and what follows from it
-    real = bool(given.dataset or given.base_dataset)
-    config = resolve_sizes(given, saved or (REAL if real else PLANTED))
+    live = given.base_model is not None  # straight from the two models
+    usual = REAL if live or given.dataset or given.base_dataset else PLANTED
+    config = resolve_sizes(given, saved or usual)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    source = open_source(given, config)
+    if config.compute_dtype == "auto":
+        config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
+    if saved:
+        refuse_changes(config, saved)
+    if config.variant == "batch_topk" and config.k > config.d_hidden:
+        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
+    source = open_live(given, config, device, saved_data) if live else open_source(given, config)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
-    config.val_tokens = source.val_rows
     config.k_aux = config.k_aux or source.d_model // 2
     config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     config.dec_init_norm = config.dec_init_norm or DEC_INIT_NORM[config.variant]
-    if config.compute_dtype == "auto":
-        config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0
     steps = math.ceil(stop / config.batch_size)
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
-    if config.variant == "batch_topk" and config.k > config.d_hidden:
-        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     require_room(config, source, run)
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
+    if live:
+        data |= source.record
     if saved:
-        refuse_changes(config, saved, data, saved_data)
+        refuse_other_data(data, saved_data)
     else:
         run = make_folder(run, given)
         record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
@@ -102,7 +106,7 @@ def main(given: TrainConfig) -> int:
     tokens_since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)
     bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step whose loss was not finite; 0: none
     step = tokens = position = dropped = 0
-    seconds, wandb_id = 0.0, None
+    seconds, wandb_id, standing = source.model_seconds if live else 0.0, None, None
 
     if start_from:
         tensors, state = checkpoint.load(start_from)
@@ -114,12 +118,13 @@ def main(given: TrainConfig) -> int:
             scheduler.load_state_dict(state["scheduler"])
             step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
             seconds, wandb_id = state["seconds"], state["wandb_id"]
+            standing = state["live"] if live else None
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
             group["lr"] = config.lr * schedule(step)
     checkpoint.cut_metrics(run, step)
-    print_plan(config, source, run, start_from, device, steps)
+    print_plan(config, source, run, start_from, device, steps, usual["k"])
     tracker, wandb_id = start_wandb(config, run, wandb_id)
 
     # --- the loop
@@ -128,8 +133,12 @@ def main(given: TrainConfig) -> int:
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates: a log file wants few
     bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace)
     started = logged_at = waiting_since = time.perf_counter()
-    waited, logged_tokens = 0.0, tokens
-    with closing(batches(source, config.batch_size, stop, device, position, dropped)) as stream:
+    waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
+    if live:
+        stream = source.batches(config.batch_size, stop, device, position, standing)
+    else:
+        stream = batches(source, config.batch_size, stop, device, position, dropped)
+    with closing(stream):
         for batch in stream:
             waited += time.perf_counter() - waiting_since
             step, position, dropped = step + 1, batch.position, batch.dropped
@@ -160,6 +169,9 @@ def main(given: TrainConfig) -> int:
                 metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder.threshold, grad_norm)
                 metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
                 metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
+                if live:
+                    metrics["model_fraction"] = (source.model_seconds - logged_model_seconds) / elapsed
+                    logged_model_seconds = source.model_seconds
                 if validate:
                     metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
                 tracker = log(run, tracker, step, metrics)
@@ -169,6 +181,7 @@ def main(given: TrainConfig) -> int:
                 require_finite(bad_step, recent, run)
                 state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
                 state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
+                state |= {"live": source.standing()} if live else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints)
@@ -183,6 +196,9 @@ def main(given: TrainConfig) -> int:
         print(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
         return 128 + signals[0]
+
+    if live:
+        source.finish()
 
     # --- the result: an inference threshold and metrics from rows that were never trained on
     if config.variant == "batch_topk":
@@ -200,7 +216,7 @@ def main(given: TrainConfig) -> int:
         summary["planted"] = source.score(crosscoder.W_dec, dead)
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
-    print_summary(summary, config, run)
+    print_summary(summary, config, source.val_rows, run)
     locked.close()
     return 0
 
@@ -219,18 +235,20 @@ def check(config: TrainConfig) -> None:
         raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
     if config.epochs is not None and config.num_tokens is not None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
+    check_live(config)
     if config.epochs is not None and not (config.dataset or config.base_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
         "d_hidden", "k", "k_aux", "batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every",
-        "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm",
+        "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name, low, high in (
         ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
-        ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
+        ("lr_decay", 0, 1), ("k_start", 1, math.inf), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999),
+        ("beta2", 0, 0.999999),
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -241,6 +259,58 @@ def check(config: TrainConfig) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device}: not usable here ({reason}); try --device auto") from None
+
+
+def check_live(config: TrainConfig) -> None:
+    """ValueError, naming the flag, if training straight from the models is asked for by halves."""
+    wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
+    alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "buffer_tokens", "base_device", "ft_device")
+    asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
+    if not asked:
+        return
+    flag = f"--{asked[0].replace('_', '-')}"
+    if config.dataset or config.base_dataset:
+        other = "--dataset" if config.dataset else "--base-dataset"
+        raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
+    if config.epochs is not None:
+        raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
+    for name in wanted:
+        if not getattr(config, name):
+            why = "the length of streamed texts is not known" if name == "num_tokens" else "both models read the same text"
+            raise ValueError(f"{flag} is given without --{name.replace('_', '-')}: {why}")
+
+
+def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None):
+    """The two models as a source of rows; `known` is what a resumed run began with. Fills in the sizes left open."""
+    from live import LiveActivations, place_buffer, rows_of_a_fill
+    from paired_dataset import PairedDataset
+    from paired_rows import PairedModels, usable_device
+
+    if known is None:
+        for name, least in (("val_tokens", 1), ("buffer_tokens", 4 * config.model_batch_size * config.seq_len)):
+            if getattr(given, name) is None:
+                setattr(config, name, max(least, min(getattr(config, name), config.num_tokens // 10)))
+    fill_rows = rows_of_a_fill(config.buffer_tokens, config.model_batch_size, config.seq_len)
+    keep = None
+    if given.keep_activations:  # under collect.py's names for the same things
+        recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
+        recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
+        keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
+        if keep.pair and known is None:
+            raise ValueError(
+                f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
+            )
+        if keep.pair:
+            print(f"kept     {keep.out} is complete and stays as it is")
+    names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
+    models = PairedModels(
+        **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
+        devices=[usable_device(name or str(device), flag) for name, flag in names],
+    )  # fmt: skip
+    if keep and not keep.pair:
+        keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
+    place = place_buffer(models, config.buffer_tokens, config.val_tokens, config.d_hidden, config.batch_size, device)
+    return LiveActivations(models, config.buffer_tokens, config.val_tokens, config.num_tokens, place, known, keep)
 
 
 def open_source(given: TrainConfig, config: TrainConfig):
@@ -297,19 +367,23 @@ def read_record(run: Path) -> tuple[dict, dict]:
         raise ValueError(f"--resume: {run / 'config.json'} is missing or broken ({error!r}); the run cannot go on") from None
 
 
-def refuse_changes(config: TrainConfig, saved: dict, data: dict, saved_data: dict) -> None:
-    """ValueError if a resumed run would go on under another recipe, or on other data, than it began with."""
-    for name, value in data.items():
-        if value != saved_data.get(name):
-            raise ValueError(
-                f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
-                "another order; resume on the same dataset, or start a new run with --config"
-            )
+def refuse_changes(config: TrainConfig, saved: dict) -> None:
+    """ValueError if a resumed run would go on under another recipe than it began with."""
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE_ON_RESUME and name in saved and value != saved[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began: a resumed run keeps its "
                 "recipe; leave the flag out, or start a new run with --config and this flag"
+            )
+
+
+def refuse_other_data(data: dict, saved_data: dict) -> None:
+    """ValueError if a resumed run would go on with other rows than it began with."""
+    for name, value in data.items():
+        if value != saved_data.get(name):
+            raise ValueError(
+                f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
+                "another order; resume on the same data, or start a new run with --config"
             )
 
 
@@ -323,23 +397,6 @@ def require_room(config: TrainConfig, source, run: Path) -> None:
             f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
             "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"
         )
-
-
-def print_plan(config: TrainConfig, source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
-    rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
-    what = config.dataset or (f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts")
-    count = 2 * source.n_models * source.d_model * config.d_hidden
-    state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
-    detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
-    if config.variant == "batch_topk" and config.l1_coeff:
-        detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
-    print(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
-    print(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
-    print(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
-    if config.variant == "vanilla" and config.k != (PLANTED if what == "planted concepts" else REAL)["k"]:
-        print("note     --k belongs to --variant batch_topk and does nothing here")
-    if start_from:
-        print(f"resumed  {start_from}")
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -434,87 +491,6 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
             f"the loss of step {step} is not finite (its batch lies in {where}): lower --lr, or look at those rows. "
             f"Last good checkpoint: {good[-1] if good else 'none yet'}"
         )
-
-
-# --- logging: metrics.jsonl always, wandb where it works
-
-
-def log(run: Path, tracker, step: int, metrics: dict[str, float]):
-    """Append a line to metrics.jsonl and tell wandb. Returns the tracker, None once it has failed."""
-    with open(run / "metrics.jsonl", "a") as lines:
-        lines.write(checkpoint.as_json({"step": step} | metrics))
-    if tracker is not None:
-        try:
-            tracker.log(metrics, step=step)
-        except Exception as error:  # noqa: BLE001 - logging must never stop a run
-            tqdm.write(f"wandb failed ({error}); metrics.jsonl goes on", file=sys.stderr)
-            return None
-    return tracker
-
-
-def show(bar: tqdm, metrics: dict[str, float]) -> None:
-    bar.set_postfix_str(
-        f"EV {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}, dead {metrics['dead_fraction']:.1%}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        refresh=False,
-    )
-
-
-def start_wandb(config: TrainConfig, run: Path, run_id: str | None):
-    """The wandb run (None when disabled or not to be had) and its id, which a resumed run keeps."""
-    mode = config.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "auto")  # wandb's own switch
-    if mode == "disabled":
-        return None, run_id
-    import wandb
-
-    def init(mode):
-        return wandb.init(
-            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
-            resume="allow" if mode == "online" else None, config=dataclasses.asdict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
-        )  # fmt: skip
-
-    why = "as asked"
-    try:
-        if mode == "auto":
-            mode, why = ("online", "") if wandb.login(prompt=False) else ("offline", "no key found")
-        tracker = init(mode)
-    except wandb.errors.Error as error:
-        mode, why = "offline", str(error).splitlines()[0]
-        try:
-            tracker = init(mode)
-        except wandb.errors.Error:
-            raise ValueError(f"wandb refuses to start ({why}); check --wandb-project and --wandb-entity") from None
-    print("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
-    return tracker, tracker.id
-
-
-def finish_wandb(tracker, summary: dict[str, float]) -> None:
-    if tracker is not None:
-        tracker.summary.update(summary)
-        tracker.finish()
-
-
-def print_summary(summary: dict, config: TrainConfig, run: Path) -> None:
-    """The end of a run: held-out metrics, what was found, where it lies."""
-    print(
-        f"\nheld out   explained variance {summary['explained_variance']:.3f} (base {summary['explained_variance_A']:.3f}, "
-        f"ft {summary['explained_variance_B']:.3f}), L0 {summary['l0_loss']:.1f}, {config.val_tokens:,} rows"
-    )
-    counts = summary["latents"]
-    print(
-        f"latents    {counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, "
-        f"{counts['dead']} dead of {config.d_hidden}"
-    )
-    if planted := summary.get("planted"):
-        print("\nplanted concepts    recall   right class")
-        for name in latents.CLASSES:
-            print(f"  {name.replace('_', '-'):<18}{planted['recall_' + name]:>6.2f}{planted['class_ok_' + name]:>14.2f}")
-        print(f"  exclusive latents that are no exclusive concept: {planted['false_exclusive']:.2f}\n")
-    print(f"time       {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    print(f"saved      {run / 'crosscoder'}, {run / 'summary.json'}")
 
 
 if __name__ == "__main__":

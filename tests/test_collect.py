@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import text
+from paired_rows import is_candidate
 
 COLUMNS = ("activation", "sequence", "position", "token")
 
@@ -152,8 +153,17 @@ def test_statistics_and_counts_equal_numpy(which, request):
     padding = left_out.pop("padding")
     assert sum(pair["rows"].values()) + sum(left_out.values()) == sum(lengths)
     assert left_out["first_positions"] == pair["skip_first"] * len(lengths)
-    batches = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
-    assert padding == sum(max(batch) - length for batch in batches for length in batch)
+    held_out = sorted(set(read_rows(out, "base", ("validation",))["sequence"].tolist()))
+    rest = [lengths[i] for i in range(len(lengths)) if i not in held_out]
+    if which == "padded":  # the last forward batch of held-out sequences also held some that were not needed
+        candidates = [i for i in range(len(lengths)) if is_candidate(i, 0)]
+        assert held_out == candidates[: len(held_out)]
+        held_out = candidates[: -(-len(held_out) // 8) * 8]
+    batches = [rest[i : i + 8] for i in range(0, len(rest), 8)]
+    taken = len(lengths) - len(rest)
+    batches += [[lengths[j] for j in held_out[i : i + 8]] for i in range(0, len(held_out), 8)]
+    unused = sum(max(batches[-1]) - length for length in batches[-1][taken - len(held_out) :]) if taken < len(held_out) else 0
+    assert padding == sum(max(batch) - length for batch in batches for length in batch) - unused
     assert (padding > 0) == (which == "padded")
     for model in ("base", "ft"):
         rows = read_rows(out, model)
@@ -167,9 +177,11 @@ def test_budget_and_held_out_sequences(packed):
     assert sum(pair["rows"].values()) == RECIPE["num_tokens"]
     train, held_out = (set(read_rows(packed, "base", (split,))["sequence"].tolist()) for split in ("train", "validation"))
     assert not train & held_out
-    assert 0.8 < pair["rows"]["validation"] / (0.05 * RECIPE["num_tokens"]) < 1.2
+    assert abs(pair["rows"]["validation"] - RECIPE["num_tokens"] // 20) <= 127 // 2  # as close as whole sequences allow
+    assert sorted(held_out) == [i for i in range(max(held_out) + 1) if is_candidate(i, 0)]
+    assert len({i // 4 for i in held_out}) == len(held_out) and len({i % 4 for i in held_out}) == 4  # one of every four
     shards = sorted(packed.glob("base/train/data-*.arrow"))
-    assert len(shards) == 5
+    assert len(shards) == 4
     assert not list(packed.rglob("*.partial"))
     assert not (packed / "progress.json").exists()
 
@@ -202,7 +214,7 @@ def test_same_command_on_a_complete_folder_says_so(tiny, packed):
 
 def start_and_wait_for_a_shard(tiny, out) -> subprocess.Popen:
     process = subprocess.Popen(command(tiny, out, **RECIPE), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["shards"]:
+    while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["shards"]["train"]:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     return process
@@ -213,8 +225,8 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
     for kill, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = start_and_wait_for_a_shard(tiny, out)
         if kill != signal.SIGKILL:  # past the imports, which a restart has to do again
-            done = json.loads((out / "progress.json").read_text())["shards"]
-            while json.loads((out / "progress.json").read_text())["shards"] == done:
+            done = json.loads((out / "progress.json").read_text())["shards"]["train"]
+            while json.loads((out / "progress.json").read_text())["shards"]["train"] == done:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.002)
         process.send_signal(kill)
@@ -223,13 +235,13 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
         if kill != signal.SIGKILL:
             assert "Traceback" not in errors
             assert errors.splitlines()[-1].startswith("collect.py: stopped; complete shards stay")
-        shards = json.loads((out / "progress.json").read_text())["shards"]
-        assert 1 <= shards < 5
-    (out / "base/train/data-00004.partial").write_bytes(b"half a shard")
-    (out / "ft/train/data-00004.arrow").write_bytes(b"a shard that was never counted")
+        shards = json.loads((out / "progress.json").read_text())["shards"]["train"]
+        assert 1 <= shards < 4
+    (out / "base/train/data-00003.partial").write_bytes(b"half a shard")
+    (out / "ft/train/data-00003.arrow").write_bytes(b"a shard that was never counted")
     # a restart by another recipe is refused, and leaves everything as it is
     line = failure(command(tiny, out, **RECIPE | {"seq_len": 64}))
-    assert "--seq-len 128 and not 64" in line
+    assert "seq-len 128 and not 64" in line
     collect(tiny, out, **RECIPE)
     files = sorted(file.relative_to(packed) for file in packed.rglob("*.arrow"))
     assert files == sorted(file.relative_to(out) for file in out.rglob("*.arrow"))
@@ -308,7 +320,7 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(num_tokens=10**13), "of free disk; lower --num-tokens"),
         ((), dict(device="cuda:77"), "--device cuda:77: is not a device of this machine"),
         ((), dict(output=tmp_path / "full"), "is not empty and holds no collection"),
-        ((), dict(output=packed, seed=5), "--num-tokens 50000 and not 1000000"),
+        ((), dict(output=packed, seed=5), "num-tokens 50000 and not 1000000"),
         ((), dict(val_tokens=10**7), "--val-tokens 10000000: must lie between"),
     ]  # fmt: skip
     lines = failures([command(tiny, out, *flags, **options) for flags, options, _ in cases])

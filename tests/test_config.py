@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, one_line_error, run_script
 
-from config import PLANTED, REAL, CollectConfig, TrainConfig, parse, resolve_sizes
+from config import PLANTED, REAL, REQUIRED, CollectConfig, TrainConfig, model_flags, parse, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 
@@ -30,8 +30,12 @@ def test_every_field_has_a_comment_and_is_used(script):
     """A field that is declared and never read would be a knob that does nothing."""
     source = (ROOT / "config.py").read_text()
     entry = (ROOT / script).read_text()
+    assert "**model_flags(config)" in entry  # these are read by name in paired_rows.py
     for field in dataclasses.fields(ENTRIES[script]):
         assert re.search(rf"    # [^\n]+\n    {field.name}: ", source), f"{field.name} has no comment above it"
+        if field.name in model_flags(ENTRIES[script](**dict.fromkeys(REQUIRED.get(ENTRIES[script], ()), ""))):
+            assert len(re.findall(rf"\b{field.name}\b", (ROOT / "paired_rows.py").read_text())) > 1
+            continue
         used = rf"(config|given)\.{field.name}\b|\"{field.name}\"" if field.name != "config" else "config"
         assert re.search(used, entry), f"{script} never reads {field.name}"
 

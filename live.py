@@ -1,0 +1,272 @@
+"""Live activations: train straight from the two models, through a buffer that is refilled and mixed.
+
+The rows come in *fills*, each of as many forward batches as half of the buffer holds. Window k of the stream serves, shuffled,
+a random half of fill k and the half of fill k - 1 that stayed behind; after the last fill comes an empty one, whose window
+serves the rest. So every row is served once an epoch, and a window is a function of the seed and two fills: a resumed run
+lets the models read these two again instead of finding the buffer in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import language_model as lm
+from activations import Batch
+from paired_dataset import PairedDataset, size
+from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
+
+FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
+
+
+class LiveActivations:
+    """A source of paired activations that no disk holds. Stands beside `activations.PairedActivations`.
+
+    Args:
+        buffer_tokens: most rows in the buffer, both fills together.
+        val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
+        num_tokens: length of the run; the calibration reads no more rows than that.
+        place: device of the buffer.
+        known: what `record` and the widths were when the run began; None for a fresh run.
+        keep: paired dataset that the first epoch is written to.
+    """
+
+    n_models = 2
+    dtype = torch.float16
+    train_rows = None  # not known before the texts have run out
+
+    def __init__(
+        self, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
+        known: dict | None = None, keep: PairedDataset | None = None,
+    ):  # fmt: skip
+        self.models, self.keep, self.seed, self.d_model = models, keep, models.seed, models.d_model
+        self.fill_rows = rows_of_a_fill(buffer_tokens, models.batch_size, models.seq_len)
+        self.model_seconds = 0.0  # spent in filling the buffer
+        models.start()
+        if known is None:
+            models.calibrate(min(CALIBRATION_ROWS, num_tokens))
+        else:
+            for name, now in (("d_model", models.d_model), ("revisions", models.revisions)):
+                if now != known[name]:
+                    raise ValueError(
+                        f"--hook, --base-model, --ft-model: {name} is {now} and was {known[name]} when the run began; "
+                        "resume on the models that it began with"
+                    )
+            models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
+        if keep is not None and not keep.pair:
+            keep.begin(models)
+        self.capacity = buffer_tokens // 2  # rows of a fill, at most
+        shape = (2 * self.capacity, 2, self.d_model)
+        pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
+        self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
+        self.fills = [Fill(self.buffer[: self.capacity]), Fill(self.buffer[self.capacity :])]
+        self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
+        self.val_rows = len(self.validation)
+        self.stored_scale = torch.from_numpy(models.scale)
+        self.record = {"median_norm": models.median.tolist(), "revisions": models.revisions}
+        self.record["held_out_until"] = models.held_out_until
+
+        self.ahead = models.training_rows()
+        self.epoch, self.window, self.starts = 0, None, [0, 0]  # starts: the first sequence of each fill
+        self.rows, self.served = torch.empty(0, dtype=torch.int64), 0  # of the window: places in the buffer, how many are used
+
+    def hold_out(self, wanted: int) -> Tensor:
+        """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
+        kept, fill = [], self.fills[0]
+
+        def put_away():
+            self.store("validation", len(kept), fill)
+            kept.append(fill.values[: fill.n].cpu().clone())
+            fill.clear()
+
+        with progress_bar("held-out rows", wanted) as bar:
+            for rows in self.models.held_out(wanted):
+                bar.update(fill.add(rows))
+                if fill.n >= self.fill_rows:
+                    put_away()
+        if fill.n:
+            put_away()
+        if not kept:
+            raise ValueError("--text: gives too few sequences to hold one out; give more text, or lower --seq-len")
+        if self.keep is not None and not self.keep.pair:
+            self.keep.progress["held_out_complete"] = True
+            self.keep.save_progress()
+        return torch.cat(kept)
+
+    # --- the stream
+
+    def batches(self, batch_size: int, stop: int, device: torch.device, position=0, standing=None) -> Iterator[Batch]:
+        """Batches of the rows from `position` to `stop` of the stream; the last one may be shorter.
+
+        standing: what `standing()` said at that position; None at the beginning.
+        """
+        if standing is not None and position < stop:
+            self.go_to(standing)
+        while position < stop:
+            wanted, parts = min(batch_size, stop - position), []
+            while wanted:
+                while self.served == len(self.rows):
+                    self.next_window(position)
+                places = self.rows[self.served : self.served + wanted]
+                parts.append(self.buffer[places].to(device))  # [rows, 2, d_model]; before a refill takes their place
+                self.served += len(places)
+                position += len(places)
+                wanted -= len(places)
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]
+            yield Batch(x, position, 0, position - len(x), position - 1)
+
+    def standing(self) -> dict:
+        """Where the stream stands: what `batches` needs to go on from here, in another process."""
+        start = self.starts[(self.window - 1) % 2] if self.window else 0
+        return {"epoch": self.epoch, "window": self.window, "served": self.served, "start": start}
+
+    def go_to(self, standing: dict) -> None:
+        """Read the two fills of a window again, and pass over the rows it has served."""
+        self.epoch, window = standing["epoch"], standing["window"]
+        self.models.start(standing["start"])
+        self.ahead = self.models.training_rows()
+        if window:
+            self.refill(window - 1, standing["start"])
+        self.refill(window, self.end_of(window - 1) if window else 0)
+        self.open_window(window)
+        self.served = standing["served"]
+
+    def next_window(self, position: int) -> None:
+        if self.window is None:
+            window, start = 0, 0
+        elif self.fills[self.window % 2].n:
+            window, start = self.window + 1, self.end_of(self.window)
+        else:  # that window served the rest
+            self.epoch += 1
+            window, start = 0, 0
+            tqdm.write(
+                f"the texts ran out after {position // self.epoch:,} rows: "
+                f"epoch {self.epoch + 1} goes through them again, in another order"
+            )
+            self.finish()
+            self.models.start()
+            self.ahead = self.models.training_rows()
+        self.refill(window, start)
+        self.open_window(window)
+
+    def refill(self, number: int, start: int) -> None:
+        """Let the models read fill `number` of the epoch, which begins with the sequence `start`, into its half."""
+        began, fill = time.perf_counter(), self.fills[number % 2]
+        fill.clear()
+        self.starts[number % 2] = start
+        with progress_bar("both models", self.fill_rows) as bar:
+            while fill.n < self.fill_rows and (rows := next(self.ahead, None)):
+                bar.update(fill.add(rows))
+        if number == 0 and fill.n == 0:
+            raise ValueError("--text: not one row was left to train on; give more text, or lower --val-tokens or --skip-first")
+        if self.buffer.device.type == "cuda":
+            torch.cuda.synchronize(self.buffer.device)
+        self.model_seconds += time.perf_counter() - began
+        if self.epoch == 0 and fill.passed:
+            self.store("train", number, fill)
+
+    def end_of(self, number: int) -> int:
+        """The sequence after the last one of a fill that lies in the buffer."""
+        return self.starts[number % 2] + len(self.fills[number % 2].passed)
+
+    def open_window(self, number: int) -> None:
+        """Shuffle half of fill `number` and what is left of the one before."""
+        fresh, _ = self.halves(number)
+        stayed = self.halves(number - 1)[1] if number else fresh[:0]
+        order = np.random.default_rng([self.seed, self.epoch, number, 1]).permutation(np.concatenate([fresh, stayed]))
+        self.rows, self.served, self.window = torch.from_numpy(order).to(self.buffer.device), 0, number
+
+    def halves(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the buffer of the rows of a fill: those that its own window serves, and those that stay for the next."""
+        n = self.fills[number % 2].n
+        places = np.random.default_rng([self.seed, self.epoch, number, 0]).permutation(n) + number % 2 * self.capacity
+        return places[: n // 2], places[n // 2 :]
+
+    # --- single rows, for the normalisation and the held-out metrics
+
+    def sample_rows(self, count: int) -> np.ndarray:
+        """At most `count` evenly spaced rows of the first fill."""
+        if self.window is None:
+            self.next_window(0)
+        return np.unique(np.linspace(0, self.fills[0].n - 1, min(count, self.fills[0].n)).astype(np.int64))
+
+    def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
+        """Write rows of "validation", or of the first fill while it is there, into out [n_models, rows, d_model]."""
+        values = self.validation if split == "validation" else self.fills[0].values
+        out.copy_(values[torch.from_numpy(rows).to(values.device)].transpose(0, 1))
+
+    # --- the paired dataset on the way
+
+    def store(self, split: str, shard: int, fill: Fill) -> None:
+        """Write a fill as the given shard, unless it is there already."""
+        if self.keep is None or self.keep.pair or shard < (there := self.keep.progress["shards"][split]):
+            return
+        if shard > there:
+            raise ValueError(
+                f"--keep-activations {self.keep.out}: holds {there} {split} shards and the run stands at {shard}; "
+                "give the folder that it began with, or --keep-activations None"
+            )
+        self.keep.write_shard(split, fill, self.models)
+
+    def finish(self) -> None:
+        """Make what was kept a complete dataset."""
+        if self.keep is not None and not self.keep.pair:
+            rows = self.keep.finish(self.models)["rows"]
+            tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
+
+
+def rows_of_a_fill(buffer_tokens: int, batch_size: int, seq_len: int) -> int:
+    """Rows that end a fill, so that two fills, each with its last forward batch, stay within --buffer-tokens."""
+    if buffer_tokens < 4 * batch_size * seq_len:
+        raise ValueError(
+            f"--buffer-tokens {buffer_tokens}: must be at least {4 * batch_size * seq_len}, four forward batches; "
+            "raise it, or lower --model-batch-size or --seq-len"
+        )
+    return buffer_tokens // 2 - batch_size * seq_len
+
+
+def place_buffer(
+    models: PairedModels, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int, device: torch.device
+) -> torch.device:
+    """Say what memory the run takes, and find the device where the buffer fits: that of the training, else the host.
+
+    ValueError, with what to lower, if it does not fit.
+    """
+    row = 2 * 2 * models.d_model  # bytes: two models, float16
+    buffer, held_out = buffer_tokens * row, val_tokens * row
+    state = 16 * 2 * 2 * models.d_model * d_hidden  # weights, gradient, two moments; float32
+    codes = 6 * 4 * batch_size * d_hidden
+    host, free = host_memory(), host_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    fits = device.type == "cpu" or state + codes + buffer <= (1 - FORWARD_ROOM) * free
+    place = device if fits else torch.device("cpu")
+    where = [f"{size(lm.memory(m))} on {m._module.device}" for m in models.models]
+    print(
+        f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size(buffer)} on {place}, held-out rows "
+        f"{size(held_out)} on cpu; crosscoder, gradient and Adam's moments {size(state)}, codes about {size(codes)} on {device}"
+    )
+    if state + codes + (buffer + held_out if device.type == "cpu" else 0) > free:
+        raise ValueError(
+            f"--device {device}: {size(free)} are free beside the models, too little for this run; lower --buffer-tokens, "
+            "--d-hidden or --batch-size" + ("" if device.type == "cpu" else ", or move a model with --ft-device")
+        )
+    if place.type == "cpu" and buffer + held_out > host:
+        raise ValueError(
+            f"--buffer-tokens {buffer_tokens}: {size(buffer + held_out)} with the held-out rows do not fit into the "
+            f"{size(host)} that are free on the host; lower it or --val-tokens"
+        )
+    return place
+
+
+def host_memory() -> int:
+    """Bytes of host memory that are free or can be freed."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

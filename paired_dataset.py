@@ -1,0 +1,233 @@
+"""The files of a paired activation dataset: shards that are complete or absent, and where an unfinished collection goes on.
+
+OUT/base, OUT/ft and OUT/tokens are Hugging Face datasets (load_from_disk reads them), OUT/pair.json says what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from checkpoint import write_text
+from paired_rows import REASONS, Fill, PairedModels
+
+RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
+SPLITS = ("train", "validation")
+
+
+class PairedDataset:
+    """A paired dataset that is being written: `begin`, then `write_shard` of held-out and of training rows, then `finish`.
+
+    Args:
+        out: its folder.
+        recipe: every flag that decides the rows; a collection goes on only under the recipe that it began with.
+        flag: the flag that named the folder, for errors.
+
+    ValueError if the folder holds anything else, or was begun by another recipe. Files of an incomplete shard are removed.
+    """
+
+    def __init__(self, out: Path, recipe: dict, flag: str):
+        self.out, self.recipe, self.flag = out, json.loads(json.dumps(recipe)), flag
+        self.pair = None  # what pair.json says, once the dataset is complete
+        self.progress = self.read_progress()
+
+    def read_progress(self) -> dict:
+        """What progress.json says, or the state of a collection that has not begun."""
+        out, recipe = self.out, self.recipe
+        fresh = {
+            "recipe": recipe, "revisions": None, "median_norm": None, "stored_scale": None, "sequences": 0,
+            "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
+            "held_out_until": 0, "held_out_complete": False, "source_tokens": [0] * len(recipe["text"]),
+        }  # fmt: skip
+        if not out.exists():
+            return fresh
+        if not out.is_dir():
+            raise ValueError(f"{self.flag} {out}: is a file; choose a folder")
+        saved = next((out / name for name in ("pair.json", "progress.json") if (out / name).is_file()), None)
+        if saved is None:
+            if any(path.suffix != ".partial" for path in out.iterdir()):
+                raise ValueError(f"{self.flag} {out}: is not empty and holds no collection; choose another folder")
+            return fresh
+        try:
+            found = json.loads(saved.read_text())
+            differs = [name for name in recipe if recipe[name] != found["recipe"].get(name)]
+            if not isinstance(found["rows" if saved.name == "pair.json" else "shards"], dict):
+                raise TypeError("not counted by split")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(
+                f"{self.flag} {out}: {saved.name} cannot be understood; choose another folder or delete it"
+            ) from None
+        if differs:
+            was, now = (json.dumps(r.get(differs[0])) for r in (found["recipe"], recipe))
+            raise ValueError(
+                f"{self.flag} {out}: was begun with {differs[0].replace('_', '-')} {was} and not {now}; "
+                "repeat the command as it was, choose another folder or delete this one"
+            )
+        if saved.name == "pair.json":
+            (out / "progress.json").unlink(missing_ok=True)
+            self.pair = found
+            return fresh | {"rows": found["rows"], "sequences": found["sequences"]}
+        for path in [*out.rglob("*.partial"), *out.rglob("data-*.arrow")]:
+            split = "validation" if path.parent.name == "validation" else "train"  # tokens/ grows with the training rows
+            if path.suffix == ".partial" or int(path.stem.removeprefix("data-")) >= found["shards"][split]:
+                path.unlink()
+        return found
+
+    def require_room(self, rows: int, d_model: int) -> int:
+        """Bytes that a row takes. ValueError if so many rows do not fit on the disk."""
+        row_bytes = 2 * (d_model * np.dtype(self.recipe["dtype"]).itemsize + 12) + 4  # 12: three columns; 4: tokens/
+        free = shutil.disk_usage(next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())).free
+        print(
+            f"{rows:,} rows of 2 x {d_model} {self.recipe['dtype']} values to write: "
+            f"about {size(rows * row_bytes)}, {size(free)} of disk are free"
+        )
+        if rows * row_bytes > free:
+            raise ValueError(
+                f"{self.flag} {self.out}: about {size(rows * row_bytes)} do not fit into {size(free)} of free disk; "
+                "lower --num-tokens, choose another folder" + (" or --dtype float16" if row_bytes > 4 * d_model + 28 else "")
+            )
+        return row_bytes
+
+    def begin(self, models: PairedModels) -> None:
+        """Write down the calibration, or compare with it where the collection has begun before."""
+        found = {"revisions": models.revisions, "median_norm": models.median.tolist(), "stored_scale": models.scale.tolist()}
+        if self.progress["stored_scale"] is None:
+            self.progress |= found
+            self.save_progress()
+        elif any(self.progress[name] != value for name, value in found.items()):
+            raise ValueError(
+                f"{self.flag} {self.out}: was begun with other models or texts; choose another folder or delete it"
+            )
+
+    def save_progress(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+
+    def write_shard(self, split: str, fill: Fill, models: PairedModels) -> None:
+        """Write the rows of a fill, shuffled, as the next shard of a split, and count it in progress.json.
+
+        With training rows go the sequences that the texts gave meanwhile. ValueError if the disk does not take it.
+        """
+        shard, progress = self.progress["shards"][split], self.progress
+        order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(fill.n)
+        schema = row_features(models.d_model, self.recipe["dtype"]).arrow_schema
+        values = fill.values[: fill.n].cpu().numpy()  # [rows, 2, d_model]
+
+        def record_batches(model: int) -> Iterator:
+            for start in range(0, fill.n, RECORD_BATCH_ROWS):
+                part = order[start : start + RECORD_BATCH_ROWS]  # the same for both models
+                activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), models.d_model)
+                yield pa.record_batch([activation, *(pa.array(column[part]) for column in fill.columns)], schema=schema)
+
+        try:
+            for i, model in enumerate(("base", "ft")):
+                write_arrow(shard_file(self.out / model / split, shard), schema, record_batches(i))
+            if split == "train":
+                self.write_tokens(shard, fill)
+            progress["shards"][split] += 1
+            progress["rows"][split] += fill.n
+            progress["sequences"] += len(fill.passed)
+            for reason in REASONS:
+                progress["left_out"][reason] += fill.left_out[reason]
+            for sequence in fill.passed:
+                progress["source_tokens"][sequence.source] += len(sequence.tokens)
+            progress["held_out_until"] = models.held_out_until
+            self.save_progress()
+        except OSError as error:
+            raise ValueError(
+                f"{self.flag} {self.out}: cannot be written ({error.strerror or error}); the complete shards stay, "
+                "and after mending that the same command goes on"
+            ) from None
+
+    def write_tokens(self, shard: int, fill: Fill) -> None:
+        schema = token_features().arrow_schema
+        ids = pa.array([s.tokens for s in fill.passed], pa.list_(pa.int32()))
+        sources = pa.array([s.source for s in fill.passed], pa.int32())
+        write_arrow(shard_file(self.out / "tokens", shard), schema, [pa.record_batch([ids, sources], schema=schema)])
+
+    def finish(self, models: PairedModels) -> dict:
+        """Make the folders of shards readable by load_from_disk and write pair.json. Returns what it says."""
+        recipe, progress = self.recipe, self.progress
+        rows = row_features(models.d_model, recipe["dtype"])
+        folders = {self.out / model / split: (rows, progress["shards"][split]) for model in ("base", "ft") for split in SPLITS}
+        folders[self.out / "tokens"] = (token_features(), progress["shards"]["train"])
+        for folder, (features, n_shards) in folders.items():
+            if not n_shards:  # nothing was held out
+                write_arrow(shard_file(folder, 0), features.arrow_schema, [])
+            with tempfile.TemporaryDirectory() as empty:  # the library writes them; only the list of files is ours
+                datasets.Dataset.from_dict({name: [] for name in features}, features=features).save_to_disk(empty)
+                state = json.loads((Path(empty) / "state.json").read_text())
+                shutil.copy(Path(empty) / "dataset_info.json", folder)
+            state["_data_files"] = [{"filename": shard_file(folder, shard).name} for shard in range(max(1, n_shards))]
+            # it names cached results of map() and the like, so each folder needs its own
+            state["_fingerprint"] = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+            state["_split"] = None if folder.name == "tokens" else folder.name
+            write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
+        for model in ("base", "ft"):
+            write_text(self.out / model / "dataset_dict.json", json.dumps({"splits": SPLITS}, indent=2) + "\n")
+        given = [
+            {"source": source.name, "weight": source.weight, "tokens": tokens, "refused": source.refused}
+            for source, tokens in zip(models.sources, progress["source_tokens"], strict=True)
+        ]
+        self.pair = {
+            **{name: recipe[name] for name in ("base_model", "ft_model", "hook", "chat_template", "pack", "seq_len")},
+            **{name: recipe[name] for name in ("seed", "dtype", "skip_first", "max_norm_ratio")},
+            **{name: progress[name] for name in ("revisions", "rows", "sequences", "stored_scale", "median_norm", "left_out")},
+            "text": given,
+            "tokenizer": models.tokenizer.name_or_path,
+            "ft_hook": models.ft_hook,
+            "d_model": models.d_model,
+            "shuffled": True,
+            "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "nnsight")},
+            "recipe": recipe,
+        }
+        write_text(self.out / "pair.json", json.dumps(self.pair, indent=2) + "\n")
+        (self.out / "progress.json").unlink()
+        return self.pair
+
+
+def row_features(d_model: int, dtype: str):
+    """Columns of OUT/base and OUT/ft."""
+    number = datasets.Value("int32")
+    activation = datasets.List(datasets.Value(dtype), length=d_model)
+    return datasets.Features({"activation": activation, "sequence": number, "position": number, "token": number})
+
+
+def token_features():
+    """Columns of OUT/tokens, whose row i is sequence i; source is an index into `text` of pair.json."""
+    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "source": datasets.Value("int32")})
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"data-{shard:05d}.arrow"
+
+
+def write_arrow(path: Path, schema, record_batches: Iterable) -> None:
+    """An Arrow stream file, complete or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for batch in record_batches:
+                writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def size(n_bytes: float) -> str:
+    for unit in ("kB", "MB", "GB"):
+        n_bytes /= 1000
+        if n_bytes < 1000:
+            return f"{n_bytes:.1f} {unit}"
+    return f"{n_bytes / 1000:,.1f} TB"

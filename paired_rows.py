@@ -1,0 +1,246 @@
+"""Text -> two models -> rows: what `collect.py` stores and `live.py` trains on, so that both get the same.
+
+The order of use: `calibrate` and `held_out` on what lies `ahead`, then `training_rows`. Everything is a function of the texts,
+the models and the seed, so that a restart gives the same rows again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import language_model as lm
+import text as texts
+
+CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
+HELD_OUT_STRETCH = 4  # one of so many sequences is held out, until there are enough
+REASONS = ("padding", "first_positions", "norm", "non_finite", "beyond_num_tokens")  # why a position gives no row
+
+
+class Sequence(NamedTuple):
+    index: int  # number of the sequence in the texts
+    source: int  # number of the --text it comes from
+    tokens: np.ndarray  # [<= seq_len] int32
+
+
+class Rows(NamedTuple):
+    """The rows that one forward batch gives: filtered, scaled and in the type they are stored in."""
+
+    base: Tensor  # [rows, d_model], on the base model's device
+    ft: Tensor  # [rows, d_model], on the fine-tuned model's device
+    columns: np.ndarray  # [3, rows] int32: sequence, position, token
+    passed: list[Sequence]  # the sequences that the texts gave meanwhile, held-out ones included
+    left_out: Counter  # positions without a row, by reason
+
+
+class PairedModels:
+    """Two models at one hook over one stream of texts.
+
+    Args: as the flags of `config.ModelFlags`, and
+        batch_size: sequences per forward pass.
+        dtype: float16 or float32, of the rows.
+        devices: of the base and of the fine-tuned model, as `usable_device` gives them.
+        seed: decides which sequences are held out.
+        live: the flags that errors name are those of train.py.
+
+    ValueError, naming the flag, for what cannot be opened or paired.
+    """
+
+    def __init__(
+        self, *, base_model, ft_model, hook, ft_hook, text, text_column, chat_template, seq_len, pack, model_dtype, skip_first,
+        max_norm_ratio, batch_size, dtype, devices, seed, live=False,
+    ):  # fmt: skip
+        self.seq_len, self.skip_first, self.max_norm_ratio, self.seed = seq_len, skip_first, max_norm_ratio, seed
+        self.batch_size, self.dtype, self.live = batch_size, dtype, live
+        self.ft_hook = ft_hook or hook
+        self.batch_flag = "--model-batch-size" if live else "--batch-size"
+        if seq_len < 2:
+            raise ValueError(f"--seq-len {seq_len}: must be at least 2")
+        if batch_size < 1:
+            raise ValueError(f"{self.batch_flag} {batch_size}: must be at least 1")
+        if not 0 <= skip_first < seq_len:
+            raise ValueError(f"--skip-first {skip_first}: must be at least 0 and below --seq-len {seq_len}")
+        if not max_norm_ratio > 1:
+            raise ValueError(f"--max-norm-ratio {max_norm_ratio:g}: must be above 1; inf stores rows of every norm")
+        if not text:
+            raise ValueError("--text is missing: give at least one source of text")
+        self.tokenizer = lm.load_paired_tokenizer(base_model, ft_model)
+        self.open_texts = partial(
+            texts.open_sources, text, self.tokenizer, seq_len, skip_first, pack, tuple(text_column), chat_template
+        )
+        self.sources = self.open_texts()
+        self.models = [lm.load_model(base_model, model_dtype, devices[0], "--base-model")]
+        self.models += [lm.load_model(ft_model, model_dtype, devices[1], "--ft-model")]
+        flags = ("--hook", "--ft-hook" if ft_hook else "--hook")
+        self.hooks = [lm.parse_hook(m, h, f) for m, h, f in zip(self.models, (hook, ft_hook or hook), flags, strict=True)]
+        self.d_model, d_ft = (lm.probe_hook(m, h, f) for m, h, f in zip(self.models, self.hooks, flags, strict=True))
+        if self.d_model != d_ft:
+            raise ValueError(
+                f"--hook: base activations have {self.d_model} values and fine-tuned ones {d_ft}; they cannot be paired"
+            )
+        for model, flag in zip(self.models, ("--base-model", "--ft-model"), strict=True):
+            if seq_len > (lm.max_positions(model) or seq_len):
+                raise ValueError(
+                    f"--seq-len {seq_len}: {flag} was made for {lm.max_positions(model)} positions at most; lower it"
+                )
+        self.revisions = [getattr(model._module.config, "_commit_hash", None) for model in self.models]
+        self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
+        self.held_out_until = 0  # index of the first sequence from which on none is held out
+        self.stream: Iterator[Sequence] | None = None
+
+    # --- sequences
+
+    def start(self, sequence: int = 0) -> None:
+        """Go to the given sequence of the texts, which are read from their beginning."""
+        if self.stream is not None:
+            self.sources = self.open_texts()
+        stream = (Sequence(i, *drawn) for i, drawn in enumerate(texts.mix(self.sources)))
+        self.stream = itertools.islice(stream, sequence, None)
+
+    def ahead(self) -> Iterator[Sequence]:
+        """The sequences that come next, without taking them out of the stream."""
+        self.stream, ahead = itertools.tee(self.stream)
+        return ahead
+
+    # --- rows
+
+    def calibrate(self, n_rows: int) -> None:
+        """Fix the median norm and the scale from the first rows ahead; these are run again later, so none is held in memory."""
+        norms, ahead = [], self.ahead()
+        with progress_bar("norms of the first rows", n_rows) as bar:
+            while sum(map(len, norms)) < n_rows and (batch := list(itertools.islice(ahead, self.batch_size))):
+                norms.append(lm.row_norms(self.activations(batch)))  # [rows, 2]
+                bar.update(len(norms[-1]))
+        if not norms:
+            raise ValueError("--text: gives no text; check it and --text-column")
+        norms = np.concatenate(norms)[:n_rows]
+        self.median, self.scale = lm.calibrate(norms, self.d_model, self.max_norm_ratio)
+
+    def held_out(self, wanted: int, so_far: int = 0) -> Iterator[Rows]:
+        """The rows of held-out sequences: with the `so_far` known ones `wanted`, as closely as whole sequences allow.
+
+        One of every four sequences ahead, from `held_out_until` on; that index follows the sequences taken.
+        """
+        if so_far >= wanted:
+            return
+        candidates = (s for s in self.ahead() if s.index >= self.held_out_until and is_candidate(s.index, self.seed))
+        while batch := list(itertools.islice(candidates, self.batch_size)):
+            acts = self.activations(batch)
+            good, _ = lm.survivors(lm.row_norms(acts), self.median, self.max_norm_ratio)
+            for taken, sequence in enumerate(batch):
+                rows = so_far + int(good[acts.sequence == sequence.index].sum())
+                if enough := rows >= wanted:
+                    taken += so_far == 0 or rows - wanted <= wanted - so_far  # with it, or without it
+                    break
+                so_far, taken = rows, taken + 1
+            if taken:
+                self.held_out_until = batch[taken - 1].index + 1
+                yield self.rows(batch, acts, taken)
+            if enough:
+                return
+
+    def training_rows(self) -> Iterator[Rows]:
+        """The rows of all sequences that are not held out, in reading order, one forward batch at a time."""
+        batch, passed = [], []
+        for sequence in self.stream:
+            passed.append(sequence)
+            if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
+                batch.append(sequence)
+            if len(batch) == self.batch_size:
+                yield self.rows(batch, self.activations(batch))._replace(passed=passed)
+                batch, passed = [], []
+        if batch:
+            yield self.rows(batch, self.activations(batch))._replace(passed=passed)
+        elif passed:  # the texts ended with held-out sequences
+            nothing = torch.empty(0, self.d_model)
+            yield Rows(nothing, nothing, np.empty((3, 0), np.int32), passed, Counter())
+
+    def activations(self, batch: list[Sequence]) -> lm.PairedRows:
+        indices, sequences = [s.index for s in batch], [s.tokens for s in batch]
+        return lm.paired_activations(*self.models, *self.hooks, indices, sequences, self.skip_first, self.batch_flag)
+
+    def rows(self, batch: list[Sequence], acts: lm.PairedRows, taken: int | None = None) -> Rows:
+        """The rows of the first `taken` sequences of a batch (None: all)."""
+        lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
+        longest, taken = lengths.max(), len(batch) if taken is None else taken
+        good, finite = lm.survivors(lm.row_norms(acts), self.median, self.max_norm_ratio)
+        ours = acts.sequence <= batch[taken - 1].index  # [rows]
+        keep = np.flatnonzero(good & ours)  # [kept]
+        left_out = Counter(
+            padding=int((longest - lengths[:taken]).sum()),
+            first_positions=int(np.minimum(lengths[:taken], self.skip_first).sum()),
+            norm=int((ours & finite & ~good).sum()),
+            non_finite=int((ours & ~finite).sum()),
+        )
+        base, ft = (self.stored_values(x, keep, s) for x, s in zip((acts.base, acts.ft), self.scale, strict=True))
+        columns = np.stack([acts.sequence, acts.position, acts.token])[:, keep]
+        return Rows(base, ft, columns, [], left_out)
+
+    def stored_values(self, x: Tensor, keep: np.ndarray, scale: float) -> Tensor:
+        """Rows `keep` of the activations x [rows, d_model] (float32), scaled: [kept, d_model] float16 or float32."""
+        values = x[torch.from_numpy(keep).to(x.device)] * float(scale)
+        if self.dtype == "float16":
+            values = values.half()
+            if values.isinf().any():
+                raise ValueError(
+                    "--max-norm-ratio: an activation is too large for the float16 of the buffer; lower it" if self.live else
+                    "--dtype float16: an activation is too large for it; give --dtype float32, or lower --max-norm-ratio"
+                )  # fmt: skip
+        return values
+
+
+class Fill:
+    """Rows of whole forward batches, gathered until they make a shard or a half of the live buffer.
+
+    values: [capacity, 2, d_model] memory for them, on any device.
+    """
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self.columns = np.empty((3, len(values)), np.int32)  # sequence, position, token
+        self.clear()
+
+    def clear(self) -> None:
+        self.n, self.passed, self.left_out = 0, [], Counter()
+
+    def add(self, rows: Rows, most: int | None = None) -> int:
+        """Take the rows in, at most `most`. Returns how many."""
+        n = len(rows.base) if most is None else min(most, len(rows.base))
+        place = slice(self.n, self.n + n)
+        self.values[place, 0], self.values[place, 1] = rows.base[:n], rows.ft[:n]
+        self.columns[:, place] = rows.columns[:, :n]
+        self.n += n
+        self.passed += rows.passed
+        self.left_out.update(rows.left_out)
+        self.left_out["beyond_num_tokens"] += len(rows.base) - n
+        return n
+
+
+def is_candidate(sequence: int, seed: int) -> bool:
+    """Whether a sequence may be held out: one of every HELD_OUT_STRETCH in a row, at a random place among them."""
+    stretch, place = divmod(sequence, HELD_OUT_STRETCH)
+    return place == np.random.default_rng([seed, stretch]).integers(HELD_OUT_STRETCH)
+
+
+def usable_device(name: str, flag: str) -> str:
+    """The device, CUDA or the CPU for auto. ValueError, naming the flag, if it cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):  # each for its own kind of missing device
+        raise ValueError(f"{flag} {name}: is not a device of this machine; auto chooses one") from None
+    return name
+
+
+def progress_bar(what: str, rows: int) -> tqdm:
+    """On a terminal, and gone when it is done."""
+    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, leave=False, disable=None, dynamic_ncols=True)
