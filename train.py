@@ -247,7 +247,7 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name, low, high in (
         ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
-        ("lr_decay", 0, 1), ("k_start", 1, math.inf), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999),
+        ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999),
         ("beta2", 0, 0.999999),
     ):  # fmt: skip
         value = getattr(config, name)

@@ -33,7 +33,7 @@ import checkpoint
 import latents
 from activations import batches, estimate_normalization, open_pair, open_single
 from crosscoder import CrossCoder
-from planted import BLOCK, RECOVERED, PlantedConcepts
+from planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
 from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
 
 HELD_OUT = 32_768  # rows
@@ -76,10 +76,11 @@ QUARTERS = [
     "recall_common",
     "recall_commonest",
 ]  # of all concepts, by rate
+WAYS = ("norm", "scaling", "both")  # to call a latent exclusive: decoder norms, latent scaling, or only where both agree
 COLUMNS = [
-    "world", "recipe", "lr", "seed", "right_shared", "right_base_only", "right_ft_only", "false_exclusive",
-    "scaling_base_only", "scaling_ft_only", "scaling_false_exclusive", *QUARTERS,
-    "explained_variance", "l0_loss", "dead_fraction", "tokens", "seconds",
+    "world", "recipe", "lr", "seed", "right_shared",
+    *(f"{what}_{way}" for way in WAYS for what in ("base_only", "ft_only", "false")),
+    *QUARTERS, "explained_variance", "l0_loss", "dead_fraction", "tokens", "seconds",
 ]  # fmt: skip
 
 
@@ -208,10 +209,14 @@ def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, so
             sums[of] = part if sums[of] is None else sums[of] + part
     scaling = (latents.latent_scaling(sums[of], W_dec, of) for of in (0, 1))
     by_scaling = latents.classify_by_scaling(*scaling, W_dec.norm(dim=-1))
-    by_norm, scaled = world.score(W_dec, dead), world.score(W_dec, dead, by_scaling)
-    result = {f"right_{kind}": by_norm[f"recall_{kind}"] * by_norm[f"class_ok_{kind}"] for kind in latents.CLASSES}
-    result |= {f"scaling_{kind}": scaled[f"recall_{kind}"] * scaled[f"class_ok_{kind}"] for kind in ("base_only", "ft_only")}
-    result |= {"false_exclusive": by_norm["false_exclusive"], "scaling_false_exclusive": scaled["false_exclusive"]}
+    by_norm = latents.classify(W_dec.norm(dim=-1))
+    classes = {"norm": by_norm, "scaling": by_scaling, "both": torch.where(by_norm == by_scaling, by_norm, SHARED)}
+    result = {}
+    for way, kind_of in classes.items():
+        scored = world.score(W_dec, dead, kind_of)
+        right = {kind: scored[f"recall_{kind}"] * scored[f"class_ok_{kind}"] for kind in latents.CLASSES}
+        result |= {f"base_only_{way}": right["base_only"], f"ft_only_{way}": right["ft_only"]}
+        result |= {f"false_{way}": scored["false_exclusive"]} | ({"right_shared": right["shared"]} if way == "norm" else {})
     found = (world.fit(W_dec, dead).amax(1) > RECOVERED).float()  # [n_concepts]
     by_rate = found[world.rate.argsort()].chunk(4)
     result |= {name: quarter.mean().item() for name, quarter in zip(QUARTERS, by_rate, strict=True)}
@@ -228,9 +233,9 @@ def by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 def table(rows: list[dict]) -> None:
     """Mean and, over several seeds, spread (standard deviation) of each world and recipe."""
-    names = ["right_shared", "right_base_only", "right_ft_only", "false_exclusive", "scaling_base_only", "scaling_ft_only"]
-    names += ["scaling_false_exclusive", *QUARTERS[:1], "explained_variance", "l0_loss", "dead_fraction"]
-    head = "shared | base-only | ft-only | false exclusive | base-only (scaling) | ft-only (scaling) | false (scaling) | "
+    names = ["right_shared", "base_only_norm", "ft_only_norm", "false_norm", "base_only_both", "ft_only_both", "false_both"]
+    names += ["recall_rarest", "explained_variance", "l0_loss", "dead_fraction"]
+    head = "shared | base-only | ft-only | false | base-only, both ways | ft-only, both ways | false, both ways | "
     head += "rarest quarter | EV | L0 | dead"
     print(f"| world | recipe | lr | seeds | {head} |\n|---|---|---|---:|" + "---:|" * len(names))
     for (world, recipe, lr), group in by_run(rows).items():
@@ -248,12 +253,7 @@ def draw(rows: list[dict], path: Path) -> None:
     if not worlds:
         return
     figure, axes = plt.subplots(len(worlds), 2, figsize=(12, 3.2 * len(worlds)), squeeze=False, layout="constrained")
-    bars = {
-        "right_shared": "shared",
-        "right_base_only": "base-only",
-        "right_ft_only": "ft-only",
-        "false_exclusive": "false",
-    }
+    bars = {"right_shared": "shared", "base_only_norm": "base-only", "ft_only_norm": "ft-only", "false_norm": "false"}
     columns = [bars, dict(zip(QUARTERS, ["rarest\nquarter", "rare", "common", "commonest"], strict=True))]
     for world, line in zip(worlds, axes, strict=True):
         groups = {key: group for key, group in by_run(rows).items() if key[0] == world}
