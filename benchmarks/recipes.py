@@ -48,7 +48,7 @@ class World(NamedTuple):
 
 
 EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
-HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.0}
+HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.5}
 WORLDS = {
     "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
     "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),

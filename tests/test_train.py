@@ -67,7 +67,7 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     assert printed in result.stdout
     config = json.loads((run / "config.json").read_text())
     assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None
-    assert config["resolved"]["lr"] == 1.5 / (128 * 64) ** 0.5
+    assert config["resolved"]["lr"] == 2 / (128 * 64) ** 0.5
 
 
 def test_schedules(tmp_path):
@@ -168,7 +168,7 @@ def trained(pair, tmp_path_factory):
         "vanilla": train(folder, "vanilla", *sizes, "--l1-coeff", 0.5, "--wandb", "offline"),
         "batch_topk": train(folder, "batch_topk", *sizes, "--variant", "batch_topk", "--aux-coeff", 0, *off),
         # A dictionary that starts small has dead latents, so that the auxiliary loss has something to do.
-        "with_aux": train(folder, "aux", *sizes, "--variant", "batch_topk", "--k-start", 1, *off),
+        "with_aux": train(folder, "aux", *sizes, "--variant", "batch_topk", "--k-start", 1, "--dec-init-norm", 0.08, *off),
     }
 
 
