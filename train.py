@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import DEC_INIT_NORM, LR_FACTOR, PLANTED, REAL, TrainConfig, model_flags, parse, resolve_sizes
+from config import LR_FACTOR, PLANTED, REAL, TrainConfig, model_flags, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -64,7 +64,6 @@ def main(given: TrainConfig) -> int:
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
     config.k_aux = config.k_aux or source.d_model // 2
-    config.dec_init_norm = config.dec_init_norm or DEC_INIT_NORM[config.variant]
     config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0

@@ -56,7 +56,7 @@ WORLDS = {
     "hard": World(HARD, 6_000_000, 4096, 2048, HARD_DIALS),
     "hard, none to spare": World(HARD, 6_000_000, 2048, 2048, HARD_DIALS),
     "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
-    "tiny pair": World(None, 800_000, 512, 512, {"l1": 0.5, "k": 16, "l1_topk": 0.0}),
+    "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "l1_topk": 0.0}),
 }
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
