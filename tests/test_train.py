@@ -401,7 +401,7 @@ def test_resume_auto_starts_fresh_when_there_is_nothing(tmp_path):
 
 
 def test_resumed_run_refuses_another_recipe(tmp_path):
-    run = train(tmp_path, "a", *SMALL)
+    run = train(tmp_path, "a", *SMALL, "--lr", 0.005)
     result = run_script("train.py", "--resume", run, "--lr", "0.5")
     assert "--lr is 0.5 and was 0.005 when the run began" in one_line_error(result, "train.py")
 
