@@ -53,6 +53,8 @@ def draw(runs: list[dict], path: Path) -> None:
                 ha="left" if below else "right",
             )  # fmt: skip
     axis.set(xscale="log", xlabel="L0: active latents a token", ylabel="explained variance, held out")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.margins(0.1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
