@@ -43,7 +43,7 @@ def collect(tiny, out, *flags, **options) -> str:
     return done.stdout
 
 
-RECIPE = dict(num_tokens=50_000, shard_rows=12_000)
+RECIPE = dict(num_tokens=50_000, shard_rows=6_000)
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +181,7 @@ def test_budget_and_held_out_sequences(packed):
     assert sorted(held_out) == [i for i in range(max(held_out) + 1) if is_candidate(i, 0)]
     assert len({i // 4 for i in held_out}) == len(held_out) and len({i % 4 for i in held_out}) == 4  # one of every four
     shards = sorted(packed.glob("base/train/data-*.arrow"))
-    assert len(shards) == 4
+    assert len(shards) == 8
     assert not list(packed.rglob("*.partial"))
     assert not (packed / "progress.json").exists()
 
@@ -236,9 +236,9 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
             assert "Traceback" not in errors
             assert errors.splitlines()[-1].startswith("collect.py: stopped; complete shards stay")
         shards = json.loads((out / "progress.json").read_text())["shards"]["train"]
-        assert 1 <= shards < 4
-    (out / "base/train/data-00003.partial").write_bytes(b"half a shard")
-    (out / "ft/train/data-00003.arrow").write_bytes(b"a shard that was never counted")
+        assert 1 <= shards < 8
+    (out / "base/train/data-00007.partial").write_bytes(b"half a shard")
+    (out / "ft/train/data-00007.arrow").write_bytes(b"a shard that was never counted")
     # a restart by another recipe is refused, and leaves everything as it is
     line = failure(command(tiny, out, **RECIPE | {"seq_len": 64}))
     assert "seq-len 128 and not 64" in line
