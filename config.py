@@ -181,8 +181,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     dead_window: float = 0.1
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose. With the selection, smaller rows
-    # soon agree and rare concepts get lost (hard world: 0.92 of the exclusive ones at 1, 0.73 at 0.08), and without
-    # --k-start they stay dead; vanilla hardly minds.
+    # soon agree and rare concepts get lost (one seed of the hard world: 0.92 of the exclusive ones at 1, 0.73 at
+    # 0.08), and with --k-start 1 they stay dead; vanilla hardly minds.
     dec_init_norm: float = 1.0
 
     # --- optimisation

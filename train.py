@@ -74,8 +74,7 @@ def main(given: TrainConfig) -> int:
     require_room(config, source, run)
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
-    if live:
-        data |= source.record
+    data |= source.record if live else {}
     if saved:
         refuse_other_data(data, saved_data)
     else:

@@ -60,7 +60,7 @@ WORLDS = {
 }
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
-    # Alone, the selection settles on mixtures of concepts (easy: a third of the exclusive ones found); a penalty sorts them.
+    # The selection alone settles on mixtures of concepts that a penalty sorts.
     "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}", "--l1-coeff", "{l1_topk}"],
     "ours, batch_topk without a penalty": ["--variant", "batch_topk", "--k", "{k}"],
     # ckkissane/crosscoder-model-diff-replication: scale without centring, L1 2 after 5 %, no warm-up, decay over the last 20 %
@@ -70,12 +70,7 @@ RECIPES = {
     ],
 }
 UNSQUARED = "BatchTopK (crosscoder_learning)"  # trained by train_unsquared
-QUARTERS = [
-    "recall_rarest",
-    "recall_rare",
-    "recall_common",
-    "recall_commonest",
-]  # of all concepts, by rate
+QUARTERS = ["recall_rarest", "recall_rare", "recall_common", "recall_commonest"]  # of all concepts, by rate
 WAYS = ("norm", "scaling", "both")  # to call a latent exclusive: decoder norms, latent scaling, or only where both agree
 COLUMNS = [
     "world", "recipe", "lr", "seed", "right_shared",
@@ -293,8 +288,11 @@ def main() -> None:
 
     def done() -> dict[tuple, dict]:
         rows = csv.DictReader(results.open())
-        own = {"own": None}
-        return {(r["world"], r["recipe"], int(r["seed"]), own.get(r["lr"], r["lr"]), int(r["tokens"])): r for r in rows}
+        finished = {}
+        for row in rows:
+            lr = None if row["lr"] == "own" else row["lr"]
+            finished[row["world"], row["recipe"], int(row["seed"]), lr, int(row["tokens"])] = row
+        return finished
 
     args.output.mkdir(parents=True, exist_ok=True)
     if not results.exists():
