@@ -108,12 +108,17 @@ def sparse_baseline(tmp_path_factory):
     "flag",
     [
         *["--lr 0.001", "--beta1 0.5", "--beta2 0.9", "--grad-clip 0.1", "--l1-coeff 3", "--l1-warmup 0.9", "--lr-warmup 0.9"],
-        *["--lr-decay 0.9", "--dec-init-norm 0.2", "--no-center", "--compute-dtype bfloat16"],
+        *["--lr-decay 0.9", "--dec-init-norm 0.2", "--no-center"],
     ],
 )
 def test_each_knob_moves_the_weights(tmp_path, baseline, flag):
     run = train(tmp_path, "a", *SHORT, *flag.split())
     assert not torch.equal(weights(run)["W_dec"], weights(baseline)["W_dec"])
+
+
+def test_compute_dtype_moves_the_weights(tmp_path):
+    runs = [train(tmp_path, dtype, *SHORT, "--compute-dtype", dtype) for dtype in ("float32", "bfloat16")]
+    assert not torch.equal(*(weights(run)["W_dec"] for run in runs))
 
 
 @pytest.mark.parametrize("flag", ["--k 3", "--k-start 4", "--k-anneal 0.5", "--k-aux 1", "--aux-coeff 0", "--dead-window 0.5"])
