@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import parallel
+
 CHUNK = 1024  # rows that are read together: a few megabytes from one place of the disk
 BLOCK = 64 * CHUNK  # rows within which data that is not yet shuffled is mixed
 PREFETCH = 3  # batches filled ahead of the training loop
@@ -40,70 +42,72 @@ class Batch(NamedTuple):
 def batches(source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: int = 0) -> Iterator[Batch]:
     """Batches of the rows at the places `position` to `stop` of the source's stream; the last one may be shorter.
 
-    A background thread reads ahead; closing the generator ends it. A batch's tensor is overwritten after the next one has
-    been asked for. Raises ValueError when more than 0.1 % of the rows hold a non-finite value.
+    A background thread reads ahead; closing the generator ends it. Of several processes each reads a part of a batch, and all
+    get the whole one. A batch's tensor is overwritten after the next one has been asked for. Rows with a non-finite value
+    are left out of their batch; ValueError when they are more than 0.1 %.
     """
     ready: queue.Queue = queue.Queue()
     free: queue.Queue = queue.Queue()
     closed = threading.Event()
     on_cuda = device.type == "cuda"
     uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
-    for _ in range(PREFETCH + 3):  # one more is in the loop's hands, two in the thread's
-        shape = (source.n_models, batch_size, source.d_model)
+    shape = (source.n_models, -(-batch_size // parallel.size()), source.d_model)
+    for _ in range(PREFETCH + 3):  # two more are in the loop's hands, one in the thread's
         free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
 
-    def hand_over(buffer, filled, standing):
-        x, copied = buffer[:, :filled], None  # [n_models, rows, d_model]
-        if on_cuda:
-            with torch.cuda.stream(uploads):
-                x, copied = x.to(device, non_blocking=True), torch.cuda.Event()
-                copied.record()
-        ready.put((x.transpose(0, 1), buffer, copied, standing))
-
-    def read_ahead():
-        nonlocal position, dropped
-        held = None  # the batch before: the last one is known by its position, also when only dropped rows come after it
+    def read_ahead(position):
         try:
             while position < stop:
-                buffer, copied = free.get()  # [n_models, batch_size, d_model]
+                buffer, copied = free.get()  # [n_models, rows of this process, d_model]
                 if closed.is_set():
                     return
                 if copied is not None:
                     copied.synchronize()  # the copy to the device still reads from this buffer
-                filled, first_row, last_row = 0, None, None
-                while filled < batch_size and position < stop:
-                    rows = source.order(position, min(batch_size - filled, stop - position))
-                    position += len(rows)
-                    kept = gather_finite(source, "train", rows, buffer[:, filled : filled + len(rows)])
-                    filled, dropped = filled + kept, dropped + len(rows) - kept
-                    first_row = min(rows[0], first_row if first_row is not None else rows[0])
-                    last_row = max(rows[-1], last_row or 0)
-                if dropped > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
-                    raise ValueError(too_many_non_finite(dropped, position))
-                if filled:
-                    if held:
-                        hand_over(*held)
-                    held = (buffer, filled, (position, dropped, int(first_row), int(last_row)))
-                elif held:
-                    held = (*held[:2], (position, dropped, *held[2][2:]))
-            if held:
-                hand_over(*held)
+                end, passed, filled, lowest, highest = min(position + batch_size, stop), 0, 0, [], []
+                own = parallel.part(end - position)
+                while position < end:
+                    rows = source.order(position, end - position)
+                    mine = rows[max(0, own.start - passed) : max(0, own.stop - passed)]
+                    position, passed = position + len(rows), passed + len(rows)
+                    lowest.append(rows[0])
+                    highest.append(rows[-1])
+                    if len(mine):
+                        filled += gather_finite(source, "train", mine, buffer[:, filled : filled + len(mine)])
+                x, copied = buffer[:, :filled], None
+                if on_cuda:
+                    with torch.cuda.stream(uploads):
+                        x, copied = x.to(device, non_blocking=True), torch.cuda.Event()
+                        copied.record()
+                ready.put((x, (buffer, copied), passed, position, int(min(lowest)), int(max(highest))))
             ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
 
-    thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=read_ahead, args=(position,), name="read-ahead", daemon=True)
     thread.start()
+    held = None  # a batch is given when the next is there: the last one takes over the position of dropped rows after it
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            x, buffer, copied, standing = item
+            x, used, places, position, first_row, last_row = item
             if on_cuda:
-                torch.cuda.current_stream(device).wait_event(copied)
+                torch.cuda.current_stream(device).wait_event(used[1])
                 x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before the step is done
-            yield Batch(x, *standing)
-            free.put((buffer, copied))
+            x = parallel.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
+            dropped += places - len(x)
+            if dropped > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
+                raise ValueError(too_many_non_finite(dropped, position))
+            if len(x):
+                if held:
+                    yield held[0]
+                    free.put(held[1])
+                held = (Batch(x, position, dropped, first_row, last_row), used)
+            else:
+                free.put(used)
+                held = held and (held[0]._replace(position=position, dropped=dropped), held[1])
+        if held:
+            yield held[0]
     finally:
         closed.set()
         free.put((None, None))  # wakes the thread if it waits

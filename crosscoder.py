@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+import parallel
 import sparse
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
@@ -55,6 +56,8 @@ class CrossCoder(nn.Module):
         dec_init_norm: norm of each decoder row per model at the start. A latent starts with the same direction in every
             model, and the encoder as the decoder's transpose.
         compute_dtype: of the matrix products; parameters, codes and losses are float32.
+        latents: the slice of the d_hidden latents that this process owns, of several that train together (parallel.py);
+            parameters and codes then hold these alone. None: all.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class CrossCoder(nn.Module):
         dec_init_norm: float = 0.08,
         seed: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        latents: slice | None = None,
     ):
         super().__init__()
         if variant not in ("vanilla", "batch_topk"):
@@ -79,16 +83,18 @@ class CrossCoder(nn.Module):
         self.k_aux = max(1, d_model // 2) if k_aux is None else k_aux
         self.compute_dtype = compute_dtype
 
-        blocks = []
-        for start in range(0, d_hidden, INIT_BLOCK):
+        self.latents = slice(0, d_hidden) if latents is None else latents
+
+        blocks, first = [], self.latents.start // INIT_BLOCK * INIT_BLOCK
+        for start in range(first, self.latents.stop, INIT_BLOCK):
             draw = torch.Generator().manual_seed(random.Random(f"{seed} {start}").getrandbits(32))
             blocks.append(torch.randn(min(INIT_BLOCK, d_hidden - start), d_model, generator=draw))
-        directions = torch.cat(blocks)  # [d_hidden, d_model]
+        directions = torch.cat(blocks)[self.latents.start - first : self.latents.stop - first]  # [latents, d_model]
         rows = dec_init_norm * directions / directions.norm(dim=-1, keepdim=True)
-        W_dec = rows[:, None, :].repeat(1, n_models, 1)  # [d_hidden, n_models, d_model]
+        W_dec = rows[:, None, :].repeat(1, n_models, 1)  # [latents, n_models, d_model]
         self.W_dec = nn.Parameter(W_dec)
         self.enc_rows = nn.Parameter(W_dec.clone())
-        self.b_enc = nn.Parameter(torch.zeros(d_hidden))
+        self.b_enc = nn.Parameter(torch.zeros(len(W_dec)))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.register_buffer("mean", torch.zeros(n_models, d_model))
         self.register_buffer("scale", torch.ones(n_models))
@@ -121,7 +127,7 @@ class CrossCoder(nn.Module):
 
     def decode(self, f: Tensor, normalized: bool = False) -> Tensor:
         """Reconstruction [batch, n_models, d_model] from codes f [batch, d_hidden], raw unless `normalized`."""
-        x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+        x_hat = parallel.all_sum(sparse.decode(f, self.W_dec, self.compute_dtype)) + self.b_dec
         return x_hat if normalized else self.denormalize(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ class CrossCoder(nn.Module):
         return self.threshold.ndim == 1
 
     def _pre(self, x_n: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        return sparse.encode(x_n, self.enc_rows[latents], self.compute_dtype).float() + self.b_enc[latents]
+        return sparse.encode(x_n, self.enc_rows[latents], self.compute_dtype).to(x_n.dtype) + self.b_enc[latents]
 
     # --- training: normalised activations in
 
@@ -170,7 +176,7 @@ class CrossCoder(nn.Module):
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
         product, codes = None, None
-        if sparse.worth_it(x_n, self.d_hidden, count):
+        if sparse.worth_it(x_n, self.d_hidden, count):  # asked of the whole dictionary: alike in every process
             with torch.no_grad():
                 product = sparse.encode(x_n, self.enc_rows, self.compute_dtype) if sparse.on_cuda(x_n) else None
             codes = self._active_codes(x_n, norm_sum.detach(), count, product)
@@ -181,10 +187,10 @@ class CrossCoder(nn.Module):
             smallest = pad(weighted.detach().where(values > 0, torch.inf), (0, 1), value=torch.inf).amin()
             fired = active.latent_starts.diff() > 0
             l0_loss = active.token_starts[-1] / len(x_n)
-            x_hat = sparse.decode_active(values, active, self.W_dec) + self.b_dec
+            decoded = sparse.decode_active(values, active, self.W_dec)
         else:
             product = sparse.encode(x_n, self.enc_rows, self.compute_dtype)
-            f = (product.float() + self.b_enc).relu()  # [batch, d_hidden]
+            f = (product.to(x_n.dtype) + self.b_enc).relu()  # [batch, d_hidden]
             if count is not None:
                 score = (f * norm_sum).detach()
                 kept = sparse.keep_largest(score, count)
@@ -193,9 +199,11 @@ class CrossCoder(nn.Module):
             l1_loss = (f.sum(0) * norm_sum).sum() / len(f)  # summed over the batch first: no second [batch, d_hidden] product
             fired = (f > 0).any(0)
             l0_loss = (f > 0).sum() / len(f)
-            x_hat = sparse.decode(f, self.W_dec, self.compute_dtype) + self.b_dec
+            decoded = sparse.decode(f, self.W_dec, self.compute_dtype)
+        x_hat = parallel.all_sum(decoded) + self.b_dec
+        l1_loss, l0_loss = parallel.all_sum(l1_loss), parallel.all_sum(l0_loss)
         if count is not None:
-            self._follow_threshold(smallest)
+            self._follow_threshold(parallel.all_min(smallest))
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
@@ -217,17 +225,17 @@ class CrossCoder(nn.Module):
         """
         count = self.k_aux * len(x_n)
         if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            count = min(count, product.numel())
             predicted = sparse.decode_active(*self._active_codes(x_n, norm_sum * dead, count, product.detach()), self.W_dec)
         else:
             some = dead.nonzero()[:, 0]
             a = self._pre(x_n, some).relu()  # [batch, dead]
             kept = sparse.keep_largest((a * norm_sum[some]).detach(), count)
             predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
+        predicted, some_dead = parallel.all_sum(predicted), parallel.all_sum(dead.sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
         varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
-        usable = dead.any() & varies & squared.isfinite() & variance.isfinite()
+        usable = some_dead & varies & squared.isfinite() & variance.isfinite()
         # The inner where keeps a zero or infinite variance out of the backward pass as well.
         return torch.where(usable, squared / torch.where(usable, variance, 1.0), 0.0)
 
@@ -253,7 +261,7 @@ class CrossCoder(nn.Module):
         def scores():
             return (self.score(self._pre(x_n).relu()) for x_n in batches())
 
-        kept, next_one = (sparse.kth_largest(scores, count) for count in (self.k * rows, self.k * rows + 1))
+        kept, next_one = (sparse.find_cut(scores, count)[0] for count in (self.k * rows, self.k * rows + 1))
         self.threshold.fill_((kept + next_one) / 2)
 
     # --- saving

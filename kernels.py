@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import parallel
+from sparse import find_bin
+
 SCAN = 4096  # scores of one token that a program looks at together
 TILE = 512  # columns of a wide row that a program adds up
 ENTRIES = 8  # rows that it loads together
@@ -100,10 +103,10 @@ def _dots(a, b, i, j, n, out, width, TILE: tl.constexpr):
 
 
 def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest positive scores relu(pre + b_enc) * weight of the whole batch; of equal ones at the cut the first.
+    """The `count` largest positive scores relu(pre + b_enc) * weight of the whole batch, over all processes.
 
     The cut is exact: a histogram of the scores' upper 16 bits finds its bucket, one of the lower 16 bits within that bucket the
-    cut itself.
+    cut itself. Of equal scores there the first ones are kept, by process, token and latent.
 
     Args:
         pre: [batch, d_hidden]; b_enc, weight: [d_hidden] float32, weight not negative; count: at least 1.
@@ -119,24 +122,18 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int) -> tuple[Ten
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
         grid = (batch, triton.cdiv(d_hidden, SCAN))
         _histogram[grid](*args, cut, bins, d_hidden, FIRST=level == 0, SCAN=SCAN)
-        chosen, left = find_bin(bins, left)
+        chosen, left = find_bin(parallel.all_sum(bins), left)
         cut = chosen.int() if level == 0 else (cut << 16) | chosen.int()
     above, equal = (torch.empty(batch, dtype=torch.int64, device=pre.device) for _ in range(2))
     _count[(batch,)](*args, cut, above, equal, d_hidden, SCAN=SCAN)
-    ties = (count - above.sum() - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # [batch] each may keep on the cut
+    before = parallel.gather(equal.sum(0, keepdim=True))[: parallel.rank()].sum()  # on the cut in the processes before
+    ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # [batch] how many each token may keep there
     starts = torch.zeros(batch + 1, dtype=torch.int64, device=pre.device)
     torch.cumsum(above + ties, 0, out=starts[1:])
     latents = torch.zeros(count, dtype=torch.int64, device=pre.device)
     codes = torch.zeros(count, device=pre.device)
     _write[(batch,)](*args, cut, ties, starts, latents, codes, d_hidden, SCAN=SCAN)
     return latents, codes, starts
-
-
-def find_bin(bins: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The highest bin with `count` values in it or above it (bin 0 if there are fewer), and how many of its own are needed."""
-    at_least = bins.long().flip(0).cumsum(0).flip(0)
-    chosen = ((at_least >= count).sum() - 1).clamp_min(0)
-    return chosen, count - (at_least[chosen] - bins[chosen])
 
 
 def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+import parallel
+
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only sampled_addmm is used
 
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
@@ -22,37 +24,92 @@ DENSE_ABOVE = 1 / 8  # share of active entries above which the dense form is fas
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
+# --- selection
+
+
 def keep_largest(score: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest positive entries of the whole matrix, fewer if fewer are positive.
+    """Mask of the `count` largest positive entries of the whole matrix, over all processes; fewer if fewer are positive.
 
     Args:
-        score: [batch, d_hidden], non-negative.
+        score: [batch, latents], non-negative.
         count: how many to keep over the whole batch (BatchTopK, arXiv 2412.06410: k * batch).
 
     Returns:
-        [batch, d_hidden] bool. Of equal scores at the cut only as many are kept as `count` allows.
+        [batch, latents] bool. Of equal scores at the cut only as many are kept as `count` allows.
     """
     if on_cuda(score):
         import kernels
 
         zeros, ones = torch.zeros_like(score[0]), torch.ones_like(score[0])
-        latents, codes, starts = kernels.largest(score, zeros, ones, min(count, score.numel()))
+        latents, codes, starts = kernels.largest(score, zeros, ones, count)
         tokens = torch.searchsorted(starts, torch.arange(len(latents), device=score.device), right=True) - 1
         mask = torch.zeros(len(score) + 1, score.shape[1], dtype=torch.bool, device=score.device)  # unused go to the last row
         return mask.index_put_((tokens, latents), torch.ones((), dtype=torch.bool, device=score.device))[:-1]
-    if not score.numel():
-        return score > 0
     flat = score.flatten()
-    # Most scores are far below the cut. A sample tells a value that about twice `count` of them exceed; only those need
-    # sorting.
-    sample = flat[::SAMPLED]
-    floor = torch.topk(sample, min(len(sample), 2 * count // SAMPLED + 32), sorted=False).values.amin()
+    # Most scores are far below the cut. A sample tells a value that about twice `count` of them exceed; only those are counted.
+    floor = lowest_of_largest(flat[::SAMPLED], 2 * count // (SAMPLED * parallel.size()) + 32)
     candidates = true_entries(flat > floor)
-    if len(candidates) < count:  # the sample misjudged, or fewer are positive
-        candidates = flat.nonzero()[:, 0]
-    top = torch.topk(flat[candidates], min(count, len(candidates)), sorted=False)
-    mask = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, candidates[top.indices], True)
-    return mask.view_as(score)
+    if parallel.all_sum(torch.tensor(len(candidates))) < count:  # the sample misjudged, or fewer are positive
+        candidates = true_entries(flat > 0)
+    kept = candidates[largest(flat[candidates], count)]
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, kept, True).view_as(score)
+
+
+def lowest_of_largest(sample: Tensor, count: int) -> Tensor:
+    """The `count`-th largest of a sample, at least 0; the least over all processes. inf for an empty one."""
+    if not len(sample):
+        return parallel.all_min(torch.tensor(torch.inf))
+    return parallel.all_min(torch.topk(sample, min(len(sample), count), sorted=False).values.amin().clamp_min(0).float())
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Mask [n] of the `count` largest of the positive scores [n] of all processes; of those at the cut the first."""
+    cut, ties = find_cut(lambda: [score], count)
+    kept = score.float() > cut
+    equal = (score.float() == cut).nonzero()[:, 0]
+    before = parallel.gather(torch.tensor([len(equal)]))[: parallel.rank()].sum()
+    return kept.index_fill_(0, equal[: max(0, int(ties - before))], True)
+
+
+def find_cut(scores: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, int]:
+    """The `count`-th largest positive value in a stream, over all processes, and how many of its equals belong to the `count`.
+
+    Non-negative floats are ordered like their bit patterns, so a histogram of the upper 16 bits finds the bucket of the
+    value and a histogram of the lower 16 bits within that bucket finds the value itself. 0 if fewer are positive.
+
+    Args:
+        scores: called twice, each time gives the same tensors of any shape; they are looked at in float32.
+    """
+    upper, left = None, torch.tensor(count)
+    for _ in range(2):
+        bins = torch.zeros(1 << 16, dtype=torch.int64)
+        for score in scores():
+            bits = score[score > 0].float().view(torch.int32)
+            part = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
+            bins += torch.bincount(part, minlength=1 << 16).cpu()
+        bins = parallel.all_sum(bins)
+        if upper is None and bins.sum() < count:
+            return 0.0, 0
+        chosen, left = find_bin(bins, left)
+        upper, lower = (int(chosen), 0) if upper is None else (upper, int(chosen))
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item(), int(left)
+
+
+def find_bin(bins: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The highest bin with `count` values in it or above it (bin 0 if there are fewer), and how many of its own are needed."""
+    at_least = bins.long().flip(0).cumsum(0).flip(0)
+    chosen = ((at_least >= count).sum() - 1).clamp_min(0)
+    return chosen, count - (at_least[chosen] - bins[chosen])
+
+
+def true_entries(mask: Tensor) -> Tensor:
+    """Flat places where a mask is true, ascending. Looks at eight entries at a time: most are false."""
+    flat = mask.flatten()
+    if len(flat) % 8:
+        return flat.nonzero()[:, 0]
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
 
 
 # --- dense
@@ -67,8 +124,8 @@ def encode(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes f [batch, d_hidden] times rows [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
-    return (f.to(dtype) @ rows.flatten(1).to(dtype)).float().unflatten(1, rows.shape[1:])
+    """Codes f [batch, d_hidden] times rows [d_hidden, n_models, d_model] -> [batch, n_models, d_model] in f's. No bias."""
+    return (f.to(dtype) @ rows.flatten(1).to(dtype)).to(f.dtype).unflatten(1, rows.shape[1:])
 
 
 # --- sparse
@@ -159,11 +216,9 @@ def _largest(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tenso
     if found is None:
         return None
     entries, values, score = found
-    if count is not None and len(score) > count:
-        cut = torch.topk(score, count, sorted=False).values.amin()
-        keep = score > cut
-        keep[(score == cut).nonzero()[: count - int(keep.sum()), 0]] = True
-        entries, values = entries[keep], values[keep]
+    if count is not None:
+        kept = largest(score, count)
+        entries, values = entries[kept], values[kept]
     return entries % len(rows), values, torch.searchsorted(entries, torch.arange(len(x) + 1) * len(rows))
 
 
@@ -173,7 +228,7 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
 
     def measure(product, entries):
         latents = entries % d_hidden
-        pre = product.flatten()[entries].float().add_(b_enc[latents])
+        pre = product.flatten()[entries].to(x.dtype).add_(b_enc[latents])
         return pre, pre if weight is None else pre * weight[latents]
 
     floor = 0.0 if count is None else None
@@ -184,8 +239,8 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
             product = flat[first : first + size] @ casted.T  # [size, d_hidden]
             if floor is None:  # from a sample of the first tokens: about twice `count` scores exceed it
                 sample = measure(product, torch.arange(0, product.numel(), SAMPLED))[1]
-                expected = 2 * count * len(sample) // (len(x) * d_hidden) + 32
-                floor = torch.topk(sample, min(len(sample), expected), sorted=False).values.amin().clamp_min(0)
+                expected = 2 * count * len(sample) // (len(x) * d_hidden * parallel.size()) + 32
+                floor = lowest_of_largest(sample, expected)
             # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
             least = (floor if weight is None else floor / weight) - b_enc  # [d_hidden]
             entries = true_entries(product > (least - least.abs() / 64).to(dtype))
@@ -195,20 +250,10 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
             total += len(found[-1][0])
             if total > limit and count is None:
                 return None
-        if count is None or total >= count or floor == 0:
+        if count is None or floor == 0 or parallel.all_sum(torch.tensor(total)) >= count:
             break
         floor = torch.zeros(())  # the sample misjudged: look at every positive score
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def true_entries(mask: Tensor) -> Tensor:
-    """Flat places where a mask is true, ascending. Looks at eight entries at a time: most are false."""
-    flat = mask.flatten()
-    if len(flat) % 8:
-        return flat.nonzero()[:, 0]
-    words = flat.view(torch.int64).nonzero()[:, 0]
-    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[word] * 8 + byte
 
 
 class _Encode(torch.autograd.Function):
@@ -267,35 +312,6 @@ def dots(a: Tensor, b: Tensor, active: Active) -> Tensor:
 
         return kernels.dots(a, b, active.tokens, active.latents, active.token_starts[-1])
     places = torch.sparse_csr_tensor(
-        active.token_starts, active.latents, torch.zeros(len(active.latents)), (len(a), len(b)), check_invariants=False
+        active.token_starts, active.latents, a.new_zeros(len(active.latents)), (len(a), len(b)), check_invariants=False
     )
     return torch.sparse.sampled_addmm(places, a, b.T, beta=0).values()
-
-
-# --- an inference threshold
-
-
-def kth_largest(scores: Callable[[], Iterable[Tensor]], count: int) -> float:
-    """The `count`-th largest positive float32 value in a stream too large to hold; 0 if fewer are positive.
-
-    Non-negative floats are ordered like their bit patterns, so a histogram of the upper 16 bits finds the bucket of the
-    value and a histogram of the lower 16 bits within that bucket finds the value itself.
-
-    Args:
-        scores: called twice, each time gives the same float32 tensors of any shape.
-    """
-    upper, remaining = None, count
-    for _ in range(2):
-        bins = torch.zeros(1 << 16, dtype=torch.int64)
-        for score in scores():
-            bits = score[score > 0].view(torch.int32)
-            part = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
-            bins += torch.bincount(part, minlength=1 << 16).cpu()
-        at_least = bins.flip(0).cumsum(0).flip(0)  # [65536] how many values lie in this bin or above
-        if upper is None and at_least[0] < count:
-            return 0.0
-        chosen = int((at_least >= remaining).sum()) - 1  # the highest bin that still has `remaining` at or above it
-        remaining -= int(at_least[chosen] - bins[chosen])
-        if upper is None:
-            upper = chosen
-    return torch.tensor(upper << 16 | chosen, dtype=torch.int32).view(torch.float32).item()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import latents
+import parallel
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
 from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
@@ -44,8 +45,10 @@ MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data li
 def main(given: TrainConfig) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
     check(given)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
+    device = parallel.start(device)
     start_from = resume_point(given)  # a checkpoint, or None
-    run = start_from.parents[1] if start_from else Path(given.output_dir) / run_name(given)
+    run = start_from.parents[1] if start_from else Path(given.output_dir) / parallel.from_first(run_name(given))
     if start_from is None and given.resume is None and run.exists():
         raise ValueError(name_is_taken(run))
     saved, saved_data = read_record(run) if start_from else (None, None)
@@ -54,11 +57,12 @@ def main(given: TrainConfig) -> int:
     live = given.base_model is not None  # straight from the two models
     usual = REAL if live or given.dataset or given.base_dataset else PLANTED
     config = resolve_sizes(given, saved or usual)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     if config.compute_dtype == "auto":
         config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
     if saved:
         refuse_changes(config, saved)
+    if parallel.size() > config.d_hidden:
+        raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {parallel.size()}")
     if config.variant == "batch_topk" and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     source = open_live(given, config, device, saved_data) if live else open_source(given, config)
@@ -78,18 +82,19 @@ def main(given: TrainConfig) -> int:
     data |= source.record if live else {}
     if saved:
         refuse_other_data(data, saved_data)
-    else:
+    elif parallel.rank() == 0:
         run = make_folder(run, given)
         record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
         record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
         checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
-    locked = checkpoint.lock(run)
+    run = Path(parallel.from_first(str(run)))
+    locked = checkpoint.lock(run) if parallel.rank() == 0 else None
 
     # --- model, optimizer, schedule
     torch.manual_seed(config.seed)
     crosscoder = CrossCoder(
         source.d_model, config.d_hidden, source.n_models, config.variant, config.k, config.k_aux,
-        config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype),
+        config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype), parallel.part(config.d_hidden),
     )  # fmt: skip
     unscale = (1 / source.stored_scale.double())[:, None]  # [n_models, 1] stored values -> raw activations
     if start_from is None:
@@ -102,13 +107,13 @@ def main(given: TrainConfig) -> int:
     optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     schedule = partial(lr_factor, steps=steps, warmup=config.lr_warmup, decay=config.lr_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    tokens_since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)
+    tokens_since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64, device=device)
     bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step whose loss was not finite; 0: none
     step = tokens = position = dropped = 0
     seconds, wandb_id, standing = source.model_seconds if live else 0.0, None, None
 
     if start_from:
-        tensors, state = checkpoint.load(start_from)
+        tensors, state = checkpoint.load(start_from, crosscoder.latents)
         try:
             crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
             checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
@@ -124,13 +129,13 @@ def main(given: TrainConfig) -> int:
             group["lr"] = config.lr * schedule(step)
     checkpoint.cut_metrics(run, step)
     print_plan(config, source, run, start_from, device, steps, usual["k"])
-    tracker, wandb_id = start_wandb(config, run, wandb_id)
+    tracker, wandb_id = start_wandb(config, run, wandb_id) if parallel.rank() == 0 else (None, None)
 
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates: a log file wants few
-    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace)
+    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace, disable=parallel.rank() > 0)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
     if live:
@@ -147,11 +152,11 @@ def main(given: TrainConfig) -> int:
             l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
             k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
             dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
-            if device.type == "cpu" and dead is not None and not dead.any():
+            if device.type == "cpu" and dead is not None and not parallel.any_process(bool(dead.any())):
                 dead = None  # a free question here; on CUDA it would wait for the device
             out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead, k)
             out.loss.backward()
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
+            grad_norm = norm_of_gradient(crosscoder)
             optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)  # fused Adam divides by it as it reads
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
@@ -161,12 +166,12 @@ def main(given: TrainConfig) -> int:
             tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
             bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
-            last = position >= stop or bool(signals)
+            last = position >= stop or parallel.any_process(bool(signals))
             validate = step % config.val_every == 0 and not last
             if step == 1 or step % config.log_every == 0 or validate or last:
                 require_finite(bad_step, recent, run)
                 elapsed = time.perf_counter() - logged_at
-                metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder.threshold, grad_norm)
+                metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder, grad_norm)
                 metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
                 metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
                 if live:
@@ -174,8 +179,9 @@ def main(given: TrainConfig) -> int:
                     logged_model_seconds = source.model_seconds
                 if validate:
                     metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
-                tracker = log(run, tracker, step, metrics)
-                show(bar, metrics)
+                if parallel.rank() == 0:
+                    tracker = log(run, tracker, step, metrics)
+                    show(bar, metrics)
                 logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
             if step % config.save_every == 0 or last:
                 require_finite(bad_step, recent, run)
@@ -184,7 +190,7 @@ def main(given: TrainConfig) -> int:
                 state |= {"live": source.standing()} if live else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
-                checkpoint.save(run, step, tensors, state, config.keep_checkpoints)
+                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, crosscoder.latents, config.d_hidden)
             bar.update()
             if last:  # not `signals`: one that came in since `last` was asked is saved by the next step
                 break
@@ -204,16 +210,19 @@ def main(given: TrainConfig) -> int:
     if config.variant == "batch_topk":
         crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.batch_size, unscale))
     final = evaluate(crosscoder, source, config.batch_size, unscale, config.l1_coeff)
-    log(run, tracker, step, final)
     crosscoder.save_pretrained(run / "crosscoder")
-    dead = tokens_since_fired >= dead_after
+    dead, norms = (parallel.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
+    W_dec = parallel.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
+    if parallel.rank() > 0:
+        return 0
+    log(run, tracker, step, final)
     summary = {name.removeprefix("val_"): value for name, value in final.items()}
     summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
     summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
-    summary["latents"] = latents.count_classes(crosscoder.decoder_norms(), dead)
+    summary["latents"] = latents.count_classes(norms, dead)
     if isinstance(source, PlantedConcepts):
-        summary["planted"] = source.score(crosscoder.W_dec, dead)
+        summary["planted"] = source.score(W_dec, dead)
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     print_summary(summary, config, source.val_rows, run)
@@ -269,6 +278,8 @@ def check_live(config: TrainConfig) -> None:
     if not asked:
         return
     flag = f"--{asked[0].replace('_', '-')}"
+    if parallel.size() > 1:
+        raise ValueError(f"{flag}: several processes train from stored activations; collect them first with collect.py")
     if config.dataset or config.base_dataset:
         other = "--dataset" if config.dataset else "--base-dataset"
         raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
@@ -430,7 +441,7 @@ def catch_signals() -> list[int]:
 
 
 @torch.no_grad()
-def training_metrics(out: Losses, x: Tensor, dead: Tensor, threshold: Tensor, grad_norm: Tensor) -> dict[str, float]:
+def training_metrics(out: Losses, x: Tensor, dead: Tensor, crosscoder: CrossCoder, grad_norm: Tensor) -> dict[str, float]:
     """Metrics of one training batch of normalised activations [batch, n_models, d_model], in one copy to the host."""
     together, base, ft = explained_variance(x, out.x_hat)
     values = {
@@ -442,8 +453,8 @@ def training_metrics(out: Losses, x: Tensor, dead: Tensor, threshold: Tensor, gr
         "explained_variance_A": base,
         "explained_variance_B": ft,
         "aux_loss": out.aux_loss,
-        "dead_fraction": dead.float().mean(),
-        "threshold": threshold,
+        "dead_fraction": parallel.all_sum(dead.sum()) / crosscoder.d_hidden,
+        "threshold": crosscoder.threshold,
         "grad_norm": grad_norm,
     }
     return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
@@ -469,6 +480,7 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
         total = total + x.double().sum(0)  # [n_models, d_model]
         squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
+    active, l1 = parallel.all_sum(active), parallel.all_sum(l1)
     together, base, ft = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
     l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
     return {
@@ -480,6 +492,13 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         "val_explained_variance_A": base,
         "val_explained_variance_B": ft,
     }
+
+
+def norm_of_gradient(crosscoder: CrossCoder) -> Tensor:
+    """L2 norm of the gradient of all parameters. b_dec is the same in every process and counts once."""
+    sliced = [p.grad for name, p in crosscoder.named_parameters() if name != "b_dec"]
+    squared = parallel.all_sum(torch.nn.utils.get_total_norm(sliced).square())
+    return (squared + crosscoder.b_dec.grad.square().sum()).sqrt()
 
 
 def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
@@ -497,6 +516,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(CONFIG))
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
+        # what all processes find before they start is said once
+        sys.exit(f"train.py: error: {error}" if parallel.rank() == 0 or parallel.sent else 1)
     except KeyboardInterrupt:  # before the loop, or a second time
         sys.exit(130)
