@@ -1,73 +1,126 @@
 """The files of a run: atomic checkpoints, the newest complete one, and the lines of metrics that belong to it.
 
     RUN/checkpoints/step_00001000/
-        index.json                 format, d_hidden, which tensors have a latent axis, which file holds which latents
+        index.json                 format, d_hidden, which tensors go by latent, which file holds which latents, checksums
         latents_0_16384.safetensors    those tensors for latents 0 to 16383 (one file a process)
         shared.safetensors         all other tensors, random states among them
         state.json                 plain numbers: step, data position, scheduler, ...
 
-A checkpoint is written beside its place and renamed, so a folder that has its name is complete. Nothing is pickled.
+A checkpoint is written beside its place and renamed, so a folder that has its name was complete once; checksums say whether
+it still is what was written. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# Where each parameter has its latent axis; Adam's moments have the axis of their parameter.
-LATENT_AXIS = {"enc_rows": 0, "W_dec": 0, "b_enc": 0, "tokens_since_fired": 0}
+import parallel
+
+# What has the latents as its first axis; Adam's moments of a parameter have its axes.
+BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")
+HASHED_TOGETHER = 1 << 24  # bytes
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int, d_hidden: int) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder.
 
+    Of several processes each writes the slice of the d_hidden latents that it owns, process 0 the rest.
     Raises OSError with one sentence when the disk is full or read-only; what was there before stays as it was.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
-    axes = {name: axis for name in tensors if (axis := LATENT_AXIS.get(name.split(".")[0])) is not None}
-    d_hidden = tensors["b_enc"].shape[0]
-    slice_name = f"latents_0_{d_hidden}.safetensors"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file({name: t for name, t in host.items() if name in axes}, partial / slice_name)
-        save_file({name: t for name, t in host.items() if name not in axes}, partial / "shared.safetensors")
-        slices = [{"file": slice_name, "start": 0, "stop": d_hidden}]
-        index = {"format": 1, "d_hidden": d_hidden, "latent_axis": axes, "slices": slices}
-        (partial / "index.json").write_text(json.dumps(index, indent=1))
-        (partial / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
-        if folder.exists():  # an abandoned attempt at this step
-            os.rename(folder, folder.with_name(f".{folder.name}.old"))
-        os.rename(partial, folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(run).free / 1e9
-        raise OSError(
-            f"the checkpoint of step {step} could not be written to {folder.parent} ({error}; {free:.2f} GB free): "
-            "make room or give another --output-dir; earlier checkpoints are untouched"
-        ) from None
-    kept = complete(run)
-    kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
-    for old in set(complete(run)) - set(kept):
-        os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted checkpoint must not carry a complete one's name
-    for leftover in folder.parent.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    by_latent = [name for name in tensors if name.split(".")[0] in BY_LATENT]
+    owned = [parallel.part(d_hidden, process) for process in range(parallel.size())]
+    slices = [{"file": f"latents_{s.start}_{s.stop}.safetensors", "start": s.start, "stop": s.stop} for s in owned]
+    host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with explained(f"the checkpoint of step {step}", run):
+        with parallel.together():
+            if parallel.rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with parallel.together():
+            own = partial / slices[parallel.rank()]["file"]
+            save_file({name: t for name, t in host.items() if name in by_latent}, own)
+            sync(own)
+        with parallel.together():
+            if parallel.rank() == 0:
+                save_file({name: t for name, t in host.items() if name not in by_latent}, partial / "shared.safetensors")
+                (partial / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
+                write_index(partial, {"format": 2, "d_hidden": d_hidden, "by_latent": by_latent, "slices": slices})
+                for path in [*partial.iterdir(), partial]:
+                    sync(path)
+                if folder.exists():  # an abandoned attempt at this step
+                    os.rename(folder, folder.with_name(f".{folder.name}.old"))
+                os.rename(partial, folder)
+                sync(folder.parent)
+    if parallel.rank() == 0:
+        kept = complete(run)
+        kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
+        for old in set(complete(run)) - set(kept):
+            os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted checkpoint must not carry a complete one's name
+        remove_leftovers(run)
     return folder
+
+
+def write_index(folder: Path, index: dict) -> None:
+    """Write a checkpoint's index.json, last of its files: `index`, the checksums of the other files, and one of its own."""
+    index = index | {"checksums": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != "index.json"}}
+    (folder / "index.json").write_text(json.dumps(index | {"own_checksum": checksum_of_index(index)}, indent=1))
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 over the SHA-256 of each block of a file: blocks are hashed in parallel, as one core is slower than the disk."""
+
+    def of_block(start: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(HASHED_TOGETHER)).digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        blocks = pool.map(of_block, range(0, path.stat().st_size, HASHED_TOGETHER))
+    return hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def checksum_of_index(index: dict) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in a few words; None if they are what was written."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        if index.pop("own_checksum") != checksum_of_index(index):
+            return "index.json is not what was written"
+        for name, written in index["checksums"].items():
+            if checksum(folder / name) != written:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) else f"index.json: {error!r}"
+        return reason.splitlines()[0]
+    return None
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a process that was killed had half written. Only the process that holds the run's lock may do so."""
+    for leftover in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*run.glob(".*.partial"), *(run / "crosscoder").glob("*.partial")]:
+        leftover.unlink(missing_ok=True)
 
 
 def complete(run: Path) -> list[Path]:
@@ -77,28 +130,48 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(resume: Path) -> Path:
-    """The checkpoint meant by a path: itself, or the newest of the run in that folder. ValueError if there is none."""
+    """The checkpoint meant by a path: itself, or the newest undamaged one of that run. ValueError if there is none."""
     resume = resume.resolve()
     if (resume / "state.json").is_file():
         return resume
     if not resume.exists():
         raise ValueError(f"--resume {resume}: no such run or checkpoint")
-    if not (found := complete(resume)):
-        raise ValueError(f"--resume {resume}: holds no complete checkpoint")
-    return found[-1]
+    why = None
+    for folder in reversed(complete(resume)):
+        if not (why := damage(folder)):
+            return folder
+        print(f"damaged  {folder} ({why}): passed over for the one before it", file=sys.stderr)
+    if why:
+        raise ValueError(
+            f"--resume {resume}: all its checkpoints are damaged ({why}); put a copy of one back, or begin again with "
+            f"--config {resume / 'config.json'}"
+        )
+    raise ValueError(f"--resume {resume}: holds no complete checkpoint")
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors, latent slices joined, and the state of a checkpoint. ValueError where a file is missing or broken."""
+def load(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and the state of a checkpoint, of those with a latent axis the wanted latents alone (None: all).
+
+    However many processes wrote it. ValueError where a file is missing or was changed.
+    """
+    why = damage(folder)
     try:
+        if why:
+            raise ValueError(why)
         index, state = (json.loads((folder / name).read_text()) for name in ("index.json", "state.json"))
         tensors = load_file(folder / "shared.safetensors")
-        slices = [load_file(folder / part["file"]) for part in sorted(index["slices"], key=lambda part: part["start"])]
-        for name, axis in index["latent_axis"].items():
-            tensors[name] = torch.cat([part[name] for part in slices], dim=axis)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        latents = latents or slice(0, index["d_hidden"])
+        parts: dict[str, list[Tensor]] = {name: [] for name in index["by_latent"]}
+        for part in sorted(index["slices"], key=lambda part: part["start"]):
+            low, high = max(latents.start, part["start"]), min(latents.stop, part["stop"])
+            if low < high:
+                with safe_open(folder / part["file"], framework="pt") as file:
+                    for name, found in parts.items():
+                        found.append(file.get_slice(name)[low - part["start"] : high - part["start"]])
+        tensors |= {name: torch.cat(found) for name, found in parts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"the checkpoint {folder} is broken ({error}): delete it, and --resume takes the one before it"
+            f"the checkpoint {folder} is broken ({error}): give --resume the run's folder, and it takes the newest whole one"
         ) from None
     return tensors, state
 
@@ -161,24 +234,46 @@ def as_json(values: dict, **options) -> str:
     return json.dumps(clean(values), **options) + "\n"
 
 
-def lock(run: Path):
-    """Claim a run's folder for this process, until the returned file is closed. ValueError if another process has it."""
-    file = open(run / "config.json")  # noqa: SIM115 - held for the whole run
+def lock(run: Path) -> int:
+    """Claim a run's folder for this process, until it closes the returned handle. ValueError if that cannot be.
+
+    The lock is on the folder: a file in it may be replaced by another process that starts at the same moment.
+    """
+    handle = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(handle)
         raise ValueError(f"--run-name: another process is writing {run}; wait for it or choose another name") from None
     except OSError:
         pass  # a file system without locks
-    return file
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"--output-dir: {run} cannot be written to; make it writable, or copy it to a folder that is")
+    return handle
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is either the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
+    with explained(path.name, path.parent):
+        partial.write_text(text)
+        sync(partial)
+        os.replace(partial, path)
+
+
+@contextmanager
+def explained(what: str, run: Path):
+    """OSError with one sentence when `what` cannot be written to a run's folder; nothing half-written stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remove_leftovers(run)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+        raise OSError(
+            f"{what} could not be written to {run} ({reason}; {shutil.disk_usage(existing).free / 1e9:.2f} GB free): make room "
+            "or choose a folder you can write to; earlier checkpoints are untouched"
+        ) from None
 
 
 def sync(path: Path) -> None:

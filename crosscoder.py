@@ -26,6 +26,7 @@ import parallel
 import sparse
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
+LATENT_AXIS = {"W_enc": 2, "W_dec": 0, "b_enc": 0}  # in a saved crosscoder
 THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
 
 
@@ -203,7 +204,7 @@ class CrossCoder(nn.Module):
         x_hat = parallel.all_sum(decoded) + self.b_dec
         l1_loss, l0_loss = parallel.all_sum(l1_loss), parallel.all_sum(l0_loss)
         if count is not None:
-            self._follow_threshold(parallel.all_min(smallest))
+            self._follow_threshold(parallel.all_min(smallest.float()))
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
@@ -287,24 +288,55 @@ class CrossCoder(nn.Module):
         return folded
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent. Raises OSError."""
+        """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent. Raises OSError.
+
+        Several processes write one whole crosscoder together, each its own latents.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "model.safetensors.partial"
         tensors = self.state_dict()
         tensors["W_enc"] = tensors.pop("enc_rows").permute(1, 2, 0)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-        try:
-            save_file(tensors, folder / "model.safetensors.partial")
-        except SafetensorError as error:
-            raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
-        os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
-        names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
-        text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
-        (folder / "config.json.partial").write_text(text + "\n")
-        os.replace(folder / "config.json.partial", folder / "config.json")
+        with parallel.together():
+            if parallel.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    save_file({name: self._whole(name, t) for name, t in tensors.items()}, partial)
+                except SafetensorError as error:
+                    raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
+        with parallel.together():
+            if parallel.size() > 1:
+                self._fill_in(partial, tensors)
+        with parallel.together():
+            if parallel.rank() == 0:
+                os.replace(partial, folder / "model.safetensors")
+                names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
+                text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
+                (folder / "config.json.partial").write_text(text + "\n")
+                os.replace(folder / "config.json.partial", folder / "config.json")
+
+    def _whole(self, name: str, t: Tensor) -> Tensor:
+        """Zeros in the shape of all latents where this process has only its own. Pages of zeros take no memory."""
+        axis = LATENT_AXIS.get(name)
+        if axis is None or parallel.size() == 1:
+            return t
+        return torch.zeros(*t.shape[:axis], self.d_hidden, *t.shape[axis + 1 :])
+
+    def _fill_in(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write this process's latents to their places in a safetensors file: 8 bytes of length, a JSON header, the values."""
+        import numpy as np
+
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, axis in LATENT_AXIS.items():
+            offset = 8 + length + header[name]["data_offsets"][0]
+            whole = np.memmap(path, np.float32, "r+", offset, tuple(header[name]["shape"]))
+            whole[(slice(None),) * axis + (self.latents,)] = tensors[name].numpy()
+            whole.flush()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> CrossCoder:

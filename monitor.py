@@ -1,9 +1,11 @@
-"""What a person sees of a run: its plan, the progress bar, metrics.jsonl and wandb, the summary at its end."""
+"""What a person sees of a run: its plan, its progress, warnings, metrics.jsonl and wandb, the summary at its end."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +13,21 @@ from tqdm import tqdm
 
 import checkpoint
 import latents
+
+LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
+IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
+DEAD_SHARE = 0.5  # of the latents
+FALLEN_TO = 0.6  # of the best explained variance so far; sparsity that grows as planned costs less than that
+WAITING_SHARE = 0.5  # of the time
+
+
+def say(text: str, file=None) -> None:
+    """Print at once. When nobody reads any more (`| head`, a full disk under a log file) the run goes on in silence."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
 
 
 def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int, usual_k: int) -> None:
@@ -24,35 +41,96 @@ def print_plan(config, source, run: Path, start_from: Path | None, device: torch
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
     if config.variant == "batch_topk" and config.l1_coeff:
         detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
-    print(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
-    print(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
-    print(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
+    say(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
+    say(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
+    say(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
     if config.variant == "vanilla" and config.k != usual_k:
-        print("note     --k belongs to --variant batch_topk and does nothing here")
+        say("note     --k belongs to --variant batch_topk and does nothing here")
     if start_from:
-        print(f"resumed  {start_from}")
+        say(f"resumed  {start_from}")
 
 
 def log(run: Path, tracker, step: int, metrics: dict[str, float]):
     """Append a line to metrics.jsonl and tell wandb. Returns the tracker, None once it has failed."""
-    with open(run / "metrics.jsonl", "a") as lines:
-        lines.write(checkpoint.as_json({"step": step} | metrics))
+    with checkpoint.explained("metrics.jsonl", run), open(run / "metrics.jsonl", "a") as lines:
+        lines.write(checkpoint.as_json({"step": step, "time": round(time.time(), 3)} | metrics))
     if tracker is not None:
         try:
             tracker.log(metrics, step=step)
         except Exception as error:  # noqa: BLE001 - logging must never stop a run
-            tqdm.write(f"wandb failed ({error}); metrics.jsonl goes on", file=sys.stderr)
+            say(f"wandb failed ({error}); metrics.jsonl goes on", sys.stderr)
             return None
     return tracker
 
 
-def show(bar: tqdm, metrics: dict[str, float]) -> None:
-    bar.set_postfix_str(
+@dataclass
+class Watched:
+    """What is remembered of a run to show how far it is and to warn once of each trouble."""
+
+    steps: int
+    first: int  # steps that were done before this process began
+    bar: tqdm
+    began: float = field(default_factory=time.monotonic)
+    shown: float = -LINE_EVERY
+    best: float = 0.1  # explained variance; below that nothing has been learned that could be lost
+    best_step: int = 0
+    in_a_row: list[int] = field(default_factory=lambda: [0, 0, 0])  # logged steps with each trouble
+    told: set[int] = field(default_factory=set)
+
+
+def watch(steps: int, step: int, quiet: bool = False) -> Watched:
+    """Begin to show a run of `steps` steps that stands at `step`: a bar on a terminal, else lines with the time."""
+    hidden = quiet or not sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
+    return Watched(steps, step, bar)
+
+
+def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
+    """Show the metrics of a logged step."""
+    text = (
         f"EV {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}, dead {metrics['dead_fraction']:.1%}, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        + (f", models {metrics['model_fraction']:.0%} of the time" if "model_fraction" in metrics else ""),
-        refresh=False,
+        + (f", models {metrics['model_fraction']:.0%} of the time" if "model_fraction" in metrics else "")
     )
+    now = time.monotonic()
+    if not watched.bar.disable:
+        watched.bar.set_postfix_str(text, refresh=False)
+    elif now - watched.shown >= LINE_EVERY or step == watched.steps:
+        left = (watched.steps - step) * (now - watched.began) / (step - watched.first)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        done = f"step {step:,} of {watched.steps:,}, loss {metrics['loss']:.4g}"
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {done}, {text}, {clock} left", sys.stderr)
+        watched.shown = now
+
+
+def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None:
+    """Say, once each, what goes wrong at a logged step and which flag to change."""
+    variance, dead, waited = (metrics[name] for name in ("explained_variance", "dead_fraction", "data_wait_fraction"))
+    if variance > watched.best:
+        watched.best, watched.best_step = variance, step
+    topk = config.variant == "batch_topk"
+    still_growing = step <= watched.steps * (config.k_anneal if topk else config.l1_warmup)  # sparsity
+    fewer_dead = f"lower --l1-coeff ({config.l1_coeff:g})"
+    denser = fewer_dead if config.l1_coeff else f"raise --k ({config.k})"
+    if topk:
+        fewer_dead = f"raise --k-start ({config.k_start:g})" if config.aux_coeff else "raise --aux-coeff (0)"
+    sooner = "copy the dataset to a local disk (--dataset), or read fewer runs from it at once"
+    if config.base_model:
+        sooner = "the models fill the buffer meanwhile; give them --base-device and --ft-device, or run collect.py once"
+    troubles = {
+        f"{dead:.0%} of the latents are dead: {fewer_dead}, or lower --d-hidden ({config.d_hidden})": dead > DEAD_SHARE,
+        f"explained variance fell from {watched.best:.2f} at step {watched.best_step} to {variance:.2f}: "
+        + (f"{denser}, or " if still_growing else "")
+        + f"lower --lr ({config.lr:.2g})": watched.best_step > 0 and variance < FALLEN_TO * watched.best,
+        f"{waited:.0%} of the time goes into waiting for data: {sooner}": waited > WAITING_SHARE
+        and (config.base_model or config.dataset or config.base_dataset),  # planted concepts cost what they cost
+    }
+    for place, (text, now) in enumerate(troubles.items()):
+        watched.in_a_row[place] = watched.in_a_row[place] + 1 if now else 0
+        if watched.in_a_row[place] >= IN_A_ROW and place not in watched.told:
+            watched.told.add(place)
+            watched.bar.clear()
+            say(f"warning  step {step:,}: {text}", sys.stderr)
 
 
 def start_wandb(config, run: Path, run_id: str | None):
@@ -82,7 +160,7 @@ def start_wandb(config, run: Path, run_id: str | None):
             tracker = init(mode)
         except wandb.errors.Error:
             raise ValueError(f"wandb refuses to start ({why}); check --wandb-project and --wandb-entity") from None
-    print("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
+    say("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
     return tracker, tracker.id
 
 
@@ -94,19 +172,19 @@ def finish_wandb(tracker, summary: dict[str, float]) -> None:
 
 def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
     """The end of a run: held-out metrics, what was found, where it lies."""
-    print(
+    say(
         f"\nheld out   explained variance {summary['explained_variance']:.3f} (base {summary['explained_variance_A']:.3f}, "
         f"ft {summary['explained_variance_B']:.3f}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
     )
     counts = summary["latents"]
-    print(
+    say(
         f"latents    {counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, "
         f"{counts['dead']} dead of {config.d_hidden}"
     )
     if planted := summary.get("planted"):
-        print("\nplanted concepts    recall   right class")
+        say("\nplanted concepts    recall   right class")
         for name in latents.CLASSES:
-            print(f"  {name.replace('_', '-'):<18}{planted['recall_' + name]:>6.2f}{planted['class_ok_' + name]:>14.2f}")
-        print(f"  exclusive latents that are no exclusive concept: {planted['false_exclusive']:.2f}\n")
-    print(f"time       {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    print(f"saved      {run / 'crosscoder'}, {run / 'summary.json'}")
+            say(f"  {name.replace('_', '-'):<18}{planted['recall_' + name]:>6.2f}{planted['class_ok_' + name]:>14.2f}")
+        say(f"  exclusive latents that are no exclusive concept: {planted['false_exclusive']:.2f}\n")
+    say(f"time       {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    say(f"saved      {run / 'crosscoder'}, {run / 'summary.json'}")

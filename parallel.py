@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -128,7 +129,16 @@ def from_first(value: str) -> str:
     return values[0]
 
 
-def wait() -> None:
-    """Until every process has come here."""
-    if size() > 1:
-        dist.barrier(group=_host)
+@contextmanager
+def together():
+    """Work on files that all must finish before any goes on. An OSError in one process is an OSError in all of them."""
+    failed = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised again when the others know
+        failed = error
+    elsewhere = any_process(failed is not None)
+    if failed:
+        raise failed
+    if elsewhere:
+        raise OSError("another process could not write its part")

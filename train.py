@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -23,14 +24,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import latents
 import parallel
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
-from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
+from monitor import finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
 from planted import PlantedConcepts
 from sparse import fast_dtype
 
@@ -82,13 +82,16 @@ def main(given: TrainConfig) -> int:
     data |= source.record if live else {}
     if saved:
         refuse_other_data(data, saved_data)
-    elif parallel.rank() == 0:
-        run = make_folder(run, given)
-        record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
-        record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
-        checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
+    locked = None
+    if parallel.rank() == 0:
+        run = run if saved else make_folder(run, given)
+        locked = checkpoint.lock(run)
+        checkpoint.remove_leftovers(run)
+        if not saved:
+            record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
+            record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
+            checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
     run = Path(parallel.from_first(str(run)))
-    locked = checkpoint.lock(run) if parallel.rank() == 0 else None
 
     # --- model, optimizer, schedule
     torch.manual_seed(config.seed)
@@ -134,8 +137,7 @@ def main(given: TrainConfig) -> int:
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
-    pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates: a log file wants few
-    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=pace, disable=parallel.rank() > 0)
+    watched = watch(steps, step, quiet=parallel.rank() > 0)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
     if live:
@@ -181,7 +183,8 @@ def main(given: TrainConfig) -> int:
                     metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
                 if parallel.rank() == 0:
                     tracker = log(run, tracker, step, metrics)
-                    show(bar, metrics)
+                    show(watched, step, metrics)
+                    warn(watched, config, step, metrics)
                 logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
             if step % config.save_every == 0 or last:
                 require_finite(bad_step, recent, run)
@@ -190,16 +193,16 @@ def main(given: TrainConfig) -> int:
                 state |= {"live": source.standing()} if live else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
-                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, crosscoder.latents, config.d_hidden)
-            bar.update()
+                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)
+            watched.bar.update()
             if last:  # not `signals`: one that came in since `last` was asked is saved by the next step
                 break
             waiting_since = time.perf_counter()
-    bar.close()
+    watched.bar.close()
     seconds += time.perf_counter() - started
     if signals:
-        print(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with:")
-        print(f"python train.py --resume {shlex.quote(str(run))}")
+        say(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with:")
+        say(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
         return 128 + signals[0]
 
@@ -210,7 +213,8 @@ def main(given: TrainConfig) -> int:
     if config.variant == "batch_topk":
         crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.batch_size, unscale))
     final = evaluate(crosscoder, source, config.batch_size, unscale, config.l1_coeff)
-    crosscoder.save_pretrained(run / "crosscoder")
+    with checkpoint.explained("the crosscoder", run):
+        crosscoder.save_pretrained(run / "crosscoder")
     dead, norms = (parallel.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
     W_dec = parallel.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
     if parallel.rank() > 0:
@@ -226,7 +230,7 @@ def main(given: TrainConfig) -> int:
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     print_summary(summary, config, source.val_rows, run)
-    locked.close()
+    os.close(locked)
     return 0
 
 
@@ -312,7 +316,7 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
                 f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
             )
         if keep.pair:
-            print(f"kept     {keep.out} is complete and stays as it is")
+            say(f"kept     {keep.out} is complete and stays as it is")
     names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
         **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
@@ -342,7 +346,7 @@ def resume_point(given: TrainConfig) -> Path | None:
         return checkpoint.find(Path(given.resume))
     run = Path(given.output_dir) / given.run_name
     if not checkpoint.complete(run):
-        print(f"--resume auto: {run} holds no checkpoint, starting fresh")
+        say(f"--resume auto: {run} holds no checkpoint, starting fresh")
         return None
     return checkpoint.find(run)
 

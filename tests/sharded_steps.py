@@ -1,0 +1,68 @@
+"""Training steps on given rows, alone or under torchrun: what test_parallel.py compares.
+
+    python tests/sharded_steps.py OUT [OTHER]
+
+For each variant fifty steps in float64 from the start, and where OTHER is the OUT of an earlier call also the last thirty of
+them from OTHER's checkpoint. OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
+and steps.safetensors, a line of metrics for each step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint
+import parallel
+from crosscoder import CrossCoder
+from train import norm_of_gradient
+
+D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
+DEAD_AFTER = 3 * BATCH
+
+
+def train(out: Path, variant: str, start_from: Path | None) -> None:
+    crosscoder = CrossCoder(
+        D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, latents=parallel.part(D_HIDDEN)
+    )
+    crosscoder.double()
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=3e-3, fused=True)
+    names = [name for name, _ in crosscoder.named_parameters()]
+    since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
+    done, lines = 0, []
+    if start_from:
+        tensors, state = checkpoint.load(start_from, crosscoder.latents)
+        crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+        checkpoint.restore_optimizer(optimizer, names, tensors)
+        since_fired.copy_(tensors["tokens_since_fired"])
+        done = state["step"]
+    for step in range(done + 1, 51):
+        x = torch.randn(BATCH, 2, D_MODEL, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x = parallel.gather_rows(x[parallel.part(BATCH)])  # as the reader does it
+        losses = crosscoder.losses(x, 0.1, 0.5, since_fired >= DEAD_AFTER)
+        losses.loss.backward()
+        norm = norm_of_gradient(crosscoder)
+        for p in crosscoder.parameters():
+            p.grad /= norm.clamp_min(1.0)  # train.py leaves it to Adam, whose factor is float32
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        since_fired.add_(BATCH).masked_fill_(losses.fired, 0)
+        dead = parallel.all_sum((since_fired >= DEAD_AFTER).sum())
+        lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, dead]]))
+        if step in (20, 50):
+            tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
+            checkpoint.save(out, step, tensors | {"tokens_since_fired": since_fired}, {}, keep=2, d_hidden=D_HIDDEN)
+    crosscoder.save_pretrained(out / "crosscoder")
+    if parallel.rank() == 0:
+        save_file({"metrics": torch.stack(lines)}, out / "steps.safetensors")
+
+
+if __name__ == "__main__":
+    parallel.start(torch.device("cpu"))
+    folder, *other = map(Path, sys.argv[1:])
+    for variant in ("vanilla", "batch_topk"):
+        train(folder / variant, variant, None)
+        if other:
+            train(folder / f"{variant}-resumed", variant, other[0] / variant / "checkpoints" / "step_00000020")

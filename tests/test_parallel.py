@@ -1,0 +1,138 @@
+"""Real processes over gloo: training with several gives what training with one gives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, metrics, one_line_error
+from safetensors.torch import load_file
+
+import checkpoint
+
+
+def launch(n, script, *args, check=True, **options):
+    """The script under torchrun, or plainly for one process."""
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else [sys.executable]
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / script), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What 1, 2 and 4 processes made of the same fifty steps, and 1 and 4 of the last thirty from the checkpoint of 2."""
+    made = tmp_path_factory.mktemp("steps")
+    launch(2, "tests/sharded_steps.py", made / "2")
+    for n in (1, 4):
+        launch(n, "tests/sharded_steps.py", made / str(n), made / "2")
+    return made
+
+
+def metrics_and_weights(folder):
+    weights, _ = checkpoint.load(checkpoint.find(folder))
+    return load_file(folder / "steps.safetensors")["metrics"], weights
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_fifty_steps_of_several_processes_are_those_of_one(folders, n, variant):
+    expected, weights = metrics_and_weights(folders / "1" / variant)
+    assert (expected[:, 3] > 0).any() and (expected[:, -1] > 0).any()  # the auxiliary loss was at work
+    found, found_weights = metrics_and_weights(folders / str(n) / variant)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert found_weights.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(found_weights[name], value, rtol=1e-9, atol=1e-9)
+    saved = load_file(folders / str(n) / variant / "crosscoder" / "model.safetensors")  # whole, as one process writes it
+    torch.testing.assert_close(saved["W_enc"].double(), weights["enc_rows"].permute(1, 2, 0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(saved["W_dec"].double(), weights["W_dec"], rtol=1e-6, atol=1e-6)
+    assert len(list((folders / str(n) / variant / "checkpoints" / "step_00000050").glob("latents_*"))) == n
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_saved_by_two_resumed_by_others(folders, n, variant):
+    expected, weights = metrics_and_weights(folders / "1" / variant)
+    found, found_weights = metrics_and_weights(folders / str(n) / f"{variant}-resumed")
+    torch.testing.assert_close(found, expected[20:], rtol=1e-9, atol=1e-9)
+    for name, value in weights.items():
+        torch.testing.assert_close(found_weights[name], value, rtol=1e-9, atol=1e-9)
+
+
+PLANTED = ["--wandb", "disabled", "--num-tokens", 16_000, "--d-hidden", 256, "--batch-size", 160, "--log-every", 10]
+PLANTED += ["--val-tokens", 2000, "--compute-dtype", "float32", "--dead-window", 0.2]
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_train_under_torchrun(tmp_path, variant):
+    """The command line: metrics as with one process, one whole crosscoder, one line a logged step, one summary."""
+    flags = [*PLANTED, "--variant", variant, "--k", 8, "--output-dir", tmp_path]
+    launch(1, "train.py", *flags, "--run-name", "one")
+    launch(2, "train.py", *flags, "--run-name", "two")
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for mine, other in zip(one, two, strict=True):
+        for name in set(mine) & {"loss", "l2_loss", "l1_loss", "val_loss", "grad_norm", "explained_variance", "threshold"}:
+            assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), (mine["step"], name)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "mean", "scale"):
+        a, b = (load_file(tmp_path / run / "crosscoder" / "model.safetensors")[name] for run in ("one", "two"))
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+    assert len(list((tmp_path / "two" / "checkpoints").glob("*/latents_*.safetensors"))) == 2
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
+    flags = [*PLANTED, "--output-dir", tmp_path, "--run-name", "a", "--save-every", 40]
+    launch(2, "train.py", *flags, "--num-tokens", 8_000)
+    result = launch(1, "train.py", "--resume", tmp_path / "a", "--num-tokens", 16_000)
+    assert "resumed" in result.stdout and metrics(tmp_path / "a")[-1]["step"] == 100
+
+
+def test_bytes_sent_do_not_depend_on_the_dictionary(tmp_path):
+    script = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import parallel
+from crosscoder import CrossCoder
+parallel.start(torch.device("cpu"))
+for d_hidden in (4096, 32768):
+    crosscoder = CrossCoder(16, d_hidden, 2, "batch_topk", 8, latents=parallel.part(d_hidden))
+    before = parallel.sent
+    x = parallel.gather_rows(torch.randn(64, 2, 16)[parallel.part(64)])
+    crosscoder.losses(x, 0.1, 0.5, torch.ones(len(crosscoder.b_enc), dtype=torch.bool)).loss.backward()
+    if parallel.rank() == 0:
+        print("sent", parallel.sent - before)
+"""
+    (tmp_path / "sent.py").write_text(script.format(root=str(ROOT)))
+    result = launch(2, tmp_path / "sent.py")
+    sent = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("sent")]
+    assert len(sent) == 2 and sent[0] == sent[1] > 0
+
+
+def test_live_training_by_several_processes_is_refused(tmp_path):
+    flags = ["--base-model", "a", "--ft-model", "b", "--hook", "c", "--text", "d", "--num-tokens", 100]
+    result = launch(2, "train.py", *flags, check=False)
+    assert "collect.py" in one_line_error(result, "train.py")
+
+
+def test_a_lost_process_ends_the_others_within_a_minute(tmp_path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+    command += [*map(str, PLANTED), "--num-tokens", "100_000_000", "--output-dir", str(tmp_path), "--run-name", "a"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "a" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    started = time.time()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - started < 60
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
