@@ -284,7 +284,26 @@ class CollectConfig(ModelFlags):
     device: str = "auto"
 
 
-REQUIRED = {CollectConfig: ("base_model", "ft_model", "hook", "output")}
+@dataclass(kw_only=True)
+class FormatsConfig:
+    """Convert a crosscoder between our layout and those of other projects. Codes and reconstructions stay the same."""
+
+    # What to convert: a folder, a .pt file, or a Hub id (user/name or user/name/folder), in any layout that --to knows.
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+
+    # Folder to write; must not hold anything yet.
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+
+    # Layout to write. crosscoder: ours. crosscoder_learning: CrossCoder or BatchTopKCrossCoder of Minder et al. ckkissane:
+    # cfg.json and cc_weights.pt (vanilla alone). saelens: for each model a JumpReLU SAE with its half of the decoder.
+    to: Literal["crosscoder", "crosscoder_learning", "ckkissane", "saelens"]
+
+    # For a ckkissane source, whose files do not say it: what its training multiplied the activations of the base and the
+    # fine-tuned model with, sqrt(d_model) / mean norm; 1 1 if that is already in the weights.
+    activation_scale: tuple[float, float] | None = None
+
+
+REQUIRED = {CollectConfig: ("base_model", "ft_model", "hook", "output"), FormatsConfig: ("src", "dst", "to")}
 
 
 def parse(cls: type, argv: list[str] | None = None):
