@@ -20,14 +20,16 @@ import tyro
 
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
-    d_hidden=16_384, k=100, batch_size=4096, l1_coeff=2.0,
+    d_hidden=16_384, k=100, k_start=16.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8,
     val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(
-    d_hidden=1024, k=8, batch_size=1024, l1_coeff=1.0, num_tokens=1_500_000,
+    d_hidden=1024, k=8, k_start=16.0, batch_size=1024, l1_coeff=1.0, l1_warmup=0.8, num_tokens=1_500_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
+# With --init-from: a trained dictionary is sparse from the first step.
+WARM = dict(k_start=1.0, l1_warmup=0.0)
 # Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted concepts (d_model 128, d_hidden 1024 to 4096) and
 # the tiny Llama pair of tests/ (64, 512), batches of 512 to 2048; for Gemma-2-2b with 73,728 latents it gives 1.5e-4, near what
 # others use, but nothing of that size was tuned here.
@@ -145,6 +147,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # --- dictionary
 
+    # Start from a trained crosscoder in any layout that formats.py reads (folder, .pt file or Hub id), or from a SAELens SAE
+    # of the base model for both halves. --d-hidden and --k are then its own.
+    init_from: str | None = None
+
     # vanilla: ReLU codes with an L1 penalty weighted by decoder norms. batch_topk: the k * batch largest codes of a batch
     # are kept, so L0 is chosen instead of tuned, and shrinkage does not make latents look exclusive.
     variant: Literal["vanilla", "batch_topk"] = "vanilla"
@@ -156,8 +162,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     k: int | None = None
 
     # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from
-    # k alone, concepts that occur together share one and are never told apart.
-    k_start: float = 16.0
+    # k alone, concepts that occur together share one and are never told apart. None: 16, or 1 with --init-from.
+    k_start: float | None = None
 
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
@@ -167,8 +173,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     l1_coeff: float | None = None
 
     # Share of the run over which the L1 weight rises from 0. A weak penalty tells rare concepts apart, a strong one then makes
-    # the codes sparse; strong from the start it keeps whole groups of rare concepts in one latent.
-    l1_warmup: float = 0.8
+    # the codes sparse; strong from the start it keeps whole groups of rare concepts in one latent. None: 0.8, or 0 with
+    # --init-from.
+    l1_warmup: float | None = None
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
     # 0 turns it off; it costs nothing until a latent can be dead.
@@ -339,7 +346,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model"):
+    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "init_from"):
         if value := getattr(config, name):
             setattr(config, name, full(value))
     if config.keep_activations:

@@ -203,8 +203,8 @@ def from_ckkissane(tensors: dict[str, Tensor], activation_scale, path: Path) -> 
     require(tensors, {"W_enc": (n_models, d_model, d_hidden), "b_enc": (d_hidden,), "b_dec": (n_models, d_model)}, path)
     if activation_scale is None:
         raise ValueError(
-            f"{path}: does not say what its training multiplied the activations with; convert it with --activation-scale "
-            "BASE FT, each sqrt(d_model) / mean norm of that model's activations, or 1 1 if they are in the weights"
+            f"{path}: does not say what its training multiplied the activations with; convert it by formats.py with "
+            "--activation-scale BASE FT, each sqrt(d_model) / mean norm of that model's activations, or 1 1 if in the weights"
         )
     if len(activation_scale) != n_models or not all(c > 0 for c in activation_scale):
         raise ValueError(f"--activation-scale: {n_models} positive numbers are needed, one for each model of {path}")
@@ -302,16 +302,16 @@ def as_crosscoder_learning(crosscoder: CrossCoder) -> tuple[dict[str, Tensor], d
     W_enc, b_enc = crosscoder.W_enc.detach().clone(), crosscoder.b_enc.detach().clone()
     if crosscoder.folded:
         on = threshold.isfinite()
+        switch_off(W_enc, b_enc, ~on)
         scores = {4: threshold[on], 1: (threshold * crosscoder.decoder_norms().sum(-1))[on]}
         alike = [number for number, v in scores.items() if len(v) and v.max() - v.min() <= ALIKE * v.max()]
-        if not alike or (threshold[on] > 0).any() > sparse:  # without selection it has no threshold at all
+        if not alike or has_threshold(crosscoder) > sparse:  # its CrossCoder has no threshold at all
             raise ValueError(
                 "--to crosscoder_learning: these thresholds differ by latent and it has one for all; "
                 "convert the crosscoder that this one was folded from, or use --to saelens"
             )
         weighting = alike[0]
         threshold = scores[weighting].median()
-        W_enc[:, :, ~on], b_enc[~on] = 0, 0  # a latent that is never on
     d_model, scale = crosscoder.d_model, crosscoder.scale
     tensors = {
         "encoder.weight": W_enc, "encoder.bias": b_enc,
@@ -339,14 +339,25 @@ def as_crosscoder_learning(crosscoder: CrossCoder) -> tuple[dict[str, Tensor], d
     return tensors, config
 
 
+def has_threshold(crosscoder: CrossCoder) -> bool:
+    """Whether some latent needs more than a positive code to be on (and is not off for good)."""
+    return bool(((crosscoder.threshold > 0) & crosscoder.threshold.isfinite()).any())
+
+
+def switch_off(W_enc: Tensor, b_enc: Tensor, off: Tensor) -> None:
+    """Keep the latents `off` [d_hidden] below any threshold: those without decoder rows, whose threshold is inf."""
+    W_enc[:, :, off], b_enc[off] = 0, 0
+
+
 def as_ckkissane(crosscoder: CrossCoder) -> tuple[dict[str, Tensor], dict]:
     """Weights that take raw activations, as after its `fold_activation_scaling_factor`. ReLU alone: no threshold fits in."""
-    if crosscoder.n_models != 2 or (crosscoder.threshold > 0).any():
+    if crosscoder.n_models != 2 or has_threshold(crosscoder):
         raise ValueError(
             "--to ckkissane: it has two models and plain ReLU codes, no threshold; use --to crosscoder_learning or --to saelens"
         )
     folded = crosscoder.fold_normalization()
-    tensors = {name: getattr(folded, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    tensors = {name: getattr(folded, name).detach().clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    switch_off(tensors["W_enc"], tensors["b_enc"], folded.threshold.isinf())
     config = {
         "d_in": folded.d_model, "dict_size": folded.d_hidden, "enc_dtype": "fp32", "device": "cpu", "seed": 0,
         "dec_init_norm": 0.08, "activation_scale": [1.0, 1.0],
@@ -380,22 +391,38 @@ def as_sae(crosscoder: CrossCoder, model: int, half: str) -> tuple[dict[str, Ten
 
 
 @torch.no_grad()
-def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor) -> CrossCoder:
+def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor, k: int | None = None) -> CrossCoder:
     """The same codes and reconstructions on raw activations, with another mean [n_models, d_model] and scale [n_models].
 
     For training, so the threshold is one number on the score: of thresholds per latent their median there, which is exact
-    if the models' scales keep their ratio. A vanilla crosscoder has none: those of a JumpReLU SAE are left out.
+    if the scales of the models keep their ratio, and else moves codes near it.
+
+    Args:
+        k: of the new crosscoder, a batch_topk; None keeps variant and k.
     """
-    raw = crosscoder.fold_normalization()
+    raw, k = crosscoder.fold_normalization(), crosscoder.k if k is None else k
     mean, scale = mean.double().cpu(), scale.double().cpu()
     W_enc, W_dec = raw.W_enc.double() / scale[:, None, None], raw.W_dec.double() * scale[:, None]
     b_enc = raw.b_enc.double() + torch.einsum("md,mdh->h", mean, raw.W_enc.double())
     b_dec = (raw.b_dec.double() - mean) * scale[:, None]
-    threshold = torch.zeros(())
-    if crosscoder.variant == "batch_topk" and raw.threshold.isfinite().any():
-        scores = raw.threshold * W_dec.norm(dim=-1).sum(-1).float()  # [d_hidden]
-        threshold = scores[raw.threshold.isfinite()].median()
-    return assemble(W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, crosscoder.k)
+    scores = (raw.threshold * W_dec.norm(dim=-1).sum(-1))[raw.threshold.isfinite()]  # [latents that can be on]
+    threshold = scores.median().float() if k is not None and len(scores) else 0.0
+    return assemble(W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, k)
+
+
+def read_warm_start(source: str, variant: str, d_hidden: int | None) -> CrossCoder:
+    """The crosscoder that --init-from names. ValueError if it cannot be what a run of these flags begins with."""
+    try:
+        crosscoder = read_crosscoder(source)
+    except ValueError as error:
+        raise ValueError(f"--init-from {error}") from None
+    if d_hidden not in (None, crosscoder.d_hidden):
+        raise ValueError(f"--d-hidden {d_hidden}: --init-from {source} has {crosscoder.d_hidden} latents; leave the flag out")
+    wanted = "batch_topk" if has_threshold(crosscoder) else "vanilla"  # the other one would begin with other codes
+    if variant != wanted:
+        codes = "codes above a threshold" if wanted == "batch_topk" else "plain ReLU codes"
+        raise ValueError(f"--variant {variant}: --init-from {source} has {codes}; give --variant {wanted}")
+    return crosscoder
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import LR_FACTOR, PLANTED, REAL, TrainConfig, model_flags, parse, resolve_sizes
+from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, model_flags, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -29,6 +29,7 @@ import checkpoint
 import latents
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
+from formats import read_warm_start, with_normalization
 from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
 from planted import PlantedConcepts
 
@@ -52,6 +53,9 @@ def main(given: TrainConfig) -> int:
     # --- data, and what follows from it
     live = given.base_model is not None  # straight from the two models
     usual = REAL if live or given.dataset or given.base_dataset else PLANTED
+    warm = read_warm_start(given.init_from, given.variant, given.d_hidden) if given.init_from and not saved else None
+    if warm:
+        usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
     config = resolve_sizes(given, saved or usual)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     if config.compute_dtype == "auto":
@@ -67,6 +71,11 @@ def main(given: TrainConfig) -> int:
     config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0
+    if warm and (warm.n_models, warm.d_model) != (source.n_models, source.d_model):
+        raise ValueError(
+            f"--init-from {given.init_from}: is for {warm.n_models} models of width {warm.d_model}, the activations are of "
+            f"{source.n_models} of width {source.d_model}; give one that was trained at this hook"
+        )
     steps = math.ceil(stop / config.batch_size)
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
@@ -95,6 +104,9 @@ def main(given: TrainConfig) -> int:
         mean, scale = estimate_normalization(source, config.center)
         crosscoder.mean.copy_(mean * unscale)
         crosscoder.scale.copy_(scale / unscale[:, 0])
+    if warm:  # its codes and reconstructions, for this normalisation
+        warm = with_normalization(warm, crosscoder.mean, crosscoder.scale, config.k if config.variant == "batch_topk" else None)
+        crosscoder.load_state_dict(warm.state_dict())
     crosscoder.to(device)
     unscale = unscale.float().to(device)
     parameters = dict(crosscoder.named_parameters())

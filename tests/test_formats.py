@@ -362,6 +362,21 @@ def test_activation_scales_must_fit(tmp_path, scale):
         read_crosscoder(tmp_path / "ours", (1.0, 1.0))
 
 
+@pytest.mark.parametrize("to", ["ckkissane", "crosscoder_learning", "saelens"])
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_latent_without_decoder_rows_stays_off(tmp_path, to, variant, folded):
+    crosscoder = make(variant)
+    with torch.no_grad():
+        crosscoder.W_dec[3], crosscoder.b_enc[3] = 0, 100.0
+    crosscoder = crosscoder.fold_normalization() if folded else crosscoder
+    if variant == "batch_topk" and (to == "ckkissane" or folded):
+        return
+    back = round_trip(crosscoder, tmp_path, to)
+    assert (crosscoder.encode(X)[:, 3] == 0).all() and (back.encode(X)[:, 3] == 0).all()
+    torch.testing.assert_close(back(X), crosscoder(X), **close)
+
+
 def test_a_threshold_does_not_fit_into_ckkissane(tmp_path):
     with pytest.raises(ValueError, match="--to ckkissane: it has two models and plain ReLU codes"):
         write_crosscoder(make(), tmp_path / "out", "ckkissane")
