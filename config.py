@@ -64,8 +64,18 @@ class ModelFlags:
     # Base model: a Hugging Face id or a folder.
     base_model: str | None = None
 
-    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's.
+    # Branch, tag or commit of a base model on the Hub, e.g. a training checkpoint. None: its newest.
+    base_revision: str | None = None
+
+    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's. May be left out with
+    # --ft-adapter: then it is the base model with that adapter.
     ft_model: str | None = None
+
+    # The same as --base-revision for the fine-tuned model.
+    ft_revision: str | None = None
+
+    # LoRA or other peft adapter that is merged into the fine-tuned model: a Hugging Face id or a folder (`pip install peft`).
+    ft_adapter: str | None = None
 
     # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
     hook: str | None = None
@@ -94,7 +104,8 @@ class ModelFlags:
     # Precision in which the models run.
     model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
-    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25).
+    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25). With
+    # --no-pack also the opening of a chat template, which a base model never saw.
     skip_first: int = 1
 
     # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
@@ -310,7 +321,7 @@ class FormatsConfig:
     activation_scale: tuple[float, float] | None = None
 
 
-REQUIRED = {CollectConfig: ("base_model", "ft_model", "hook", "output"), FormatsConfig: ("src", "dst", "to")}
+REQUIRED = {CollectConfig: ("base_model", "hook", "output"), FormatsConfig: ("src", "dst", "to")}
 
 
 def parse(cls: type, argv: list[str] | None = None):
@@ -346,7 +357,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "init_from"):
+    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from"):
         if value := getattr(config, name):
             setattr(config, name, full(value))
     if config.keep_activations:

@@ -18,7 +18,10 @@ def print_plan(config, source, run: Path, start_from: Path | None, device: torch
     single = f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts"
     what = config.dataset or single
     if config.base_model:
-        what, rows = f"{config.base_model} + {config.ft_model} at {config.hook}", f"fills of {source.fill_rows:,} live rows"
+        what, rows = (
+            f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}",
+            f"fills of {source.fill_rows:,} live rows",
+        )
     count = 2 * source.n_models * source.d_model * config.d_hidden
     state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"

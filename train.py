@@ -275,6 +275,7 @@ def check_live(config: TrainConfig) -> None:
     """ValueError, naming the flag, if training straight from the models is asked for by halves."""
     wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
     alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "buffer_tokens", "base_device", "ft_device")
+    alone += ("base_revision", "ft_revision", "ft_adapter")
     asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
     if not asked:
         return
@@ -285,7 +286,7 @@ def check_live(config: TrainConfig) -> None:
     if config.epochs is not None:
         raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
     for name in wanted:
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "ft_model" and config.ft_adapter):
             why = "the length of streamed texts is not known" if name == "num_tokens" else "both models read the same text"
             raise ValueError(f"{flag} is given without --{name.replace('_', '-')}: {why}")
 
