@@ -10,6 +10,7 @@ import os
 import warnings
 from typing import NamedTuple
 
+import huggingface_hub
 import nnsight
 import numpy as np
 import torch
@@ -157,6 +158,14 @@ def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
                 f"--base-model, --ft-model: their tokenizers differ ({where}), so these two models cannot be paired; "
                 "give a model and its own fine-tuned version"
             )
+
+
+def commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model from the Hub that was just loaded; None for a folder."""
+    if os.path.isdir(os.path.expanduser(name)):
+        return None
+    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None
 
 
 def embedding_rows(model: nnsight.NNsight) -> int:

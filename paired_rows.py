@@ -97,7 +97,7 @@ class PairedModels:
                 raise ValueError(
                     f"--seq-len {seq_len}: {flag} was made for {lm.max_positions(model)} positions at most; lower it"
                 )
-        self.revisions = [getattr(model._module.config, "_commit_hash", None) for model in self.models]
+        self.revisions = [lm.commit(base_model, base_revision), lm.commit(ft_model, ft_revision)]
         self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
         self.held_out_until = 0  # index of the first sequence from which on none is held out
         self.stream: Iterator[Sequence] | None = None
