@@ -264,6 +264,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Folder of all runs.
     output_dir: str = "runs"
 
+    # Hub repository (user/name) that the finished crosscoder goes to, with a card made from the run. A new one is private.
+    push_to_hub: str | None = None
+
     # auto: go on from the newest checkpoint of --run-name (fresh if there is none). PATH: of that run or checkpoint.
     # The run's own config.json supplies all other flags; only length, logging and device flags may differ from it.
     resume: str | None = None
@@ -300,6 +303,9 @@ class CollectConfig(ModelFlags):
 
     # Device of both models: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     device: str = "auto"
+
+    # Hub dataset repository (user/name) that the complete collection goes to, for train.py --dataset. A new one is private.
+    push_to_hub: str | None = None
 
 
 @dataclass(kw_only=True)

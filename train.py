@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import hub
 import latents
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
@@ -37,7 +38,7 @@ DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
     "dataset", "base_dataset", "ft_dataset", "keep_activations", "device", "base_device", "ft_device",
     "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
-    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "resume", "config",
+    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "push_to_hub", "resume", "config",
 }  # fmt: skip
 
 
@@ -81,6 +82,8 @@ def main(given: TrainConfig) -> int:
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     require_room(config, source, run)
+    if config.push_to_hub:
+        hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
     data |= source.record if live else {}
@@ -227,6 +230,8 @@ def main(given: TrainConfig) -> int:
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     print_summary(summary, config, source.val_rows, run)
+    if config.push_to_hub:
+        hub.push_crosscoder(config.push_to_hub, run, crosscoder.decoder_norms())
     locked.close()
     return 0
 
