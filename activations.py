@@ -49,9 +49,18 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
     free: queue.Queue = queue.Queue()
     closed = threading.Event()
     on_cuda = device.type == "cuda"
+    uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
     for _ in range(PREFETCH + 3):  # one more is in the loop's hands, two in the thread's
         shape = (source.n_models, batch_size, source.d_model)
         free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
+
+    def hand_over(buffer, filled, standing):
+        x, copied = buffer[:, :filled], None  # [n_models, rows, d_model]
+        if on_cuda:
+            with torch.cuda.stream(uploads):
+                x, copied = x.to(device, non_blocking=True), torch.cuda.Event()
+                copied.record()
+        ready.put((x.transpose(0, 1), buffer, copied, standing))
 
     def read_ahead():
         nonlocal position, dropped
@@ -75,11 +84,12 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
                     raise ValueError(too_many_non_finite(dropped, position))
                 if filled:
                     if held:
-                        ready.put(held)
+                        hand_over(*held)
                     held = (buffer, filled, (position, dropped, int(first_row), int(last_row)))
                 elif held:
                     held = (*held[:2], (position, dropped, *held[2][2:]))
-            ready.put(held)
+            if held:
+                hand_over(*held)
             ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
@@ -90,11 +100,10 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            buffer, filled, standing = item
-            x, copied = buffer[:, :filled].transpose(0, 1).to(device, non_blocking=True), None
+            x, buffer, copied, standing = item
             if on_cuda:
-                copied = torch.cuda.Event()
-                copied.record()
+                torch.cuda.current_stream(device).wait_event(copied)
+                x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before the step is done
             yield Batch(x, *standing)
             free.put((buffer, copied))
     finally:

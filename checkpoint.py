@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # Where each parameter has its latent axis; Adam's moments have the axis of their parameter.
-LATENT_AXIS = {"W_enc": 2, "W_dec": 0, "b_enc": 0, "tokens_since_fired": 0}
+LATENT_AXIS = {"enc_rows": 0, "W_dec": 0, "b_enc": 0, "tokens_since_fired": 0}
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:

@@ -226,7 +226,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Largest norm of the whole gradient; larger ones are scaled down to it.
     grad_clip: float = 1.0
 
-    # Precision of the matrix products; weights, losses and the optimizer are float32. auto: bfloat16 on CUDA.
+    # Precision of the matrix products; weights, losses and the optimizer are float32. auto: bfloat16 on CUDA and on
+    # processors with AMX, where it is four times as fast.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     # auto (CUDA where there is one), cpu, cuda, cuda:1, ...

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import sparse
 
@@ -44,9 +43,10 @@ class Losses(NamedTuple):
 class CrossCoder(nn.Module):
     """A crosscoder over `n_models` models of width `d_model`.
 
-    Parameters are W_enc [n_models, d_model, d_hidden], W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and
-    b_dec [n_models, d_model]. Buffers stay float32 whatever `.to()` says: mean [n_models, d_model], scale [n_models] and
-    threshold, [] on the score f_j * sum_m |W_dec[j, m]|, or [d_hidden] on f itself once the normalisation is folded.
+    Parameters are enc_rows and W_dec, both [d_hidden, n_models, d_model], b_enc [d_hidden] and b_dec [n_models, d_model].
+    W_enc [n_models, d_model, d_hidden] is a view of enc_rows: a latent's weights lie together in memory. Buffers stay
+    float32 whatever `.to()` says: mean [n_models, d_model], scale [n_models] and threshold, [] on the score
+    f_j * sum_m |W_dec[j, m]|, or [d_hidden] on f itself once the normalisation is folded.
 
     Args:
         variant: "vanilla" (ReLU codes) or "batch_topk" (the k * batch largest scores of a training batch are kept).
@@ -76,7 +76,7 @@ class CrossCoder(nn.Module):
             raise ValueError(f"k = {k} must lie between 1 and d_hidden = {d_hidden}")
         self.d_model, self.d_hidden, self.n_models = d_model, d_hidden, n_models
         self.variant, self.k = variant, k if variant == "batch_topk" else None
-        self.k_aux = d_model // 2 if k_aux is None else k_aux
+        self.k_aux = max(1, d_model // 2) if k_aux is None else k_aux
         self.compute_dtype = compute_dtype
 
         blocks = []
@@ -87,7 +87,7 @@ class CrossCoder(nn.Module):
         rows = dec_init_norm * directions / directions.norm(dim=-1, keepdim=True)
         W_dec = rows[:, None, :].repeat(1, n_models, 1)  # [d_hidden, n_models, d_model]
         self.W_dec = nn.Parameter(W_dec)
-        self.W_enc = nn.Parameter(W_dec.clone().permute(1, 2, 0))  # a latent's weights lie together in memory, as in W_dec
+        self.enc_rows = nn.Parameter(W_dec.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.register_buffer("mean", torch.zeros(n_models, d_model))
@@ -137,11 +137,16 @@ class CrossCoder(nn.Module):
         return self.W_dec.norm(dim=-1)
 
     @property
+    def W_enc(self) -> Tensor:
+        """[n_models, d_model, d_hidden] the encoder, a view of its rows."""
+        return self.enc_rows.permute(1, 2, 0)
+
+    @property
     def folded(self) -> bool:
         return self.threshold.ndim == 1
 
     def _pre(self, x_n: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        return sparse.encode(x_n, self.W_enc[:, :, latents], self.compute_dtype) + self.b_enc[latents]
+        return sparse.encode(x_n, self.enc_rows[latents], self.compute_dtype).float() + self.b_enc[latents]
 
     # --- training: normalised activations in
 
@@ -164,19 +169,22 @@ class CrossCoder(nn.Module):
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
-        codes = None
-        if x_n.device.type == "cpu":
-            codes = sparse.active_codes(x_n, self.W_enc, self.b_enc, self.compute_dtype, norm_sum.detach(), count)
+        product, codes = None, None
+        if sparse.worth_it(x_n, self.d_hidden, count):
+            with torch.no_grad():
+                product = sparse.encode(x_n, self.enc_rows, self.compute_dtype) if sparse.on_cuda(x_n) else None
+            codes = self._active_codes(x_n, norm_sum.detach(), count, product)
         if codes is not None:
             values, active = codes  # [active]
             weighted = values * norm_sum[active.latents]
             l1_loss = weighted.sum() / len(x_n)
-            smallest = weighted.detach().amin() if len(values) else torch.tensor(torch.inf)
-            fired = torch.zeros_like(norm_sum, dtype=torch.bool).index_fill_(0, active.latents, True)
-            l0_loss = torch.tensor(len(values) / len(x_n))
+            smallest = pad(weighted.detach().where(values > 0, torch.inf), (0, 1), value=torch.inf).amin()
+            fired = active.latent_starts.diff() > 0
+            l0_loss = active.token_starts[-1] / len(x_n)
             x_hat = sparse.decode_active(values, active, self.W_dec) + self.b_dec
         else:
-            f = self._pre(x_n).relu()  # [batch, d_hidden]
+            product = sparse.encode(x_n, self.enc_rows, self.compute_dtype)
+            f = (product.float() + self.b_enc).relu()  # [batch, d_hidden]
             if count is not None:
                 score = (f * norm_sum).detach()
                 kept = sparse.keep_largest(score, count)
@@ -193,21 +201,29 @@ class CrossCoder(nn.Module):
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
         aux_loss = torch.zeros_like(l2_loss)
         if dead is not None and aux_coeff:
-            aux_loss = self._aux_loss(x_n, norm_sum, error.detach(), dead)
+            aux_loss = self._aux_loss(x_n, norm_sum.detach(), error.detach(), dead, product)
             loss = loss + aux_coeff * aux_loss
         return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, fired, x_hat)
 
-    def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def _active_codes(self, x_n: Tensor, weight: Tensor, count: int | None, product: Tensor | None):
+        return sparse.active_codes(x_n, self.enc_rows, self.b_enc, self.compute_dtype, weight, count, product)
+
+    def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor, product: Tensor | None) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
 
         The batch's k_aux * batch largest dead scores are used. No decoder bias and no live latent takes part, and
         winners are positive, so gradient reaches the dead latents only. 0 when no latent is dead or the residual is constant.
+        product: on CUDA, what sparse.encode gave for these rows.
         """
-        # Only dead latents are computed; on CUDA, asking which would wait for the device, so all are, and the live are masked.
-        some = dead.nonzero()[:, 0] if dead.device.type == "cpu" else slice(None)
-        a = self._pre(x_n, some).relu() * dead[some]  # [batch, dead]
-        kept = sparse.keep_largest((a * norm_sum[some]).detach(), self.k_aux * len(a))
-        predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
+        count = self.k_aux * len(x_n)
+        if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
+            count = min(count, product.numel())
+            predicted = sparse.decode_active(*self._active_codes(x_n, norm_sum * dead, count, product.detach()), self.W_dec)
+        else:
+            some = dead.nonzero()[:, 0]
+            a = self._pre(x_n, some).relu()  # [batch, dead]
+            kept = sparse.keep_largest((a * norm_sum[some]).detach(), count)
+            predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
         varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
@@ -250,7 +266,7 @@ class CrossCoder(nn.Module):
         """
         folded = CrossCoder(self.d_model, self.d_hidden, self.n_models, self.variant, self.k, self.k_aux)
         folded.compute_dtype = self.compute_dtype
-        folded.to(self.W_enc.device)
+        folded.to(self.W_dec.device)
         with torch.no_grad():
             scaled = self.W_enc * self.scale[:, None, None]  # [n_models, d_model, d_hidden]
             folded.W_enc.copy_(scaled)
@@ -264,9 +280,14 @@ class CrossCoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent. Raises OSError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
+        tensors = self.state_dict()
+        tensors["W_enc"] = tensors.pop("enc_rows").permute(1, 2, 0)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
         try:
             save_file(tensors, folder / "model.safetensors.partial")
         except SafetensorError as error:
@@ -283,6 +304,9 @@ class CrossCoder(nn.Module):
 
         Raises ValueError where a file is missing, broken or does not fit the other.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         folder = hub_folder(str(folder), ["config.json", "model.safetensors"]) if not Path(folder).exists() else Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
@@ -290,6 +314,7 @@ class CrossCoder(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text())
             tensors = load_file(folder / "model.safetensors")
+            tensors["enc_rows"] = tensors.pop("W_enc").permute(2, 0, 1)
             folded = config.pop("folded")
             crosscoder = cls(**config)
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

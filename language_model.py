@@ -276,16 +276,16 @@ def paired_activations(
     positions = torch.arange(ids.shape[1])  # [seq]
     mask = positions < lengths[:, None]  # [batch, seq]
     keep = mask & (positions >= skip_first)  # [batch, seq]
-    acts = []
-    for model, hook in ((base, base_hook), (ft, ft_hook)):
-        device = model._module.device
-        try:
-            value = capture(model, hook, ids.to(device), mask.long().to(device))  # [batch, seq, d_model]
-            acts.append(value[keep.to(value.device)].float())  # [rows, d_model]
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"{batch_flag} {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
-            ) from None
+    try:  # picking rows waits for the device: only after both models, which may have one each, were given their work
+        values = []  # [batch, seq, d_model] each
+        for model, hook in ((base, base_hook), (ft, ft_hook)):
+            device = model._module.device
+            values.append(capture(model, hook, ids.to(device), mask.long().to(device)))
+        acts = [value[keep.to(value.device)].float() for value in values]  # [rows, d_model] each
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"{batch_flag} {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
+        ) from None
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
     return PairedRows(
         *acts,

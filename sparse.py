@@ -17,8 +17,9 @@ from torch.nn.functional import embedding_bag
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only sampled_addmm is used
 
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
-CHUNK = 128  # tokens whose scores are looked at together: a chunk of a large dictionary stays in the processor's cache
+CHUNK = 1 << 23  # scores that are computed together: more saves no time
 DENSE_ABOVE = 1 / 8  # share of active entries above which the dense form is faster
+DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
 def keep_largest(score: Tensor, count: int) -> Tensor:
@@ -31,117 +32,183 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
     Returns:
         [batch, d_hidden] bool. Of equal scores at the cut only as many are kept as `count` allows.
     """
+    if on_cuda(score):
+        import kernels
+
+        zeros, ones = torch.zeros_like(score[0]), torch.ones_like(score[0])
+        latents, codes, starts = kernels.largest(score, zeros, ones, min(count, score.numel()))
+        tokens = torch.searchsorted(starts, torch.arange(len(latents), device=score.device), right=True) - 1
+        mask = torch.zeros(len(score) + 1, score.shape[1], dtype=torch.bool, device=score.device)  # unused go to the last row
+        return mask.index_put_((tokens, latents), torch.ones((), dtype=torch.bool, device=score.device))[:-1]
+    if not score.numel():
+        return score > 0
     flat = score.flatten()
-    candidates = None
-    if flat.device.type == "cpu" and len(flat):
-        # Most scores are far below the cut. A sample tells a value that about twice `count` of them exceed; only those
-        # need sorting. On CUDA their number would have to come to the host first.
-        sample = flat[::SAMPLED]
-        floor = torch.topk(sample, min(len(sample), 2 * count // SAMPLED + 32), sorted=False).values.amin()
-        candidates = (flat > floor).nonzero()[:, 0]
-        if len(candidates) < count:  # the sample misjudged, or fewer are positive: look at all
-            candidates = None
-    among = flat if candidates is None else flat[candidates]
-    top = torch.topk(among, min(count, len(among)), sorted=False)
-    indices = top.indices if candidates is None else candidates[top.indices]
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, indices, top.values > 0)
+    # Most scores are far below the cut. A sample tells a value that about twice `count` of them exceed; only those need
+    # sorting.
+    sample = flat[::SAMPLED]
+    floor = torch.topk(sample, min(len(sample), 2 * count // SAMPLED + 32), sorted=False).values.amin()
+    candidates = true_entries(flat > floor)
+    if len(candidates) < count:  # the sample misjudged, or fewer are positive
+        candidates = flat.nonzero()[:, 0]
+    top = torch.topk(flat[candidates], min(count, len(candidates)), sorted=False)
+    mask = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, candidates[top.indices], True)
     return mask.view_as(score)
 
 
 # --- dense
 
 
-def encoder_rows(W_enc: Tensor) -> Tensor:
-    """W_enc [n_models, d_model, d_hidden] as [d_hidden, n_models * d_model]; no copy for a CrossCoder's, stored that way."""
-    return W_enc.permute(2, 0, 1).flatten(1)
-
-
-def encode(x: Tensor, W_enc: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dense product x [batch, n_models, d_model] with W_enc [n_models, d_model, d_hidden] -> float32 [batch, d_hidden].
+def encode(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Product of x [batch, n_models, d_model] with every row [d_hidden, n_models, d_model] -> [batch, d_hidden] in `dtype`.
 
     One flat product over (model, d_model): twice as fast as an einsum that multiplies per model and adds.
     """
-    return (x.flatten(1).to(dtype) @ encoder_rows(W_enc).to(dtype).T).float()
+    return x.flatten(1).to(dtype) @ rows.flatten(1).to(dtype).T
 
 
-def decode(f: Tensor, W_dec: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes f [batch, d_hidden] times W_dec [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
-    flat = W_dec.flatten(1)  # [d_hidden, n_models * d_model]
-    return (f.to(dtype) @ flat.to(dtype)).float().unflatten(1, W_dec.shape[1:])
+def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes f [batch, d_hidden] times rows [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
+    return (f.to(dtype) @ rows.flatten(1).to(dtype)).float().unflatten(1, rows.shape[1:])
 
 
 # --- sparse
 
 
 class Active(NamedTuple):
-    """Which latents are active at which tokens: the same entries token by token and, for gradients, latent by latent."""
+    """Which latents are active at which tokens: the same entries token by token and, for gradients, latent by latent.
+
+    On CUDA, where counting would wait for the device, there may be unused entries at the end of both orders.
+    """
 
     latents: Tensor  # [active] latent of each entry, entries ordered by token, then latent
-    token_starts: Tensor  # [batch] where each token's entries begin
+    tokens: Tensor  # [active] its token
+    token_starts: Tensor  # [batch + 1] where each token's entries begin; the last one: how many entries are used
     by_latent: Tensor  # [active] the entries ordered by latent, then token
     tokens_by_latent: Tensor  # [active] token of each of those
-    latent_starts: Tensor  # [d_hidden] where each latent's entries begin in that order
+    latent_starts: Tensor  # [d_hidden + 1] where each latent's entries begin in that order
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether the operations on x run as the kernels of kernels.py."""
+    return x.is_cuda
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The type in which this device multiplies fastest: bfloat16 on CUDA and on processors with units for it (AMX)."""
+    return "bfloat16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def worth_it(x: Tensor, d_hidden: int, count: int | None) -> bool:
+    """Whether the sparse form could be the faster one for `count` active entries (None: not known before)."""
+    if on_cuda(x):
+        return count is not None and count < DENSE_ABOVE_CUDA * len(x) * d_hidden
+    return count is None or count <= DENSE_ABOVE * len(x) * d_hidden
 
 
 def active_codes(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, weight: Tensor | None = None, count: int | None = None
+    x: Tensor,
+    rows: Tensor,
+    b_enc: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    count: int | None = None,
+    product: Tensor | None = None,
 ) -> tuple[Tensor, Active] | None:
-    """Codes relu(x @ W_enc + b_enc) of the active entries alone, without a [batch, d_hidden] matrix. CPU only.
+    """Codes relu(<x, row> + b_enc) of the active entries alone; for gradients no [batch, d_hidden] matrix is kept.
 
     Args:
-        x: [batch, n_models, d_model]; W_enc: [n_models, d_model, d_hidden]; b_enc: [d_hidden]. Gradients reach the weights,
-            not x.
-        weight: [d_hidden] detached positive factors of the scores, with `count`.
-        count: keep only the `count` largest scores code * weight of the batch; of equal ones at the cut the first by token,
-            then latent. None keeps every positive code.
+        x: [batch, n_models, d_model]; rows: [d_hidden, n_models, d_model] of the encoder; b_enc: [d_hidden]. Gradients
+            reach rows and b_enc, not x.
+        weight: [d_hidden] detached factors of the scores, not negative, with `count`.
+        count: keep only the `count` largest positive scores code * weight of the batch; of equal ones at the cut the first by
+            token, then latent. None (not on CUDA) keeps every positive code.
+        product: CUDA only: [batch, d_hidden] what `encode` gives, from which several selections can be made.
 
     Returns:
-        (codes [active], Active), or None where so many are active that the dense form is faster.
+        (codes [active], Active), or None where so many are active that the dense form is faster (CPU only).
     """
-    rows, d_hidden = encoder_rows(W_enc), len(b_enc)
-    limit = int(DENSE_ABOVE * len(x) * d_hidden)
-    if count is not None and count > limit:
-        return None
+    rows = rows.flatten(1)
     with torch.no_grad():
-        found = _above(x, rows, b_enc, dtype, weight, count, limit)
-        if found is None:
-            return None
-        entries, values, score = found
-        if count is not None and len(score) > count:
-            cut = torch.topk(score, count, sorted=False).values.amin()
-            keep = score > cut
-            keep[(score == cut).nonzero()[: count - int(keep.sum()), 0]] = True
-            entries, values = entries[keep], values[keep]
-        tokens, latents = entries // d_hidden, entries % d_hidden
-        by_latent = latents.argsort(stable=True)
-        per_token, per_latent = (torch.bincount(i, minlength=n) for i, n in ((tokens, len(x)), (latents, d_hidden)))
-        starts = [per.cumsum(0) - per for per in (per_token, per_latent)]
-        active = Active(latents, starts[0], by_latent, tokens[by_latent], starts[1])
+        if on_cuda(x):
+            import kernels
+
+            latents, values, token_starts = kernels.largest(product, b_enc, weight, count)
+        else:
+            limit = int(DENSE_ABOVE * len(x) * len(rows))
+            found = _largest(x, rows, b_enc, dtype, weight, count, limit)
+            if found is None:
+                return None
+            latents, values, token_starts = found
+        active = _both_orders(latents, token_starts, len(rows))
     return _Encode.apply(rows, b_enc, values, x.flatten(1), active), active
+
+
+def _both_orders(latents: Tensor, token_starts: Tensor, d_hidden: int) -> Active:
+    entries = torch.arange(len(latents), device=latents.device)
+    tokens = torch.searchsorted(token_starts, entries, right=True) - 1
+    used = tokens < len(token_starts) - 1
+    key, by_latent = torch.where(used, latents, d_hidden).sort(stable=True)
+    latent_starts = torch.searchsorted(key, torch.arange(d_hidden + 1, device=latents.device))
+    tokens = torch.where(used, tokens, 0)
+    return Active(latents, tokens, token_starts, by_latent, tokens[by_latent], latent_starts)
+
+
+def _largest(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Latents, codes and token_starts of the `count` largest scores, or of all positive ones; None above `limit`."""
+    found = _above(x, rows, b_enc, dtype, weight, count, limit)
+    if found is None:
+        return None
+    entries, values, score = found
+    if count is not None and len(score) > count:
+        cut = torch.topk(score, count, sorted=False).values.amin()
+        keep = score > cut
+        keep[(score == cut).nonzero()[: count - int(keep.sum()), 0]] = True
+        entries, values = entries[keep], values[keep]
+    return entries % len(rows), values, torch.searchsorted(entries, torch.arange(len(x) + 1) * len(rows))
 
 
 def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor, Tensor] | None:
     """Flat entries, codes and scores of at least the `count` largest scores, or of all positive ones; None above `limit`."""
-    flat, casted = x.flatten(1).to(dtype), rows.to(dtype)
-    floor = None if count is None else torch.inf
+    flat, casted, d_hidden = x.flatten(1).to(dtype), rows.to(dtype), len(rows)
+
+    def measure(product, entries):
+        latents = entries % d_hidden
+        pre = product.flatten()[entries].float().add_(b_enc[latents])
+        return pre, pre if weight is None else pre * weight[latents]
+
+    floor = 0.0 if count is None else None
+    size = max(1, CHUNK // d_hidden)
     for _ in range(2):
         found, total = [], 0
-        for first in range(0, len(x), CHUNK):
-            pre = (flat[first : first + CHUNK] @ casted.T).float().add_(b_enc)  # [CHUNK, d_hidden]
-            score = pre if count is None else pre * weight
-            if floor == torch.inf:  # from a sample of the first tokens: about twice `count` scores exceed it
-                sample = score.flatten()[::SAMPLED]
-                expected = 2 * count * len(sample) // (len(x) * score.shape[1]) + 32
+        for first in range(0, len(x), size):
+            product = flat[first : first + size] @ casted.T  # [size, d_hidden]
+            if floor is None:  # from a sample of the first tokens: about twice `count` scores exceed it
+                sample = measure(product, torch.arange(0, product.numel(), SAMPLED))[1]
+                expected = 2 * count * len(sample) // (len(x) * d_hidden) + 32
                 floor = torch.topk(sample, min(len(sample), expected), sorted=False).values.amin().clamp_min(0)
-            entries = (score > (floor if floor is not None else 0)).flatten().nonzero()[:, 0]
-            found.append((entries + first * score.shape[1], pre.flatten()[entries], score.flatten()[entries]))
-            total += len(entries)
-            if total > limit and floor is None:
+            # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
+            least = (floor if weight is None else floor / weight) - b_enc  # [d_hidden]
+            entries = true_entries(product > (least - least.abs() / 64).to(dtype))
+            pre, score = measure(product, entries)
+            kept = score > floor
+            found.append((entries[kept] + first * d_hidden, pre[kept], score[kept]))
+            total += len(found[-1][0])
+            if total > limit and count is None:
                 return None
         if count is None or total >= count or floor == 0:
             break
-        floor = None  # the sample misjudged: look at every positive score
+        floor = torch.zeros(())  # the sample misjudged: look at every positive score
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def true_entries(mask: Tensor) -> Tensor:
+    """Flat places where a mask is true, ascending. Looks at eight entries at a time: most are false."""
+    flat = mask.flatten()
+    if len(flat) % 8:
+        return flat.nonzero()[:, 0]
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
 
 
 class _Encode(torch.autograd.Function):
@@ -149,17 +216,16 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, b_enc, values, x, active):
-        ctx.x, ctx.active = x, active
+        ctx.save_for_backward(x)
+        ctx.active = active
         return values.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad[ctx.active.by_latent]
-        d_rows = embedding_bag(
-            ctx.active.tokens_by_latent, ctx.x, ctx.active.latent_starts, mode="sum", per_sample_weights=grad
-        )
-        latents = ctx.active.latents[ctx.active.by_latent]
-        d_bias = torch.zeros(len(ctx.active.latent_starts)).index_add_(0, latents, grad)
+        (x,), active = ctx.saved_tensors, ctx.active
+        grad = grad[active.by_latent]
+        d_rows = weighted_sums(x, active.tokens_by_latent, grad, active.latent_starts)
+        d_bias = torch.segment_reduce(grad, "sum", offsets=active.latent_starts, unsafe=True)
         return d_rows, d_bias, None, None, None
 
 
@@ -170,26 +236,40 @@ class _Decode(torch.autograd.Function):
     def forward(ctx, values, rows, active):
         ctx.save_for_backward(values, rows)
         ctx.active = active
-        return embedding_bag(active.latents, rows, active.token_starts, mode="sum", per_sample_weights=values)
+        return weighted_sums(rows, active.latents, values, active.token_starts)
 
     @staticmethod
     def backward(ctx, grad):
-        values, rows = ctx.saved_tensors
-        active = ctx.active
-        bounds = torch.cat([active.token_starts, torch.tensor([len(values)])])
-        places = torch.sparse_csr_tensor(
-            bounds, active.latents, torch.zeros_like(values), (len(grad), len(rows)), check_invariants=False
-        )
-        d_values = torch.sparse.sampled_addmm(places, grad, rows.T, beta=0).values()
-        d_rows = embedding_bag(
-            active.tokens_by_latent, grad, active.latent_starts, mode="sum", per_sample_weights=values[active.by_latent]
-        )
+        (values, rows), active = ctx.saved_tensors, ctx.active
+        d_values = dots(grad, rows, active)
+        d_rows = weighted_sums(grad, active.tokens_by_latent, values[active.by_latent], active.latent_starts)
         return d_values, d_rows, None
 
 
-def decode_active(codes: Tensor, active: Active, W_dec: Tensor) -> Tensor:
-    """Codes of active entries times W_dec [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
-    return _Decode.apply(codes, W_dec.flatten(1), active).unflatten(1, W_dec.shape[1:])
+def decode_active(codes: Tensor, active: Active, rows: Tensor) -> Tensor:
+    """Codes of active entries times rows [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
+    return _Decode.apply(codes, rows.flatten(1), active).unflatten(1, rows.shape[1:])
+
+
+def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """[groups, width]: group g is the sum over entries e from starts[g] to starts[g + 1] of weights[e] * rows[index[e]]."""
+    if on_cuda(rows):
+        import kernels
+
+        return kernels.weighted_sums(rows, index, weights, starts)
+    return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def dots(a: Tensor, b: Tensor, active: Active) -> Tensor:
+    """[active] inner product of each entry's token row of a [batch, width] and latent row of b [d_hidden, width]."""
+    if on_cuda(a):
+        import kernels
+
+        return kernels.dots(a, b, active.tokens, active.latents, active.token_starts[-1])
+    places = torch.sparse_csr_tensor(
+        active.token_starts, active.latents, torch.zeros(len(active.latents)), (len(a), len(b)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(places, a, b.T, beta=0).values()
 
 
 # --- an inference threshold

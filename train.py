@@ -33,6 +33,7 @@ from crosscoder import CrossCoder, Losses, explained, explained_variance
 from formats import read_warm_start, with_normalization
 from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
 from planted import PlantedConcepts
+from sparse import fast_dtype
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
@@ -60,7 +61,7 @@ def main(given: TrainConfig) -> int:
     config = resolve_sizes(given, saved or usual)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     if config.compute_dtype == "auto":
-        config.compute_dtype = saved["compute_dtype"] if saved else {"cuda": "bfloat16"}.get(device.type, "float32")
+        config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
     if saved:
         refuse_changes(config, saved)
     if config.variant == "batch_topk" and config.k > config.d_hidden:
@@ -68,7 +69,7 @@ def main(given: TrainConfig) -> int:
     source = open_live(given, config, device, saved_data) if live else open_source(given, config)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
-    config.k_aux = config.k_aux or source.d_model // 2
+    config.k_aux = config.k_aux or max(1, source.d_model // 2)
     config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0
@@ -165,7 +166,8 @@ def main(given: TrainConfig) -> int:
                 dead = None  # a free question here; on CUDA it would wait for the device
             out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead, k)
             out.loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
+            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)  # fused Adam divides by it as it reads
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

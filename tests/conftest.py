@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}  # nothing here needs a network
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on CPU tensors; read when triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sizes here are so small that threads would only wait for each other
 
 

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 def tensors(value=1.0, d_hidden=6):
     return {
-        "W_enc": torch.full((2, 3, d_hidden), value),
+        "enc_rows": torch.full((d_hidden, 2, 3), value),
         "W_dec": torch.full((d_hidden, 2, 3), value),
         "b_enc": torch.zeros(d_hidden),
         "b_dec": torch.zeros(2, 3),
         "tokens_since_fired": torch.arange(d_hidden),
-        "W_enc.adam_exp_avg": torch.rand(2, 3, d_hidden),
+        "enc_rows.adam_exp_avg": torch.rand(d_hidden, 2, 3),
     }
 
 
@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept_and_later_steps_of_another_past_go(tmp_path):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000020", "step_00000025"]
     checkpoint.save(tmp_path, 25, tensors(2.0), {}, keep=1)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000025"]
-    assert checkpoint.load(checkpoint.find(tmp_path))[0]["W_enc"][0, 0, 0] == 2.0
+    assert checkpoint.load(checkpoint.find(tmp_path))[0]["enc_rows"][0, 0, 0] == 2.0
 
 
 def test_a_users_own_copies_are_left_alone(tmp_path):
@@ -110,8 +110,8 @@ import resource, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint
 from pathlib import Path
-small = dict(W_enc=torch.ones(2, 3, 6), b_enc=torch.ones(6))
-large = dict(W_enc=torch.ones(2, 300, 600), b_enc=torch.ones(600))
+small = dict(enc_rows=torch.ones(6, 2, 3), b_enc=torch.ones(6))
+large = dict(enc_rows=torch.ones(600, 2, 300), b_enc=torch.ones(600))
 checkpoint.save(Path({str(tmp_path)!r}), 1, small, {{}}, keep=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:
@@ -143,7 +143,7 @@ def test_numbers_that_json_lacks_become_null():
 def test_optimizer_and_random_states_round_trip(tmp_path):
     def model():
         torch.manual_seed(0)
-        net = torch.nn.ParameterDict({"W_enc": torch.randn(2, 3, 6), "b_enc": torch.randn(6), "b_dec": torch.randn(2, 3)})
+        net = torch.nn.ParameterDict({"enc_rows": torch.randn(6, 2, 3), "b_enc": torch.randn(6), "b_dec": torch.randn(2, 3)})
         return net, torch.optim.Adam(net.parameters(), lr=0.1, fused=True)
 
     def steps(net, optimizer, n):

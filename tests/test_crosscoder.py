@@ -52,26 +52,79 @@ def reference_losses(crosscoder, x, l1_coeff, aux_coeff, dead):
         aux = ((r - a @ W_dec[dead].flatten(1)) ** 2).sum(-1).mean() / ((r - r.mean(0)) ** 2).sum(-1).mean()
     loss = l2 + l1_coeff * l1 + aux_coeff * aux
     loss.backward()
-    return (loss, l2, l1, aux), {"W_enc": W_enc.grad, "W_dec": W_dec.grad, "b_enc": b_enc.grad, "b_dec": b_dec.grad}
+    enc_rows = W_enc.grad.permute(2, 0, 1)
+    return (loss, l2, l1, aux), {"enc_rows": enc_rows, "W_dec": W_dec.grad, "b_enc": b_enc.grad, "b_dec": b_dec.grad}
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse"])
+def choose_form(form: str, monkeypatch) -> str:
+    """Compute as where most latents are active, as where few are, or with the kernels. Returns the device to compute on."""
+    kernels = form.startswith("kernels")
+    if kernels:
+        pytest.importorskip("triton", reason="the kernels need triton")
+        monkeypatch.setattr(sparse, "on_cuda", lambda x: True)
+    share = 0.0 if form.endswith("dense") else 1.01
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", share)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE_CUDA", share)
+    monkeypatch.setattr(sparse, "CHUNK", 3 * F)
+    return "cuda" if kernels and torch.cuda.is_available() else "cpu"  # without a GPU the kernels are interpreted
+
+
+FORMS = ["dense", "sparse", "kernels", "kernels, dense"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
 @pytest.mark.parametrize("with_aux", [False, True])
 @pytest.mark.parametrize("l1_coeff", [0.0, 0.7])
 def test_losses_and_gradients_equal_float64_autograd(form, variant, with_aux, l1_coeff, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_ABOVE", {"dense": 0.0, "sparse": 1.0}[form])
-    monkeypatch.setattr(sparse, "CHUNK", 3)
+    device = choose_form(form, monkeypatch)
     crosscoder, x = make(variant, k_aux=2), rows()
-    assert (sparse.active_codes(x, crosscoder.W_enc, crosscoder.b_enc, torch.float32) is None) == (form == "dense")
+    if not form.startswith("kernels"):
+        assert (sparse.active_codes(x, crosscoder.enc_rows, crosscoder.b_enc, torch.float32) is None) == (form == "dense")
     dead = torch.arange(F) % 3 == 0 if with_aux else None
-    out = crosscoder.losses(x, l1_coeff, aux_coeff=0.5, dead=dead)
-    out.loss.backward()
     losses, gradients = reference_losses(crosscoder, x, l1_coeff, 0.5, dead)
+    crosscoder.to(device)
+    out = crosscoder.losses(x.to(device), l1_coeff, aux_coeff=0.5, dead=dead if dead is None else dead.to(device))
+    out.loss.backward()
     for mine, expected in zip(out[:4], losses, strict=True):
-        torch.testing.assert_close(mine.double(), expected.double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine.double().cpu(), expected.double(), rtol=1e-5, atol=1e-6)
     for name, expected in gradients.items():
-        torch.testing.assert_close(getattr(crosscoder, name).grad.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(crosscoder, name).grad.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize(
+    "batch, d_model, d_hidden, k, bias, dead_share",
+    [
+        (1, 1, 1, 1, 0.0, 0.0),
+        (7, 5, 33, 3, 0.0, 0.5),
+        (16, 24, 64, 64, 0.0, 0.0),  # more are asked for than are positive
+        (13, 9, 40, 2, -50.0, 0.3),  # nothing is active
+        (9, 17, 50, 4, 0.0, 1.0),  # everything is dead
+        (19, 24, 67, 5, 0.2, 0.1),
+    ],
+)
+def test_every_form_equals_the_dense_one(form, dtype, batch, d_model, d_hidden, k, bias, dead_share, monkeypatch):
+    x = torch.randn(batch, 2, d_model, generator=torch.Generator().manual_seed(batch))
+    dead = torch.rand(d_hidden, generator=torch.Generator().manual_seed(3)) < dead_share
+
+    def run(device):
+        crosscoder = CrossCoder(d_model, d_hidden, 2, "batch_topk", k, k_aux=3, dec_init_norm=1.0, compute_dtype=dtype)
+        crosscoder.b_enc.data.fill_(bias)
+        crosscoder.to(device)
+        out = crosscoder.losses(x.to(device), 0.3, 0.5, dead.to(device))
+        out.loss.backward()
+        values = [*out[:5], out.fired, out.x_hat, crosscoder.threshold]
+        return [v.detach().cpu() for v in values], {n: p.grad.cpu() for n, p in crosscoder.named_parameters()}
+
+    expected, gradients = run(choose_form("dense", monkeypatch))
+    found, found_gradients = run(choose_form(form, monkeypatch))
+    bounds = (1e-6, 1e-5) if dtype == torch.float32 else (1e-2, 1e-2)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=bounds[0], atol=bounds[0] * (1 + theirs.float().abs().max().item()))
+    for name, theirs in gradients.items():
+        torch.testing.assert_close(found_gradients[name], theirs, rtol=bounds[1], atol=bounds[1] * theirs.abs().max().item())
 
 
 def test_batch_topk_keeps_k_latents_a_token_from_the_first_step_on():
@@ -167,7 +220,8 @@ def test_encode_and_decode_apply_the_normalisation_once():
 def test_folded_crosscoder_gives_the_same_codes_and_reconstructions_on_raw_activations(variant):
     crosscoder = make(variant)
     raw = crosscoder.denormalize(rows(256))
-    crosscoder.losses(crosscoder.normalize(raw), 0.0)  # sets the threshold
+    if variant == "batch_topk":
+        crosscoder.fit_threshold(lambda: [crosscoder.normalize(raw)])
     folded = crosscoder.fold_normalization()
     assert torch.equal(folded.scale, torch.ones(2)) and torch.equal(folded.mean, torch.zeros(2, D))
     f, g = crosscoder.encode(raw), folded.encode(raw)
@@ -262,11 +316,11 @@ def test_auxiliary_loss_reaches_dead_latents_only():
     dead = torch.arange(F) < 6
     grad, _ = aux_gradients(dead, k_aux=2)
     assert grad["b_dec"] is None  # the decoder bias takes no part
-    assert (grad["W_enc"][:, :, ~dead] == 0).all() and (grad["W_dec"][~dead] == 0).all() and (grad["b_enc"][~dead] == 0).all()
+    assert (grad["enc_rows"][~dead] == 0).all() and (grad["W_dec"][~dead] == 0).all() and (grad["b_enc"][~dead] == 0).all()
     reached = dead.clone()
     reached[1] = False  # no gradient leaks through a winner that is not positive
-    assert (grad["W_enc"].abs().sum((0, 1))[reached] > 0).all() and (grad["W_dec"].abs().sum((1, 2))[reached] > 0).all()
-    assert (grad["W_enc"][:, :, 1] == 0).all() and (grad["W_dec"][1] == 0).all()
+    assert (grad["enc_rows"].abs().sum((1, 2))[reached] > 0).all() and (grad["W_dec"].abs().sum((1, 2))[reached] > 0).all()
+    assert (grad["enc_rows"][1] == 0).all() and (grad["W_dec"][1] == 0).all()
 
 
 def test_auxiliary_loss_is_zero_when_nothing_is_dead_or_nothing_is_left_to_explain():

@@ -13,7 +13,7 @@ from crosscoder import CrossCoder, explained_variance
 from formats import read_crosscoder, read_warm_start, write_crosscoder
 
 D, F = 16, 64
-FLAGS = ["--batch-size", 256, "--val-tokens", 1000, "--wandb", "disabled", "--log-every", 1]
+FLAGS = ["--compute-dtype", "float32", "--batch-size", 256, "--val-tokens", 1000, "--wandb", "disabled", "--log-every", 1]
 STILL = ["--lr", 1e-12, "--num-tokens", 512, "--val-every", 1]  # two steps that move nothing
 
 
