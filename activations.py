@@ -256,6 +256,7 @@ def pick_column(schema, name: str | None, flag: str) -> str:
         return False
 
     column_flag = flag.replace("dataset", "column") if flag != "--dataset" else "--base-column or --ft-column"
+    column_flag = "--base-column" if flag.startswith("--model-dataset") else column_flag
     lists = [f.name for f in schema if holds_activations(f)]
     if name is not None and name not in schema.names:
         raise ValueError(f"{column_flag} {name}: {flag} has no such column, it has {', '.join(schema.names)}")
@@ -354,7 +355,7 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
             raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
-    splits = pair_up(base, ft, ("--dataset", "--dataset"), columns, val_tokens, default_val)
+    splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)
 
 
@@ -362,18 +363,27 @@ def open_single(base_dataset: str, ft_dataset: str, columns, val_tokens: int | N
     """Two datasets with one column of float lists each -> PairedActivations. Arguments as for `open_pair`."""
     flags = ("--base-dataset", "--ft-dataset")
     base, ft = open_dataset(base_dataset, flags[0]), open_dataset(ft_dataset, flags[1])
-    splits = pair_up(base, ft, flags, columns, val_tokens, default_val)
+    splits = pair_up([base, ft], flags, columns, val_tokens, default_val)
     return PairedActivations(splits, torch.ones(2), False, seed)
 
 
-def pair_up(base: dict, ft: dict, flags, names, val_tokens: int | None, default_val: int) -> dict:
-    """The splits of a PairedActivations: checked to hold the same tokens, the held-out rows set apart."""
-    splits = {}
-    if missing := set(base) ^ set(ft):
-        raise ValueError(f"{flags[1]}: the split {missing.pop()!r} is in only one of the two datasets")
+def open_several(datasets: list[str], columns, val_tokens: int | None, default_val: int, seed: int):
+    """One dataset for each of several models, base first. Arguments as for `open_pair`; columns[0] is that of all."""
+    parts, flags = [open_dataset(name, "--model-dataset") for name in datasets], [f"--model-dataset {d}" for d in datasets]
+    splits = pair_up(parts, flags, [columns[0]] * len(parts), val_tokens, default_val)
+    return PairedActivations(splits, torch.ones(len(parts)), False, seed)
+
+
+def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val: int) -> dict:
+    """The splits of a PairedActivations: checked to hold the same tokens, the held-out rows set apart. One part a model."""
+    splits, base = {}, parts[0]
+    for part, flag in zip(parts, flags, strict=True):
+        if missing := set(base) ^ set(part):
+            raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
     for split in base:
-        columns = [Column(part[split], name, flag) for part, name, flag in zip((base, ft), names, flags, strict=True)]
-        check_alignment(base[split], ft[split], columns, flags, split)
+        columns = [Column(part[split], name, flag) for part, name, flag in zip(parts, names, flags, strict=True)]
+        for part, column, flag in list(zip(parts, columns, flags, strict=True))[1:]:
+            check_alignment(base[split], part[split], [columns[0], column], (flags[0], flag), split)
         splits[split] = (columns, 0, len(columns[0]))
     rows = splits["train"][2]
     if "validation" in splits:
@@ -404,9 +414,10 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
             mine, other = (flat(part.data.table.column(name)).cast("int64") for part in (base, ft))
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
+                whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
                 raise ValueError(
                     f"{flags[0]} and {flags[1]} are not aligned: {name} of row {row} (split {split}) is {mine[row]} in the "
-                    f"base model's and {other[row]} in the fine-tuned model's dataset; write both in the same order"
+                    f"base model's and {other[row]} in the {whose} model's dataset; write both in the same order"
                 )
 
 

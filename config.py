@@ -141,6 +141,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # --- data
 
+    # More than two models: activations of one model, given once for each, the base model first; all at the same tokens in
+    # the same order, as for --base-dataset. Metrics of the third model end in _C, and so on.
+    model_dataset: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+
     # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
     # of the dataset or the end of the texts they come again in another order.
     num_tokens: int | None = None
@@ -339,13 +343,13 @@ def parse(cls: type, argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(cls, args=argv, default=cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
     if cls is TrainConfig:
-        texts = config.text  # tyro would append them to those of a file
+        lists = {name: getattr(config, name) for name in ("text", "model_dataset")}  # tyro would append them to those of a file
         try:
             if config.config is not None:
                 config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
             if saved := resumed_config_file(config):
                 config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
-            config = with_full_paths(dataclasses.replace(config, text=texts or config.text))
+            config = with_full_paths(dataclasses.replace(config, **{name: given for name, given in lists.items() if given}))
         except ValueError as error:
             sys.exit(f"train.py: error: {error}")
     return config
@@ -370,6 +374,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     if config.keep_activations:
         config.keep_activations = str(Path(config.keep_activations).expanduser().absolute())
     config.text = [full_text(spec) for spec in config.text]
+    config.model_dataset = [full(name) for name in config.model_dataset]
     return config
 
 

@@ -85,6 +85,8 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
         made = f"the paired dataset {shown(config['dataset'])}"
     elif config["base_dataset"]:
         made = f"the datasets {shown(config['base_dataset'])} (base) and {shown(config['ft_dataset'])} (fine-tuned)"
+    elif config["model_dataset"]:
+        made = "the datasets " + ", ".join(map(shown, config["model_dataset"]))
     elif config["base_model"]:
         made = "live activations"
     models = {"Base model": origin.get("base_model"), "Fine-tuned model": origin.get("ft_model") or origin.get("base_model")}
@@ -94,10 +96,11 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
     lines.append(f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows")
     kind = f"{config['variant']}, {config['d_hidden']:,} latents, {data['n_models']} models of width {data['d_model']}"
     kind += f", k {config['k']}" if config["variant"] == "batch_topk" else f", l1_coeff {config['l1_coeff']:g}"
+    roles = {"explained_variance_A": "base model", "explained_variance_B": "fine-tuned model"}
+    each = {k: v for k, v in summary.items() if k.startswith("explained_variance_")}
     rows = [
         ("explained variance", f"{summary['explained_variance']:.4f}"),
-        ("explained variance, base model", f"{summary['explained_variance_A']:.4f}"),
-        ("explained variance, fine-tuned model", f"{summary['explained_variance_B']:.4f}"),
+        *((f"explained variance, {roles.get(k, f'model {k[-1]}')}", f"{v:.4f}") for k, v in each.items()),
         ("L0 (active latents a token)", f"{summary['l0_loss']:.2f}"),
         ("dead latents", f"{summary['dead_fraction']:.1%}"),
         *((f"latents, {label.replace('_', '-')}", f"{count:,}") for label, count in summary["latents"].items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ import latents
 def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int, usual_k: int) -> None:
     rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
     single = f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts"
-    what = config.dataset or single
+    what = config.dataset or " + ".join(config.model_dataset) or single
     if config.base_model:
         what, rows = (
             f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}",
@@ -95,17 +96,27 @@ def finish_wandb(tracker, summary: dict[str, float]) -> None:
         tracker.finish()
 
 
+def count_exclusive(norms: torch.Tensor, dead: torch.Tensor) -> dict[str, int]:
+    """For more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
+
+    norms: [d_hidden, n_models]. dead: [d_hidden] bool.
+    """
+    share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
+    only = (share > latents.FT_ONLY_ABOVE).sum(0).tolist()
+    counts = {f"{letter}_only": n for letter, n in zip(ascii_uppercase, only)}  # noqa: B905 - letters are left over
+    return {"shared": len(share) - sum(only), **counts, "dead": int(dead.sum())}
+
+
 def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
     """The end of a run: held-out metrics, what was found, where it lies."""
+    names = {"explained_variance_A": "base", "explained_variance_B": "ft"}  # and C, D, ... of more models
+    each = [(names.get(k, k[-1]), v) for k, v in summary.items() if k.startswith("explained_variance_")]
     print(
-        f"\nheld out   explained variance {summary['explained_variance']:.3f} (base {summary['explained_variance_A']:.3f}, "
-        f"ft {summary['explained_variance_B']:.3f}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
+        f"\nheld out   explained variance {summary['explained_variance']:.3f} "
+        f"({', '.join(f'{name} {v:.3f}' for name, v in each)}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
     )
-    counts = summary["latents"]
-    print(
-        f"latents    {counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, "
-        f"{counts['dead']} dead of {config.d_hidden}"
-    )
+    counts = ", ".join(f"{n} {name.replace('_', '-')}" for name, n in summary["latents"].items())
+    print(f"latents    {counts} of {config.d_hidden}")
     if planted := summary.get("planted"):
         print("\nplanted concepts    recall   right class")
         for name in latents.CLASSES:

@@ -20,6 +20,7 @@ from collections import deque
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor
@@ -28,16 +29,16 @@ from tqdm import tqdm
 import checkpoint
 import hub
 import latents
-from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
+from activations import batches, estimate_normalization, open_pair, open_several, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
 from formats import read_warm_start, with_normalization
-from monitor import finish_wandb, log, print_plan, print_summary, show, start_wandb
+from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, show, start_wandb
 from planted import PlantedConcepts
 from sparse import fast_dtype
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
-    "dataset", "base_dataset", "ft_dataset", "keep_activations", "device", "base_device", "ft_device",
+    "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
     "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
     "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "push_to_hub", "resume", "config",
 }  # fmt: skip
@@ -54,7 +55,7 @@ def main(given: TrainConfig) -> int:
 
     # --- data, and what follows from it
     live = given.base_model is not None  # straight from the two models
-    usual = REAL if live or given.dataset or given.base_dataset else PLANTED
+    usual = REAL if live or given.dataset or given.base_dataset or given.model_dataset else PLANTED
     warm = read_warm_start(given.init_from, given.variant, given.d_hidden) if given.init_from and not saved else None
     if warm:
         usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
@@ -226,7 +227,8 @@ def main(given: TrainConfig) -> int:
     summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
     summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
-    summary["latents"] = latents.count_classes(crosscoder.decoder_norms(), dead)
+    count = latents.count_classes if source.n_models == 2 else count_exclusive
+    summary["latents"] = count(crosscoder.decoder_norms(), dead)
     if isinstance(source, PlantedConcepts):
         summary["planted"] = source.score(crosscoder.W_dec, dead)
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
@@ -248,12 +250,16 @@ def check(config: TrainConfig) -> None:
     if bool(config.base_dataset) != bool(config.ft_dataset):
         there, missing = ("--base-dataset", "--ft-dataset") if config.base_dataset else ("--ft-dataset", "--base-dataset")
         raise ValueError(f"{there} is given without {missing}: a crosscoder needs the same tokens' activations of both models")
-    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset):
+    if config.model_dataset and (config.dataset or config.base_dataset):
+        raise ValueError("--model-dataset names each model's activations: leave out --dataset, --base-dataset and --ft-dataset")
+    if len(config.model_dataset) == 1:
+        raise ValueError("--model-dataset is given once: give it for each model, the base model first")
+    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
     if config.epochs is not None and config.num_tokens is not None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
     check_live(config)
-    if config.epochs is not None and not (config.dataset or config.base_dataset):
+    if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
         "d_hidden", "k", "k_aux", "batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every",
@@ -287,8 +293,8 @@ def check_live(config: TrainConfig) -> None:
     if not asked:
         return
     flag = f"--{asked[0].replace('_', '-')}"
-    if config.dataset or config.base_dataset:
-        other = "--dataset" if config.dataset else "--base-dataset"
+    if config.dataset or config.base_dataset or config.model_dataset:
+        other = "--dataset" if config.dataset else "--base-dataset" if config.base_dataset else "--model-dataset"
         raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
     if config.epochs is not None:
         raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
@@ -338,6 +344,8 @@ def open_source(given: TrainConfig, config: TrainConfig):
         return open_pair(given.dataset, *rest)
     if given.base_dataset:
         return open_single(given.base_dataset, given.ft_dataset, *rest)
+    if given.model_dataset:
+        return open_several(given.model_dataset, *rest)
     return PlantedConcepts(config.seed, config.val_tokens)
 
 
@@ -450,21 +458,23 @@ def catch_signals() -> list[int]:
 @torch.no_grad()
 def training_metrics(out: Losses, x: Tensor, dead: Tensor, threshold: Tensor, grad_norm: Tensor) -> dict[str, float]:
     """Metrics of one training batch of normalised activations [batch, n_models, d_model], in one copy to the host."""
-    together, base, ft = explained_variance(x, out.x_hat)
     values = {
         "loss": out.loss,
         "l2_loss": out.l2_loss,
         "l1_loss": out.l1_loss,
         "l0_loss": out.l0_loss,
-        "explained_variance": together,
-        "explained_variance_A": base,
-        "explained_variance_B": ft,
+        **by_model("explained_variance", explained_variance(x, out.x_hat)),
         "aux_loss": out.aux_loss,
         "dead_fraction": dead.float().mean(),
         "threshold": threshold,
         "grad_norm": grad_norm,
     }
     return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+
+
+def by_model(name: str, values) -> dict:
+    """`name` for all models together, `name_A` for the base model, `name_B` for the next, ... values: [1 + n_models]."""
+    return dict(zip([name, *(f"{name}_{letter}" for letter in ascii_uppercase)], values))  # noqa: B905 - letters are left over
 
 
 def held_out(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor):
@@ -487,16 +497,14 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
         total = total + x.double().sum(0)  # [n_models, d_model]
         squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
-    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
+    variance = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
     l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
     return {
         "val_loss": l2_loss + l1_coeff * l1_loss,
         "val_l2_loss": l2_loss,
         "val_l1_loss": l1_loss,
         "val_l0_loss": active.item() / rows,
-        "val_explained_variance": together,
-        "val_explained_variance_A": base,
-        "val_explained_variance_B": ft,
+        **by_model("val_explained_variance", variance),
     }
 
 
