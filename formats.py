@@ -67,8 +67,9 @@ def read_crosscoder(source: str | Path, activation_scale: tuple[float, ...] | No
     path = Path(source).expanduser()
     if not path.exists():
         path = hub_folder(str(source), [*FILES, *(f"{half}/{name}" for half in HALVES for name in FILES)])
+    if (path / "crosscoder" / "config.json").is_file():  # a run of ours
+        path = path / "crosscoder"
     there = {name for name in FILES if (path / name).is_file()}
-    crosscoder = None
     if {"config.json", "model.safetensors"} <= there:
         config = read_json(path / "config.json")
         if "activation_dim" in config:

@@ -271,7 +271,7 @@ def test_another_normalisation_keeps_codes_and_reconstructions(variant, folded):
 
 def test_command_line_converts_there_and_back(tmp_path):
     crosscoder = make()
-    crosscoder.save_pretrained(tmp_path / "ours")
+    crosscoder.save_pretrained(tmp_path / "ours" / "crosscoder")  # as in a run
     for source, to in (("ours", "crosscoder_learning"), ("crosscoder_learning", "crosscoder")):
         printed = run_script("formats.py", tmp_path / source, tmp_path / to, "--to", to, check=True).stdout
         assert printed == f"{tmp_path / to}: batch_topk, 2 models of width {D}, {F} latents, as {to}\n"
