@@ -6,13 +6,15 @@ given tensor; `batches` turns any source into a stream of batches filled by a ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import queue
 import threading
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,7 +173,11 @@ def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:
 
 
 class Column:
-    """A column of float lists as zero-copy tensors, one [rows, d_model] for each Arrow chunk."""
+    """A column of float lists as zero-copy tensors, one [rows, d_model] for each Arrow chunk.
+
+    A row is one token, or one sequence of them (lists of lists, Array2D). Arrow has no bfloat16: int16 lists in a column
+    whose name ends in `bfloat16` hold its bits.
+    """
 
     def __init__(self, dataset, name: str | None, flag: str):
         if dataset._indices is not None:
@@ -182,8 +188,9 @@ class Column:
         for array in table.column(name).chunks:
             if len(array) == 0:
                 continue
+            nulls, array = array.null_count, token_rows(array)
             values = array.flatten()
-            if array.null_count or values.null_count:
+            if nulls or array.null_count or values.null_count:
                 low, high = starts[-1], starts[-1] + len(array)
                 raise ValueError(f"{flag}: column {name!r} has empty entries between rows {low} and {high}; fill or drop them")
             lengths = np.full(len(array), array.type.list_size) if hasattr(array.type, "list_size") else np.diff(array.offsets)
@@ -200,7 +207,8 @@ class Column:
             numbers = values.to_numpy(zero_copy_only=True).reshape(-1, self.d_model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the memory map is read-only, and nothing here writes to it
-                chunks.append(torch.from_numpy(numbers))
+                x = torch.from_numpy(numbers)
+                chunks.append(x.view(torch.bfloat16) if x.dtype == torch.int16 else x)
             starts.append(starts[-1] + len(array))
         if not chunks:
             raise ValueError(f"{flag}: the dataset is empty")
@@ -217,20 +225,43 @@ class Column:
             local = rows[low:high] - self.starts[i]
             if local[-1] - local[0] == high - low - 1:
                 out[low:high] = self.chunks[i][local[0] : local[-1] + 1]
-            else:
+            elif out.dtype == self.dtype:
                 torch.index_select(self.chunks[i], 0, torch.from_numpy(local), out=out[low:high])
+            else:
+                out[low:high] = self.chunks[i][torch.from_numpy(local)]
+
+
+def token_rows(array):
+    """An Arrow array of one float list a token, from one of those or from lists of them (Array2D is such an extension)."""
+    import pyarrow as pa
+
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    return array.flatten() if is_list(array.type.value_type) else array
+
+
+def is_list(kind) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def pick_column(schema, name: str | None, flag: str) -> str:
     """The column of activations: the one named, or the only one whose rows are lists of floats."""
+    import pyarrow as pa
     from pyarrow import types
 
-    def is_float_list(kind) -> bool:
-        lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        return lists and types.is_floating(kind.value_type)
+    def holds_activations(field) -> bool:
+        kind = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+        for _ in range(2):  # tokens, or sequences of tokens
+            if is_list(kind) and not (is_list(kind.value_type)):
+                bits = types.is_int16(kind.value_type) and field.name.endswith("bfloat16")
+                return bits or types.is_floating(kind.value_type)
+            kind = kind.value_type if is_list(kind) else kind
+        return False
 
     column_flag = flag.replace("dataset", "column") if flag != "--dataset" else "--base-column or --ft-column"
-    lists = [f.name for f in schema if is_float_list(f.type)]
+    column_flag = "--base-column" if flag.startswith("--model-dataset") else column_flag
+    lists = [f.name for f in schema if holds_activations(f)]
     if name is not None and name not in schema.names:
         raise ValueError(f"{column_flag} {name}: {flag} has no such column, it has {', '.join(schema.names)}")
     if name is not None and name not in lists:
@@ -258,8 +289,9 @@ class PairedActivations:
         self.splits, self.stored_scale, self.shuffled, self.seed = splits, stored_scale, shuffled, seed
         self.val_rows = splits["validation"][2]
         self.n_models, self.d_model = len(columns), columns[0].d_model
-        # Values of different types meet in the wider one.
-        self.dtype = max((c.dtype for columns, _, _ in splits.values() for c in columns), key=lambda t: t.itemsize)
+        # Values of different types meet in the wider one, float16 and bfloat16 in float32.
+        dtypes = [c.dtype for columns, _, _ in splits.values() for c in columns]
+        self.dtype = reduce(torch.promote_types, dtypes)
 
     def order(self, position: int, count: int) -> np.ndarray:
         """Rows, ascending, at `count` places of the endless stream, fewer at the end of an epoch or block.
@@ -327,7 +359,7 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
             raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
-    splits = pair_up(base, ft, ("--dataset", "--dataset"), columns, val_tokens, default_val)
+    splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)
 
 
@@ -335,18 +367,27 @@ def open_single(base_dataset: str, ft_dataset: str, columns, val_tokens: int | N
     """Two datasets with one column of float lists each -> PairedActivations. Arguments as for `open_pair`."""
     flags = ("--base-dataset", "--ft-dataset")
     base, ft = open_dataset(base_dataset, flags[0]), open_dataset(ft_dataset, flags[1])
-    splits = pair_up(base, ft, flags, columns, val_tokens, default_val)
+    splits = pair_up([base, ft], flags, columns, val_tokens, default_val)
     return PairedActivations(splits, torch.ones(2), False, seed)
 
 
-def pair_up(base: dict, ft: dict, flags, names, val_tokens: int | None, default_val: int) -> dict:
-    """The splits of a PairedActivations: checked to hold the same tokens, the held-out rows set apart."""
-    splits = {}
-    if missing := set(base) ^ set(ft):
-        raise ValueError(f"{flags[1]}: the split {missing.pop()!r} is in only one of the two datasets")
+def open_several(datasets: list[str], columns, val_tokens: int | None, default_val: int, seed: int):
+    """One dataset for each of several models, base first. Arguments as for `open_pair`; columns[0] is that of all."""
+    parts, flags = [open_dataset(name, "--model-dataset") for name in datasets], [f"--model-dataset {d}" for d in datasets]
+    splits = pair_up(parts, flags, [columns[0]] * len(parts), val_tokens, default_val)
+    return PairedActivations(splits, torch.ones(len(parts)), False, seed)
+
+
+def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val: int) -> dict:
+    """The splits of a PairedActivations: checked to hold the same tokens, the held-out rows set apart. One part a model."""
+    splits, base = {}, parts[0]
+    for part, flag in zip(parts, flags, strict=True):
+        if missing := set(base) ^ set(part):
+            raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
     for split in base:
-        columns = [Column(part[split], name, flag) for part, name, flag in zip((base, ft), names, flags, strict=True)]
-        check_alignment(base[split], ft[split], columns, flags, split)
+        columns = [Column(part[split], name, flag) for part, name, flag in zip(parts, names, flags, strict=True)]
+        for part, column, flag in list(zip(parts, columns, flags, strict=True))[1:]:
+            check_alignment(base[split], part[split], [columns[0], column], (flags[0], flag), split)
         splits[split] = (columns, 0, len(columns[0]))
     rows = splits["train"][2]
     if "validation" in splits:
@@ -372,19 +413,32 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
             f"{flags[0]} has {len(columns[0])} rows and {flags[1]} has {len(columns[1])} (split {split}): "
             "row i of both must be the same token; collect both over the same text"
         )
-    for name in ("sequence", "position", "token"):
+    for name in ("sequence", "position", "token", "token_ids", "input_ids"):
         if name in base.column_names and name in ft.column_names:
-            mine, other = (part.data.table.column(name).cast("int64") for part in (base, ft))
+            mine, other = (flat(part.data.table.column(name)).cast("int64") for part in (base, ft))
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
+                whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
                 raise ValueError(
                     f"{flags[0]} and {flags[1]} are not aligned: {name} of row {row} (split {split}) is {mine[row]} in the "
-                    f"base model's and {other[row]} in the fine-tuned model's dataset; write both in the same order"
+                    f"base model's and {other[row]} in the {whose} model's dataset; write both in the same order"
                 )
 
 
+def flat(column):
+    """A column of numbers, or of lists of them (one a sequence), as one number a token."""
+    import pyarrow as pa
+
+    if not is_list(column.type):
+        return column
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], type=column.type.value_type)
+
+
 def open_dataset(name: str, flag: str) -> dict:
-    """A folder, file or Hub id (`id`, `id:config`, `id:config:split`) -> {"train": Dataset, perhaps "validation": Dataset}."""
+    """A folder, file or Hub id (`id`, `id:config`, `id:config:split`) -> {"train": Dataset, perhaps "validation": Dataset}.
+
+    A folder may also be a memmap cache of crosscoder_learning.
+    """
     import datasets
 
     path = Path(name).expanduser()
@@ -393,6 +447,10 @@ def open_dataset(name: str, flag: str) -> dict:
             raise ValueError(f"{flag} {name}: belongs to the paired dataset {folder}, which has its own scales; use --dataset")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError(f"{flag} {name}: no such file or folder")
+    if (path / "shard_0.memmap").is_file():
+        return {"train": open_memmaps(path, f"{flag} {name}")}
+    if hooks := sorted(file.parent.name for file in path.glob("*/shard_0.memmap")):
+        raise ValueError(f"{flag} {name}: holds the activation caches {', '.join(hooks)}; give the folder of one")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -421,6 +479,44 @@ def open_dataset(name: str, flag: str) -> dict:
         return {"train": next(iter(loaded.values()))}
     empty = len(loaded.get("validation", ())) == 0  # a small collection may have held no sequence out
     return {"train": loaded["train"]} | ({} if empty else {"validation": loaded["validation"]})
+
+
+def open_memmaps(folder: Path, source: str):
+    """The activation cache of one hook that crosscoder_learning wrote, as a Dataset that maps its files.
+
+    folder: config.json, shard_i.memmap (rows of d_model values, C order) and shard_i.meta; tokens.pt, where it was stored,
+    lies one folder up.
+    """
+    import datasets
+    import pyarrow as pa
+
+    kinds = {"torch.float32": pa.float32(), "torch.float16": pa.float16(), "torch.bfloat16": pa.int16()}
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("shuffle_shards"):
+            raise ValueError("its rows were shuffled in an order that is not stored; collect with shuffle_shards=False")
+        chunks = []
+        for shard in range(config["shard_count"]):
+            meta = json.loads((folder / f"shard_{shard}.meta").read_text())
+            (rows, d_model), dtype = meta["shape"], meta.get("dtype", "torch.float32")
+            if dtype not in kinds:
+                raise ValueError(f"shard_{shard} is of {dtype}; read are {', '.join(kinds)}")
+            file = np.memmap(folder / f"shard_{shard}.memmap", dtype=np.uint8, mode="r")
+            if len(file) != rows * d_model * kinds[dtype].bit_width // 8:
+                raise ValueError(f"shard_{shard}.memmap has {len(file)} bytes, not {rows} x {d_model} values; copy it again")
+            values = pa.Array.from_buffers(kinds[dtype], rows * d_model, [None, pa.py_buffer(file)])
+            chunks.append(pa.FixedSizeListArray.from_arrays(values, d_model))
+        columns = {"activation_bfloat16" if dtype == "torch.bfloat16" else "activation": pa.chunked_array(chunks)}
+        if config.get("store_tokens"):
+            file = next(f / "tokens.pt" for f in (folder.parent, folder) if (f / "tokens.pt").is_file())
+            columns["token"] = pa.array(torch.load(file, map_location="cpu", weights_only=True).numpy())
+        table = datasets.table.InMemoryTable(pa.table(columns))
+    except StopIteration:
+        raise ValueError(f"{source}: its tokens.pt is missing beside the folder; copy it too") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source}: the activation cache cannot be read: {error}") from None
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return datasets.Dataset(table, fingerprint=name)  # without one it would hash every row
 
 
 def hub_pair_file(dataset: str) -> str | os.PathLike:

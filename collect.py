@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import hub
 from paired_dataset import PairedDataset, size
 from paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, usable_device
 
-UNSAVED = ("output", "device", "base_device", "ft_device")  # fields that may change between start and restart
+UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart
 
 
 def main(config: CollectConfig) -> None:
@@ -39,9 +40,11 @@ def main(config: CollectConfig) -> None:
     recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNSAVED}
     dataset = PairedDataset(out, recipe, "--output")
     progress = dataset.progress
+    if config.push_to_hub:
+        hub.open_repository(config.push_to_hub, "dataset")
     if dataset.pair:
         print(f"{out} is complete ({progress['rows']['train']:,} training rows); train on it: python train.py --dataset {out}")
-        return
+        return hub.push_dataset(config.push_to_hub, out, dataset.pair) if config.push_to_hub else None
     devices = [
         usable_device(name, flag) if name else usable_device(config.device, "--device")
         for name, flag in ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
@@ -101,6 +104,8 @@ def main(config: CollectConfig) -> None:
     if not sum(progress["rows"].values()):
         raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
     print_summary(out, config, dataset.finish(models))
+    if config.push_to_hub:
+        hub.push_dataset(config.push_to_hub, out, dataset.pair)
 
 
 def val_tokens(config: CollectConfig) -> int:

@@ -20,14 +20,16 @@ import tyro
 
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
-    d_hidden=16_384, k=100, batch_size=4096, l1_coeff=2.0,
+    d_hidden=16_384, k=100, k_start=16.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8,
     val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
 PLANTED = dict(
-    d_hidden=1024, k=8, batch_size=1024, l1_coeff=1.0, num_tokens=1_500_000,
+    d_hidden=1024, k=8, k_start=16.0, batch_size=1024, l1_coeff=1.0, l1_warmup=0.8, num_tokens=1_500_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
+# With --init-from: a trained dictionary is sparse from the first step.
+WARM = dict(k_start=1.0, l1_warmup=0.0)
 # Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted concepts (d_model 128, d_hidden 1024 to 4096) and
 # the tiny Llama pair of tests/ (64, 512), batches of 512 to 2048; for Gemma-2-2b with 73,728 latents it gives 1.5e-4, near what
 # others use, but nothing of that size was tuned here.
@@ -62,8 +64,18 @@ class ModelFlags:
     # Base model: a Hugging Face id or a folder.
     base_model: str | None = None
 
-    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's.
+    # Branch, tag or commit of a base model on the Hub, e.g. a training checkpoint. None: its newest.
+    base_revision: str | None = None
+
+    # Fine-tuned model: a Hugging Face id or a folder. Its tokenizer must agree with the base model's. May be left out with
+    # --ft-adapter: then it is the base model with that adapter.
     ft_model: str | None = None
+
+    # The same as --base-revision for the fine-tuned model.
+    ft_revision: str | None = None
+
+    # LoRA or other peft adapter that is merged into the fine-tuned model: a Hugging Face id or a folder (`pip install peft`).
+    ft_adapter: str | None = None
 
     # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
     hook: str | None = None
@@ -92,7 +104,8 @@ class ModelFlags:
     # Precision in which the models run.
     model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
-    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25).
+    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25). With
+    # --no-pack also the opening of a chat template, which a base model never saw.
     skip_first: int = 1
 
     # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
@@ -128,6 +141,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # --- data
 
+    # More than two models: activations of one model, given once for each, the base model first; all at the same tokens in
+    # the same order, as for --base-dataset. Metrics of the third model end in _C, and so on.
+    model_dataset: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+
     # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
     # of the dataset or the end of the texts they come again in another order.
     num_tokens: int | None = None
@@ -145,6 +162,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # --- dictionary
 
+    # Start from a trained crosscoder in any layout that formats.py reads (folder, .pt file or Hub id), or from a SAELens SAE
+    # of the base model for both halves. --d-hidden and --k are then its own.
+    init_from: str | None = None
+
     # vanilla: ReLU codes with an L1 penalty weighted by decoder norms. batch_topk: the k * batch largest codes of a batch
     # are kept, so L0 is chosen instead of tuned, and shrinkage does not make latents look exclusive.
     variant: Literal["vanilla", "batch_topk"] = "vanilla"
@@ -156,8 +177,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     k: int | None = None
 
     # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from
-    # k alone, concepts that occur together share one and are never told apart.
-    k_start: float = 16.0
+    # k alone, concepts that occur together share one and are never told apart. None: 16, or 1 with --init-from.
+    k_start: float | None = None
 
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
@@ -167,8 +188,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     l1_coeff: float | None = None
 
     # Share of the run over which the L1 weight rises from 0. A weak penalty tells rare concepts apart, a strong one then makes
-    # the codes sparse; strong from the start it keeps whole groups of rare concepts in one latent.
-    l1_warmup: float = 0.8
+    # the codes sparse; strong from the start it keeps whole groups of rare concepts in one latent. None: 0.8, or 0 with
+    # --init-from.
+    l1_warmup: float | None = None
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
     # 0 turns it off; it costs nothing until a latent can be dead.
@@ -247,6 +269,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Folder of all runs.
     output_dir: str = "runs"
 
+    # Hub repository (user/name) that the finished crosscoder goes to, with a card made from the run. A new one is private.
+    push_to_hub: str | None = None
+
     # auto: go on from the newest checkpoint of --run-name (fresh if there is none). PATH: of that run or checkpoint.
     # The run's own config.json supplies all other flags; only length, logging and device flags may differ from it.
     resume: str | None = None
@@ -284,8 +309,30 @@ class CollectConfig(ModelFlags):
     # Device of both models: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     device: str = "auto"
 
+    # Hub dataset repository (user/name) that the complete collection goes to, for train.py --dataset. A new one is private.
+    push_to_hub: str | None = None
 
-REQUIRED = {CollectConfig: ("base_model", "ft_model", "hook", "output")}
+
+@dataclass(kw_only=True)
+class FormatsConfig:
+    """Convert a crosscoder between our layout and those of other projects. Codes and reconstructions stay the same."""
+
+    # What to convert: a folder, a .pt file, or a Hub id (user/name or user/name/folder), in any layout that --to knows.
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+
+    # Folder to write; must not hold anything yet.
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+
+    # Layout to write. crosscoder: ours. crosscoder_learning: CrossCoder or BatchTopKCrossCoder of Minder et al. ckkissane:
+    # cfg.json and cc_weights.pt (vanilla alone). saelens: for each model a JumpReLU SAE with its half of the decoder.
+    to: Literal["crosscoder", "crosscoder_learning", "ckkissane", "saelens"]
+
+    # For a ckkissane source, whose files do not say it: what its training multiplied the activations of the base and the
+    # fine-tuned model with, sqrt(d_model) / mean norm; 1 1 if that is already in the weights.
+    activation_scale: tuple[float, float] | None = None
+
+
+REQUIRED = {CollectConfig: ("base_model", "hook", "output"), FormatsConfig: ("src", "dst", "to")}
 
 
 def parse(cls: type, argv: list[str] | None = None):
@@ -296,13 +343,13 @@ def parse(cls: type, argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(cls, args=argv, default=cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
     if cls is TrainConfig:
-        texts = config.text  # tyro would append them to those of a file
+        lists = {name: getattr(config, name) for name in ("text", "model_dataset")}  # tyro would append them to those of a file
         try:
             if config.config is not None:
                 config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
             if saved := resumed_config_file(config):
                 config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
-            config = with_full_paths(dataclasses.replace(config, text=texts or config.text))
+            config = with_full_paths(dataclasses.replace(config, **{name: given for name, given in lists.items() if given}))
         except ValueError as error:
             sys.exit(f"train.py: error: {error}")
     return config
@@ -321,12 +368,13 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model"):
+    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from"):
         if value := getattr(config, name):
             setattr(config, name, full(value))
     if config.keep_activations:
         config.keep_activations = str(Path(config.keep_activations).expanduser().absolute())
     config.text = [full_text(spec) for spec in config.text]
+    config.model_dataset = [full(name) for name in config.model_dataset]
     return config
 
 

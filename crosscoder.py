@@ -340,11 +340,14 @@ class CrossCoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> CrossCoder:
-        """Load what `save_pretrained` wrote. Raises ValueError where a file is missing, broken or does not fit the other."""
+        """Load what `save_pretrained` wrote, from a folder or from the Hub (`user/name`).
+
+        Raises ValueError where a file is missing, broken or does not fit the other.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder = hub_folder(str(folder), ["config.json", "model.safetensors"]) if not Path(folder).exists() else Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is no saved crosscoder: {name} is missing")
@@ -363,6 +366,28 @@ class CrossCoder(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not fit together ({error})") from None
         return crosscoder.to(device)
+
+
+def hub_folder(name: str, files: list[str]) -> Path:
+    """Local copy of those of the `files` that the Hub has in `user/name` or `user/name/folder`. ValueError if it has none.
+
+    They lie in the cache of huggingface_hub, so that a second time needs no network.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") < 1:
+        raise ValueError(f"{name}: there is no such file or folder; give one, or a Hub id (user/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    user, repository, *inner = name.strip("/").split("/")
+    wanted = ["/".join([*inner, file]) for file in files]
+    try:
+        folder = Path(snapshot_download(f"{user}/{repository}", allow_patterns=wanted), *inner)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{name}: is no folder here, and the Hub does not give it ({reason})") from None
+    if not any((folder / file).is_file() for file in files):
+        raise ValueError(f"{name}: the Hub has none of its files: {', '.join(files)}")
+    return folder
 
 
 def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from typing import NamedTuple
 
+import huggingface_hub
 import nnsight
 import numpy as np
 import torch
@@ -47,20 +49,31 @@ def model_name(name: str, flag: str) -> str:
     return path
 
 
-def load_model(name: str, dtype: str, device: str, flag: str = "--model") -> nnsight.NNsight:
+def load_model(
+    name: str, dtype: str, device: str, flag: str = "--model", revision: str | None = None, adapter: str | None = None
+) -> nnsight.NNsight:
     """A frozen causal language model, wrapped for `capture`. The plain model is its attribute `_module`.
 
-    name: Hugging Face id or folder. dtype: float32, bfloat16 or float16. ValueError (naming `flag`) if it cannot be loaded.
+    name: Hugging Face id or folder. dtype: float32, bfloat16 or float16. revision: branch, tag or commit on the Hub. adapter:
+    peft adapter (id or folder) that is merged into the weights. ValueError (naming `flag`) if it cannot be loaded.
     """
     path = model_name(name, flag)
+    if revision and os.path.isdir(path):
+        raise ValueError(f"{flag.replace('model', 'revision')} {revision}: {flag} {name} is a folder, which has no revisions")
+    if is_adapter(path):
+        raise ValueError(
+            f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter and leave --ft-model out"
+        )
     try:
         # no device_map: that would need accelerate
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), revision=revision or "main"
+        )
     except (OSError, ValueError, ImportError) as error:
         hint = "give a causal language model's Hugging Face id or folder"
-        if os.path.isfile(os.path.join(path, "adapter_config.json")):
-            hint = "it is an adapter (LoRA): `pip install peft` to load it, or merge it into its model first"
         raise ValueError(f"{flag} {name}: cannot be loaded ({first_line(error)}); {hint}") from None
+    if adapter:
+        model = merge_adapter(model, adapter)
     model.requires_grad_(False)
     try:
         model.to(device)
@@ -73,23 +86,55 @@ def load_model(name: str, dtype: str, device: str, flag: str = "--model") -> nns
     return nnsight.NNsight(model.eval())
 
 
-def load_tokenizer(name: str, flag: str):
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a peft adapter and not a whole model."""
+    adapter, model = (os.path.isfile(os.path.join(path, name)) for name in ("adapter_config.json", "config.json"))
+    return adapter and not model
+
+
+def merge_adapter(
+    model: transformers.PreTrainedModel, adapter: str, flag: str = "--ft-adapter"
+) -> transformers.PreTrainedModel:
+    """The model with a peft adapter (id or folder) added to its weights, in their precision. ValueError naming `flag`."""
+    path = model_name(adapter, flag)
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{flag} {adapter}: adapters need peft; `pip install peft`") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("error", ".*missing adapter keys")  # else it would go on without them
+            return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, UserWarning) as error:
+        raise ValueError(
+            f"{flag} {adapter}: cannot be merged into its model ({first_line(error)}); give an adapter that was trained on "
+            "--ft-model (without --ft-model: on --base-model)"
+        ) from None
+
+
+def load_tokenizer(name: str, flag: str, revision: str | None = None):
     """The tokenizer of a model, or None where its folder holds none. ValueError if it cannot be loaded."""
     path = model_name(name, flag)
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, file)) for file in TOKENIZER_FILES):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{flag} {name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
-def load_paired_tokenizer(base_name: str, ft_name: str):
-    """The tokenizer for both models: the fine-tuned one's, or the base model's where the other folder has none.
+def load_paired_tokenizer(base_name: str, ft_name: str, base_revision=None, ft_revision=None, ft_adapter: str | None = None):
+    """The tokenizer for both models: the fine-tuned one's (its adapter's first), or the base model's where that has none.
 
     Both models must read the same ids as the same tokens; the fine-tuned one may know more. ValueError otherwise.
     """
-    base, ft = load_tokenizer(base_name, "--base-model"), load_tokenizer(ft_name, "--ft-model")
+    base = load_tokenizer(base_name, "--base-model", base_revision)
+    ft = None
+    if ft_adapter and os.path.isdir(path := model_name(ft_adapter, "--ft-adapter")):
+        ft = load_tokenizer(path, "--ft-adapter")
+    if ft is None:
+        ft = load_tokenizer(ft_name, "--ft-model", ft_revision)
     if base is None and ft is None:
         raise ValueError(f"--base-model {base_name}, --ft-model {ft_name}: neither folder holds a tokenizer; save one into it")
     if base is not None and ft is not None:
@@ -113,6 +158,14 @@ def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
                 f"--base-model, --ft-model: their tokenizers differ ({where}), so these two models cannot be paired; "
                 "give a model and its own fine-tuned version"
             )
+
+
+def commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model from the Hub that was just loaded; None for a folder."""
+    if os.path.isdir(os.path.expanduser(name)):
+        return None
+    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None
 
 
 def embedding_rows(model: nnsight.NNsight) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from tqdm import tqdm
@@ -33,9 +34,12 @@ def say(text: str, file=None) -> None:
 def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int, usual_k: int) -> None:
     rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
     single = f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts"
-    what = config.dataset or single
+    what = config.dataset or " + ".join(config.model_dataset) or single
     if config.base_model:
-        what, rows = f"{config.base_model} + {config.ft_model} at {config.hook}", f"fills of {source.fill_rows:,} live rows"
+        what, rows = (
+            f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}",
+            f"fills of {source.fill_rows:,} live rows",
+        )
     count = 2 * source.n_models * source.d_model * config.d_hidden
     state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
@@ -170,17 +174,27 @@ def finish_wandb(tracker, summary: dict[str, float]) -> None:
         tracker.finish()
 
 
+def count_exclusive(norms: torch.Tensor, dead: torch.Tensor) -> dict[str, int]:
+    """For more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
+
+    norms: [d_hidden, n_models]. dead: [d_hidden] bool.
+    """
+    share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
+    only = (share > latents.FT_ONLY_ABOVE).sum(0).tolist()
+    counts = {f"{letter}_only": n for letter, n in zip(ascii_uppercase, only)}  # noqa: B905 - letters are left over
+    return {"shared": len(share) - sum(only), **counts, "dead": int(dead.sum())}
+
+
 def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
     """The end of a run: held-out metrics, what was found, where it lies."""
+    names = {"explained_variance_A": "base", "explained_variance_B": "ft"}  # and C, D, ... of more models
+    each = [(names.get(k, k[-1]), v) for k, v in summary.items() if k.startswith("explained_variance_")]
     say(
-        f"\nheld out   explained variance {summary['explained_variance']:.3f} (base {summary['explained_variance_A']:.3f}, "
-        f"ft {summary['explained_variance_B']:.3f}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
+        f"\nheld out   explained variance {summary['explained_variance']:.3f} "
+        f"({', '.join(f'{name} {v:.3f}' for name, v in each)}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
     )
-    counts = summary["latents"]
-    say(
-        f"latents    {counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, "
-        f"{counts['dead']} dead of {config.d_hidden}"
-    )
+    counts = ", ".join(f"{n} {name.replace('_', '-')}" for name, n in summary["latents"].items())
+    say(f"latents    {counts} of {config.d_hidden}")
     if planted := summary.get("planted"):
         say("\nplanted concepts    recall   right class")
         for name in latents.CLASSES:

@@ -180,7 +180,9 @@ class PairedDataset:
             for source, tokens in zip(models.sources, progress["source_tokens"], strict=True)
         ]
         self.pair = {
-            **{name: recipe[name] for name in ("base_model", "ft_model", "hook", "chat_template", "pack", "seq_len")},
+            **{name: recipe[name] for name in ("base_model", "base_revision", "ft_revision", "ft_adapter", "hook")},
+            "ft_model": recipe["ft_model"] or recipe["base_model"],
+            **{name: recipe[name] for name in ("chat_template", "pack", "seq_len")},
             **{name: recipe[name] for name in ("seed", "dtype", "skip_first", "max_norm_ratio")},
             **{name: progress[name] for name in ("revisions", "rows", "sequences", "stored_scale", "median_norm", "left_out")},
             "text": given,

@@ -56,7 +56,7 @@ class PairedModels:
 
     def __init__(
         self, *, base_model, ft_model, hook, ft_hook, text, text_column, chat_template, seq_len, pack, model_dtype, skip_first,
-        max_norm_ratio, batch_size, dtype, devices, seed, live=False,
+        max_norm_ratio, batch_size, dtype, devices, seed, live=False, base_revision=None, ft_revision=None, ft_adapter=None,
     ):  # fmt: skip
         self.seq_len, self.skip_first, self.max_norm_ratio, self.seed = seq_len, skip_first, max_norm_ratio, seed
         self.batch_size, self.dtype, self.live = batch_size, dtype, live
@@ -72,13 +72,19 @@ class PairedModels:
             raise ValueError(f"--max-norm-ratio {max_norm_ratio:g}: must be above 1; inf stores rows of every norm")
         if not text:
             raise ValueError("--text is missing: give at least one source of text")
-        self.tokenizer = lm.load_paired_tokenizer(base_model, ft_model)
+        if not ft_model:
+            if not ft_adapter:
+                raise ValueError(
+                    "--ft-model is missing: give the fine-tuned model, or with --ft-adapter what it adds to the base"
+                )
+            ft_model, ft_revision = base_model, ft_revision or base_revision
+        self.tokenizer = lm.load_paired_tokenizer(base_model, ft_model, base_revision, ft_revision, ft_adapter)
         self.open_texts = partial(
             texts.open_sources, text, self.tokenizer, seq_len, skip_first, pack, tuple(text_column), chat_template
         )
         self.sources = self.open_texts()
-        self.models = [lm.load_model(base_model, model_dtype, devices[0], "--base-model")]
-        self.models += [lm.load_model(ft_model, model_dtype, devices[1], "--ft-model")]
+        self.models = [lm.load_model(base_model, model_dtype, devices[0], "--base-model", base_revision)]
+        self.models += [lm.load_model(ft_model, model_dtype, devices[1], "--ft-model", ft_revision, ft_adapter)]
         flags = ("--hook", "--ft-hook" if ft_hook else "--hook")
         self.hooks = [lm.parse_hook(m, h, f) for m, h, f in zip(self.models, (hook, ft_hook or hook), flags, strict=True)]
         self.d_model, d_ft = (lm.probe_hook(m, h, f) for m, h, f in zip(self.models, self.hooks, flags, strict=True))
@@ -91,7 +97,7 @@ class PairedModels:
                 raise ValueError(
                     f"--seq-len {seq_len}: {flag} was made for {lm.max_positions(model)} positions at most; lower it"
                 )
-        self.revisions = [getattr(model._module.config, "_commit_hash", None) for model in self.models]
+        self.revisions = [lm.commit(base_model, base_revision), lm.commit(ft_model, ft_revision)]
         self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
         self.held_out_until = 0  # index of the first sequence from which on none is held out
         self.stream: Iterator[Sequence] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import LR_FACTOR, PLANTED, REAL, TrainConfig, model_flags, parse, resolve_sizes
+from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, model_flags, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -21,24 +21,27 @@ from collections import deque
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor
 
 import checkpoint
+import hub
 import latents
 import parallel
-from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
+from activations import batches, estimate_normalization, open_pair, open_several, open_single, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
-from monitor import finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
+from formats import read_warm_start, with_normalization
+from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
 from planted import PlantedConcepts
 from sparse import fast_dtype
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
-    "dataset", "base_dataset", "ft_dataset", "keep_activations", "device", "base_device", "ft_device",
+    "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
     "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
-    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "resume", "config",
+    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "push_to_hub", "resume", "config",
 }  # fmt: skip
 
 
@@ -55,7 +58,10 @@ def main(given: TrainConfig) -> int:
 
     # --- data, and what follows from it
     live = given.base_model is not None  # straight from the two models
-    usual = REAL if live or given.dataset or given.base_dataset else PLANTED
+    usual = REAL if live or given.dataset or given.base_dataset or given.model_dataset else PLANTED
+    warm = read_warm_start(given.init_from, given.variant, given.d_hidden) if given.init_from and not saved else None
+    if warm:
+        usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
     config = resolve_sizes(given, saved or usual)
     if config.compute_dtype == "auto":
         config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
@@ -72,11 +78,18 @@ def main(given: TrainConfig) -> int:
     config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
     if config.variant == "batch_topk" and given.l1_coeff is None:
         config.l1_coeff = 0.0
+    if warm and (warm.n_models, warm.d_model) != (source.n_models, source.d_model):
+        raise ValueError(
+            f"--init-from {given.init_from}: is for {warm.n_models} models of width {warm.d_model}, the activations are of "
+            f"{source.n_models} of width {source.d_model}; give one that was trained at this hook"
+        )
     steps = math.ceil(stop / config.batch_size)
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     require_room(config, source, run)
+    if config.push_to_hub and parallel.rank() == 0:
+        hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
     data |= source.record if live else {}
@@ -104,6 +117,10 @@ def main(given: TrainConfig) -> int:
         mean, scale = estimate_normalization(source, config.center)
         crosscoder.mean.copy_(mean * unscale)
         crosscoder.scale.copy_(scale / unscale[:, 0])
+    if warm:  # its codes and reconstructions, for this normalisation
+        warm = with_normalization(warm, crosscoder.mean, crosscoder.scale, config.k if config.variant == "batch_topk" else None)
+        state = warm.state_dict()
+        crosscoder.load_state_dict({n: t[crosscoder.latents] if n in checkpoint.BY_LATENT else t for n, t in state.items()})
     crosscoder.to(device)
     unscale = unscale.float().to(device)
     parameters = dict(crosscoder.named_parameters())
@@ -224,12 +241,15 @@ def main(given: TrainConfig) -> int:
     summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
     summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
-    summary["latents"] = latents.count_classes(norms, dead)
+    count = latents.count_classes if source.n_models == 2 else count_exclusive
+    summary["latents"] = count(norms, dead)
     if isinstance(source, PlantedConcepts):
         summary["planted"] = source.score(W_dec, dead)
     checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
     finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     print_summary(summary, config, source.val_rows, run)
+    if config.push_to_hub:
+        hub.push_crosscoder(config.push_to_hub, run, norms)
     os.close(locked)
     return 0
 
@@ -244,12 +264,16 @@ def check(config: TrainConfig) -> None:
     if bool(config.base_dataset) != bool(config.ft_dataset):
         there, missing = ("--base-dataset", "--ft-dataset") if config.base_dataset else ("--ft-dataset", "--base-dataset")
         raise ValueError(f"{there} is given without {missing}: a crosscoder needs the same tokens' activations of both models")
-    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset):
+    if config.model_dataset and (config.dataset or config.base_dataset):
+        raise ValueError("--model-dataset names each model's activations: leave out --dataset, --base-dataset and --ft-dataset")
+    if len(config.model_dataset) == 1:
+        raise ValueError("--model-dataset is given once: give it for each model, the base model first")
+    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
     if config.epochs is not None and config.num_tokens is not None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
     check_live(config)
-    if config.epochs is not None and not (config.dataset or config.base_dataset):
+    if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
         "d_hidden", "k", "k_aux", "batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every",
@@ -278,19 +302,20 @@ def check_live(config: TrainConfig) -> None:
     """ValueError, naming the flag, if training straight from the models is asked for by halves."""
     wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
     alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "buffer_tokens", "base_device", "ft_device")
+    alone += ("base_revision", "ft_revision", "ft_adapter")
     asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
     if not asked:
         return
     flag = f"--{asked[0].replace('_', '-')}"
     if parallel.size() > 1:
         raise ValueError(f"{flag}: several processes train from stored activations; collect them first with collect.py")
-    if config.dataset or config.base_dataset:
-        other = "--dataset" if config.dataset else "--base-dataset"
+    if config.dataset or config.base_dataset or config.model_dataset:
+        other = "--dataset" if config.dataset else "--base-dataset" if config.base_dataset else "--model-dataset"
         raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
     if config.epochs is not None:
         raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
     for name in wanted:
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "ft_model" and config.ft_adapter):
             why = "the length of streamed texts is not known" if name == "num_tokens" else "both models read the same text"
             raise ValueError(f"{flag} is given without --{name.replace('_', '-')}: {why}")
 
@@ -335,6 +360,8 @@ def open_source(given: TrainConfig, config: TrainConfig):
         return open_pair(given.dataset, *rest)
     if given.base_dataset:
         return open_single(given.base_dataset, given.ft_dataset, *rest)
+    if given.model_dataset:
+        return open_several(given.model_dataset, *rest)
     return PlantedConcepts(config.seed, config.val_tokens)
 
 
@@ -447,21 +474,23 @@ def catch_signals() -> list[int]:
 @torch.no_grad()
 def training_metrics(out: Losses, x: Tensor, dead: Tensor, crosscoder: CrossCoder, grad_norm: Tensor) -> dict[str, float]:
     """Metrics of one training batch of normalised activations [batch, n_models, d_model], in one copy to the host."""
-    together, base, ft = explained_variance(x, out.x_hat)
     values = {
         "loss": out.loss,
         "l2_loss": out.l2_loss,
         "l1_loss": out.l1_loss,
         "l0_loss": out.l0_loss,
-        "explained_variance": together,
-        "explained_variance_A": base,
-        "explained_variance_B": ft,
+        **by_model("explained_variance", explained_variance(x, out.x_hat)),
         "aux_loss": out.aux_loss,
         "dead_fraction": parallel.all_sum(dead.sum()) / crosscoder.d_hidden,
         "threshold": crosscoder.threshold,
         "grad_norm": grad_norm,
     }
     return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+
+
+def by_model(name: str, values) -> dict:
+    """`name` for all models together, `name_A` for the base model, `name_B` for the next, ... values: [1 + n_models]."""
+    return dict(zip([name, *(f"{name}_{letter}" for letter in ascii_uppercase)], values))  # noqa: B905 - letters are left over
 
 
 def held_out(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor):
@@ -485,16 +514,14 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         total = total + x.double().sum(0)  # [n_models, d_model]
         squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
     active, l1 = parallel.all_sum(active), parallel.all_sum(l1)
-    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
+    variance = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
     l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
     return {
         "val_loss": l2_loss + l1_coeff * l1_loss,
         "val_l2_loss": l2_loss,
         "val_l1_loss": l1_loss,
         "val_l0_loss": active.item() / rows,
-        "val_explained_variance": together,
-        "val_explained_variance_A": base,
-        "val_explained_variance_B": ft,
+        **by_model("val_explained_variance", variance),
     }
 
 

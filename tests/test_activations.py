@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Array2D, Dataset, DatasetDict, Features, List, Value
+from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
 
 from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
 
@@ -259,8 +259,8 @@ def test_bad_datasets_are_refused(tmp_path, monkeypatch):
     Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).save_to_disk(str(tmp_path / "text"))
     assert "no column holds lists of floats" in refusal(tmp_path, tmp_path / "text")
     Dataset.from_dict({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}).save_to_disk(str(tmp_path / "two"))
-    shape = Features({"a": Array2D((2, 2), "float32")})
-    Dataset.from_dict({"a": [np.ones((2, 2))]}, features=shape).save_to_disk(str(tmp_path / "array"))
+    shape = Features({"a": Array3D((2, 2, 2), "float32")})
+    Dataset.from_dict({"a": [np.ones((2, 2, 2))]}, features=shape).save_to_disk(str(tmp_path / "array"))
     assert "no column holds lists of floats" in refusal(tmp_path, tmp_path / "array")
     Dataset.from_dict({"a": [[], []]}, features=Features({"a": List(Value("float32"))})).save_to_disk(str(tmp_path / "zero"))
     assert "holds empty lists" in refusal(tmp_path, tmp_path / "zero")

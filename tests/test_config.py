@@ -45,6 +45,11 @@ def test_wrong_flag_suggests_the_right_one():
     assert result.returncode == 2 and "--l1-coeff" in result.stdout + result.stderr
 
 
+def test_flags_as_an_agent_of_wandb_writes_them():
+    config = parse(TrainConfig, ["--l1_coeff=4", "--variant=batch_topk", "--dataset=data/gemma"])
+    assert (config.l1_coeff, config.variant, config.dataset) == (4.0, "batch_topk", "data/gemma")
+
+
 def test_config_file_first_then_flags(tmp_path):
     saved = dataclasses.asdict(TrainConfig(lr=0.5, k=7, beta1=0.5))
     (tmp_path / "c.json").write_text(json.dumps({"given": saved, "resolved": {"lr": 1.0}}))

@@ -1,0 +1,433 @@
+"""Other people's crosscoders: read and write their folders, keep codes and reconstructions on raw activations.
+
+    python formats.py SRC DST --to {crosscoder,crosscoder_learning,ckkissane,saelens}
+
+SRC is a folder, a .pt file or a Hub id (`user/name`, `user/name/folder`) in any of these layouts:
+
+    crosscoder            ours: config.json, model.safetensors
+    crosscoder_learning   CrossCoder and BatchTopKCrossCoder of Minder et al.: config.json, model.safetensors, or a .pt
+    ckkissane             cfg.json, cc_weights.pt; the activation scales are in neither: --activation-scale
+    saelens               cfg.json, sae_weights.safetensors: an SAE of the base model, which becomes both halves; or the two
+                          halves of a crosscoder, base/ and ft/, as written here
+
+A .pt file may hold its tensors under `model_state_dict`. Files are read as tensors alone, no pickled code is run.
+"""
+
+from __future__ import annotations
+
+from config import FormatsConfig, parse
+
+if __name__ == "__main__":
+    CONFIG = parse(FormatsConfig)  # before torch is imported, so that --help and a wrong flag answer at once
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crosscoder import CrossCoder, hub_folder
+
+TORCH_FILES = ("cc_weights.pt", "model.pt", "model_final.pt")
+FILES = ("config.json", "model.safetensors", "cfg.json", "sae_weights.safetensors", *TORCH_FILES)
+HALVES = ("base", "ft")
+# How crosscoder_learning numbers what it weights a latent's code with, beside the decoder norms n_m = |W_dec[j, m]|
+CODE_NORMALIZATIONS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
+ALIKE = 1e-4  # relative spread of thresholds that are one number but for rounding
+
+
+def main(config: FormatsConfig) -> None:
+    dst = Path(config.dst).expanduser()
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst}: exists and is not an empty folder; choose another")
+    crosscoder = read_crosscoder(config.src, config.activation_scale)
+    write_crosscoder(crosscoder, dst, config.to)
+    kind = f"{crosscoder.variant}, {crosscoder.n_models} models of width {crosscoder.d_model}, {crosscoder.d_hidden:,} latents"
+    print(f"{dst}: {kind}, as {config.to}")
+
+
+# --- reading
+
+
+def read_crosscoder(source: str | Path, activation_scale: tuple[float, ...] | None = None) -> CrossCoder:
+    """The crosscoder in a folder, a .pt file or a Hub repository of any known layout; raw activations go in.
+
+    An SAE becomes a crosscoder of two equal halves: where both models have the same activation, its codes and
+    reconstructions are the SAE's.
+
+    Args:
+        activation_scale: per model, base first, what ckkissane's training multiplied the activations with.
+
+    ValueError, naming the file, for what is missing, broken or has no meaning here.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = hub_folder(str(source), [*FILES, *(f"{half}/{name}" for half in HALVES for name in FILES)])
+    if (path / "crosscoder" / "config.json").is_file():  # a run of ours
+        path = path / "crosscoder"
+    there = {name for name in FILES if (path / name).is_file()}
+    if {"config.json", "model.safetensors"} <= there:
+        config = read_json(path / "config.json")
+        if "activation_dim" in config:
+            crosscoder = from_crosscoder_learning(read_tensors(path / "model.safetensors"), config, path)
+        else:
+            crosscoder = CrossCoder.from_pretrained(path)
+    elif {"cfg.json", "sae_weights.safetensors"} <= there:
+        crosscoder = from_sae(*read_sae(path), path)
+    elif all((path / half / "sae_weights.safetensors").is_file() for half in HALVES):
+        crosscoder = from_halves([read_sae(path / half) for half in HALVES], path)
+    else:
+        file = path if path.is_file() else next((path / name for name in TORCH_FILES if name in there), None)
+        if file is None:
+            raise ValueError(
+                f"{source}: is no crosscoder; a folder needs config.json and model.safetensors, cfg.json and cc_weights.pt, "
+                "cfg.json and sae_weights.safetensors, or a .pt file"
+            )
+        tensors = read_tensors(file)
+        beside = next((f for name in ("cfg.json", "config.json") if (f := file.parent / name).is_file()), None)
+        config = read_json(beside) if beside else {}
+        if "encoder.weight" not in tensors:
+            return from_ckkissane(tensors, activation_scale or config.get("activation_scale"), file)
+        config = config.get("trainer", config)
+        crosscoder = from_crosscoder_learning(tensors, config if isinstance(config, dict) else {}, file)
+    if activation_scale is not None:
+        raise ValueError(f"--activation-scale: {source} says itself how it scales activations; leave the flag out")
+    return crosscoder
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy it again") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pt file, float32 where they are floats. Never runs what a pickle asks for."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            for name in ("model_state_dict", "state_dict"):
+                tensors = tensors.get(name, tensors)
+        tensors = {name.removeprefix("_orig_mod."): t for name, t in tensors.items() if isinstance(t, Tensor)}
+    except (OSError, RuntimeError, EOFError, AttributeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"{path}: is no file of plain tensors ({reason}); copy it again, or save its state dict") from None
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def sizes(tensors: dict[str, Tensor], decoder: str, path: Path) -> tuple[int, ...]:
+    """The three sizes of a crosscoder's decoder."""
+    require(tensors, {decoder: tensors[decoder].shape if decoder in tensors else ()}, path)
+    if tensors[decoder].ndim != 3:
+        raise ValueError(f"{path}: {decoder} has {tensors[decoder].ndim} axes; a crosscoder's has three")
+    return tuple(tensors[decoder].shape)
+
+
+def require(tensors: dict[str, Tensor], shapes: dict[str, tuple], path: Path) -> None:
+    """ValueError unless these tensors are there with these shapes."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name}; it holds {', '.join(sorted(tensors)) or 'none'}")
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(f"{path}: {name} has the shape {tuple(tensors[name].shape)} and not {tuple(shape)}")
+
+
+def assemble(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+    mean: Tensor | float = 0.0, scale: Tensor | float = 1.0, threshold: Tensor | float = 0.0, k: int | None = None,
+) -> CrossCoder:  # fmt: skip
+    """A crosscoder of the given weights, in the shapes of `CrossCoder`; k: it is a batch_topk."""
+    d_hidden, n_models, d_model = W_dec.shape
+    crosscoder = CrossCoder(d_model, d_hidden, n_models, "vanilla" if k is None else "batch_topk", k)
+    with torch.no_grad():
+        for name, value in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
+            getattr(crosscoder, name).copy_(value)
+        crosscoder.mean.copy_(torch.as_tensor(mean))
+        crosscoder.scale.copy_(torch.as_tensor(scale))
+        crosscoder.threshold = torch.as_tensor(threshold, dtype=torch.float32).clone()
+    return crosscoder
+
+
+def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Path) -> CrossCoder:
+    """CrossCoder or BatchTopKCrossCoder, from its state dict; `config` decides only what the tensors do not say."""
+    n_models, d_hidden, d_model = sizes(tensors, "decoder.weight", path)
+    shapes = {"encoder.weight": (n_models, d_model, d_hidden), "encoder.bias": (d_hidden,), "decoder.bias": (n_models, d_model)}
+    require(tensors, shapes, path)
+    for name in ("encoder_layers", "latent_processor", "num_decoder_layers"):
+        if config.get(name) not in (None, n_models, list(range(n_models))):
+            raise ValueError(f"{path}: its {name} is {config[name]}; only crosscoders that leave it out are read")
+    W_dec = tensors["decoder.weight"].transpose(0, 1)  # [d_hidden, n_models, d_model]
+    mean, scale = torch.zeros(n_models, d_model), torch.ones(n_models)
+    normalizer = tensors.get("activation_mean")
+    if normalizer is not None and not normalizer.isnan().any():
+        mean = normalizer.expand(n_models, d_model)
+        if "activation_global_scale" in tensors:
+            scale = tensors["activation_global_scale"].expand(n_models)
+        else:
+            spread = tensors["activation_std"].pow(2).sum(-1)  # [n_models]
+            scale = tensors.get("target_rms", torch.tensor(1.0)) / (spread + 1e-8).sqrt()
+    threshold, k = 0.0, None
+    if "k" in tensors:
+        k, threshold = int(tensors["k"]), tensors.get("threshold", torch.tensor(-1.0))
+        number = int(tensors.get("code_normalization_id", 0))
+        weighting = CODE_NORMALIZATIONS.get(number, str(config.get("code_normalization", "CROSSCODER")).upper())
+        if weighting == "DECOUPLED" or threshold.ndim:
+            raise ValueError(f"{path}: its code normalization is DECOUPLED, one code per model; here a latent has one code")
+        if threshold < 0:
+            raise ValueError(f"{path}: its threshold is {threshold:g}, so it was never fitted; use a later checkpoint")
+        norms = W_dec.norm(dim=-1)  # [d_hidden, n_models]
+        weights = {"NONE": torch.ones(d_hidden), "SAE": norms.pow(2).sum(-1).sqrt(), "CROSSCODER": norms.sum(-1)}
+        alphas = (config.get(f"code_normalization_alpha_{name}", usual) for name, usual in (("sae", 1.0), ("cc", 0.1)))
+        weights["MIXED"] = sum(a * weights[name] for a, name in zip(alphas, ("SAE", "CROSSCODER"), strict=True))
+        if weighting not in weights:
+            raise ValueError(f"{path}: its code normalization {weighting} is not known here")
+        if weighting != "CROSSCODER":  # ours is compared with the score; any other one with the code, latent by latent
+            threshold = torch.where(weights[weighting] > 0, threshold / weights[weighting], torch.inf)
+    return assemble(
+        tensors["encoder.weight"], tensors["encoder.bias"], W_dec, tensors["decoder.bias"], mean, scale, threshold, k
+    )
+
+
+def from_ckkissane(tensors: dict[str, Tensor], activation_scale, path: Path) -> CrossCoder:
+    """W_enc [2, d_model, d_hidden], W_dec [d_hidden, 2, d_model], ReLU, and the activation scales its training used."""
+    d_hidden, n_models, d_model = sizes(tensors, "W_dec", path)
+    require(tensors, {"W_enc": (n_models, d_model, d_hidden), "b_enc": (d_hidden,), "b_dec": (n_models, d_model)}, path)
+    if activation_scale is None:
+        raise ValueError(
+            f"{path}: does not say what its training multiplied the activations with; convert it by formats.py with "
+            "--activation-scale BASE FT, each sqrt(d_model) / mean norm of that model's activations, or 1 1 if in the weights"
+        )
+    if len(activation_scale) != n_models or not all(c > 0 for c in activation_scale):
+        raise ValueError(f"--activation-scale: {n_models} positive numbers are needed, one for each model of {path}")
+    weights = (tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    return assemble(*weights, scale=torch.tensor(activation_scale))
+
+
+def read_sae(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and config of a SAELens folder, the input bias moved into b_enc. Read are ReLU and JumpReLU SAEs."""
+    config, path = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
+    tensors = read_tensors(path)
+    d_model, d_hidden = config.get("d_in"), config.get("d_sae")
+    shapes = {"W_enc": (d_model, d_hidden), "W_dec": (d_hidden, d_model), "b_enc": (d_hidden,), "b_dec": (d_model,)}
+    kind = config.get("architecture", "standard")
+    if kind not in ("standard", "jumprelu") or config.get("activation_fn_str", config.get("activation_fn", "relu")) != "relu":
+        raise ValueError(f"{folder / 'cfg.json'}: an SAE of the kind {kind} is not read; standard (ReLU) and jumprelu are")
+    for name, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
+        if config.get(name, plain) != plain:
+            raise ValueError(
+                f"{folder / 'cfg.json'}: {name} is {config[name]}; only SAEs that take raw activations are read: "
+                "fold it into the weights with SAELens first"
+            )
+    require(tensors, shapes | ({"threshold": (d_hidden,)} if kind == "jumprelu" else {}), path)
+    if config.get("apply_b_dec_to_input", True):
+        tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+    if kind != "jumprelu":
+        tensors["threshold"] = torch.zeros(d_hidden)
+    return tensors, config
+
+
+def from_sae(sae: dict[str, Tensor], config: dict, path: Path) -> CrossCoder:
+    """One SAE as both halves of a crosscoder; each encoder gives half of the pre-activation."""
+    if config.get("metadata", {}).get("crosscoder_half"):
+        raise ValueError(f"{path}: is one half of a crosscoder; give the folder above it, which holds base/ and ft/")
+    W_enc = (sae["W_enc"] / 2).expand(2, -1, -1)  # [2, d_model, d_hidden]
+    W_dec, b_dec = sae["W_dec"][:, None].expand(-1, 2, -1), sae["b_dec"].expand(2, -1)
+    return assemble(W_enc, sae["b_enc"], W_dec, b_dec, threshold=jump(sae["threshold"]))
+
+
+def from_halves(halves: list[tuple[dict[str, Tensor], dict]], path: Path) -> CrossCoder:
+    """The halves that `write_crosscoder` made, put together: each has its encoder rows and the bias of both."""
+    saes = [sae for sae, _ in halves]
+    if not all(torch.equal(saes[0][name], sae[name]) for sae in saes for name in ("b_enc", "threshold")):
+        raise ValueError(f"{path}: base/ and ft/ are two SAEs and not halves of a crosscoder; give one of them")
+    W_enc = torch.stack([sae["W_enc"] for sae in saes])  # [n_models, d_model, d_hidden]
+    W_dec = torch.stack([sae["W_dec"] for sae in saes], dim=1)  # [d_hidden, n_models, d_model]
+    b_dec = torch.stack([sae["b_dec"] for sae in saes])  # [n_models, d_model]
+    k = halves[0][1].get("metadata", {}).get("k")
+    return assemble(W_enc, saes[0]["b_enc"], W_dec, b_dec, threshold=jump(saes[0]["threshold"]), k=k)
+
+
+def jump(threshold: Tensor) -> Tensor:
+    """Thresholds [d_hidden] on codes after the ReLU, or a single 0 where none has an effect."""
+    threshold = threshold.clamp_min(0)
+    return threshold if (threshold > 0).any() else torch.zeros(())
+
+
+# --- writing
+
+
+def write_crosscoder(crosscoder: CrossCoder, folder: Path, to: str) -> None:
+    """Write a crosscoder in the layout `to`. ValueError if it has something that the layout has no place for."""
+    if to == "crosscoder":
+        return crosscoder.save_pretrained(folder)
+    if to == "crosscoder_learning":
+        tensors, config = as_crosscoder_learning(crosscoder)
+        files = {"model.safetensors": tensors, "config.json": config}
+    elif to == "ckkissane":
+        tensors, config = as_ckkissane(crosscoder)
+        files = {"cc_weights.pt": tensors, "cfg.json": config}
+    else:
+        files = {}
+        for model in range(crosscoder.n_models):
+            half = HALVES[model] if model < 2 else f"model_{model}"
+            tensors, config = as_sae(crosscoder, model, half)
+            files |= {f"{half}/sae_weights.safetensors": tensors, f"{half}/cfg.json": config}
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            plain = {name: t.detach().cpu().contiguous() for name, t in content.items()}
+            torch.save(plain, path) if path.suffix == ".pt" else save_file(plain, path)
+
+
+def as_crosscoder_learning(crosscoder: CrossCoder) -> tuple[dict[str, Tensor], dict]:
+    """State dict and config of its CrossCoder or BatchTopKCrossCoder; mean and scale go into its normaliser.
+
+    Its threshold is one number for the score. Thresholds per latent fit if they are one number, or if they are one when
+    weighted by the decoder norms; otherwise ValueError.
+    """
+    sparse = crosscoder.variant == "batch_topk"
+    threshold, weighting = crosscoder.threshold, 1
+    W_enc, b_enc = crosscoder.W_enc.detach().clone(), crosscoder.b_enc.detach().clone()
+    if crosscoder.folded:
+        on = threshold.isfinite()
+        switch_off(W_enc, b_enc, ~on)
+        scores = {4: threshold[on], 1: (threshold * crosscoder.decoder_norms().sum(-1))[on]}
+        alike = [number for number, v in scores.items() if len(v) and v.max() - v.min() <= ALIKE * v.max()]
+        if not alike or has_threshold(crosscoder) > sparse:  # its CrossCoder has no threshold at all
+            raise ValueError(
+                "--to crosscoder_learning: these thresholds differ by latent and it has one for all; "
+                "convert the crosscoder that this one was folded from, or use --to saelens"
+            )
+        weighting = alike[0]
+        threshold = scores[weighting].median()
+    d_model, scale = crosscoder.d_model, crosscoder.scale
+    tensors = {
+        "encoder.weight": W_enc, "encoder.bias": b_enc,
+        "decoder.weight": crosscoder.W_dec.transpose(0, 1), "decoder.bias": crosscoder.b_dec,
+        "code_normalization_id": torch.tensor(weighting),
+        "target_rms": torch.tensor(1.0),
+        "activation_mean": crosscoder.mean,
+        "activation_std": (1 / (scale * d_model**0.5))[:, None].expand(-1, d_model),  # total spread 1 / scale
+        "activation_global_scale": scale,
+    }  # fmt: skip
+    config = {
+        "activation_dim": d_model, "dict_size": crosscoder.d_hidden, "num_layers": crosscoder.n_models,
+        "norm_init_scale": None, "activation_mean": None, "activation_std": None, "target_rms": 1.0,
+        "code_normalization": CODE_NORMALIZATIONS[weighting],
+    }  # fmt: skip
+    if sparse:
+        tensors |= {"k": torch.tensor(crosscoder.k, dtype=torch.int32), "threshold": threshold}
+        config |= {"k": crosscoder.k, "dict_class": "BatchTopKCrossCoder"}
+    else:
+        config |= {
+            "same_init_for_all_layers": True, "init_with_transpose": True, "encoder_layers": None, "latent_processor": None,
+            "num_decoder_layers": None, "code_normalization_alpha_sae": 1.0, "code_normalization_alpha_cc": 0.1,
+            "dict_class": "CrossCoder",
+        }  # fmt: skip
+    return tensors, config
+
+
+def has_threshold(crosscoder: CrossCoder) -> bool:
+    """Whether some latent needs more than a positive code to be on (and is not off for good)."""
+    return bool(((crosscoder.threshold > 0) & crosscoder.threshold.isfinite()).any())
+
+
+def switch_off(W_enc: Tensor, b_enc: Tensor, off: Tensor) -> None:
+    """Keep the latents `off` [d_hidden] below any threshold: those without decoder rows, whose threshold is inf."""
+    W_enc[:, :, off], b_enc[off] = 0, 0
+
+
+def as_ckkissane(crosscoder: CrossCoder) -> tuple[dict[str, Tensor], dict]:
+    """Weights that take raw activations, as after its `fold_activation_scaling_factor`. ReLU alone: no threshold fits in."""
+    if crosscoder.n_models != 2 or has_threshold(crosscoder):
+        raise ValueError(
+            "--to ckkissane: it has two models and plain ReLU codes, no threshold; use --to crosscoder_learning or --to saelens"
+        )
+    folded = crosscoder.fold_normalization()
+    tensors = {name: getattr(folded, name).detach().clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    switch_off(tensors["W_enc"], tensors["b_enc"], folded.threshold.isinf())
+    config = {
+        "d_in": folded.d_model, "dict_size": folded.d_hidden, "enc_dtype": "fp32", "device": "cpu", "seed": 0,
+        "dec_init_norm": 0.08, "activation_scale": [1.0, 1.0],
+    }  # fmt: skip
+    return tensors, config
+
+
+def as_sae(crosscoder: CrossCoder, model: int, half: str) -> tuple[dict[str, Tensor], dict]:
+    """One model's half as a JumpReLU SAE on raw activations, with f * sum_m |W_dec[j, m]| as its codes.
+
+    Its decoder is right for every latent; its encoder sees this model's share of the pre-activation alone.
+    """
+    folded = crosscoder.fold_normalization()
+    size = crosscoder.decoder_norms().detach().sum(-1)  # [d_hidden]
+    size = torch.where(size > 0, size, 1.0)
+    tensors = {
+        "W_enc": folded.W_enc[model] * size, "b_enc": folded.b_enc * size,
+        "W_dec": folded.W_dec[:, model] / size[:, None], "b_dec": folded.b_dec[model],
+        "threshold": folded.threshold.expand(folded.d_hidden) * size,
+    }  # fmt: skip
+    note = "decoder of one model of a crosscoder; codes need the pre-activations of all its models"
+    config = {
+        "d_in": folded.d_model, "d_sae": folded.d_hidden, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False,
+        "normalize_activations": "none", "reshape_activations": "none", "architecture": "jumprelu",
+        "metadata": {"crosscoder_half": half, "k": crosscoder.k, "note": note},
+    }  # fmt: skip
+    return tensors, config
+
+
+# --- warm start
+
+
+@torch.no_grad()
+def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor, k: int | None = None) -> CrossCoder:
+    """The same codes and reconstructions on raw activations, with another mean [n_models, d_model] and scale [n_models].
+
+    For training, so the threshold is one number on the score: of thresholds per latent their median there, which is exact
+    if the scales of the models keep their ratio, and else moves codes near it.
+
+    Args:
+        k: of the new crosscoder, a batch_topk; None keeps variant and k.
+    """
+    raw, k = crosscoder.fold_normalization(), crosscoder.k if k is None else k
+    mean, scale = mean.double().cpu(), scale.double().cpu()
+    W_enc, W_dec = raw.W_enc.double() / scale[:, None, None], raw.W_dec.double() * scale[:, None]
+    b_enc = raw.b_enc.double() + torch.einsum("md,mdh->h", mean, raw.W_enc.double())
+    b_dec = (raw.b_dec.double() - mean) * scale[:, None]
+    scores = (raw.threshold * W_dec.norm(dim=-1).sum(-1))[raw.threshold.isfinite()]  # [latents that can be on]
+    threshold = scores.median().float() if k is not None and len(scores) else 0.0
+    return assemble(W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, k)
+
+
+def read_warm_start(source: str, variant: str, d_hidden: int | None) -> CrossCoder:
+    """The crosscoder that --init-from names. ValueError if it cannot be what a run of these flags begins with."""
+    try:
+        crosscoder = read_crosscoder(source)
+    except ValueError as error:
+        raise ValueError(f"--init-from {error}") from None
+    if d_hidden not in (None, crosscoder.d_hidden):
+        raise ValueError(f"--d-hidden {d_hidden}: --init-from {source} has {crosscoder.d_hidden} latents; leave the flag out")
+    wanted = "batch_topk" if has_threshold(crosscoder) else "vanilla"  # the other one would begin with other codes
+    if variant != wanted:
+        codes = "codes above a threshold" if wanted == "batch_topk" else "plain ReLU codes"
+        raise ValueError(f"--variant {variant}: --init-from {source} has {codes}; give --variant {wanted}")
+    return crosscoder
+
+
+if __name__ == "__main__":
+    try:
+        main(CONFIG)
+    except (ValueError, OSError) as error:
+        sys.exit(f"formats.py: error: {error}")

@@ -1,0 +1,156 @@
+"""Results on the Hugging Face Hub: a trained crosscoder or a paired dataset as a repository with a filled-in card.
+
+Only --push-to-hub comes here. `crosscoder.hub_folder` is the way back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from torch import Tensor
+
+FLAG = "--push-to-hub"
+
+
+def open_repository(name: str, kind: str) -> None:
+    """Make the repository `user/name` of the kind model or dataset unless it is there; a new one is private.
+
+    Called before the work starts: ValueError where the Hub would refuse the result after it.
+    """
+    if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
+        raise ValueError(f"{FLAG} {name}: is no Hub repository; give one as user/name")
+    try:
+        HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)
+    except Exception as error:  # noqa: BLE001 - refusals, broken connections and its HTTP library's own, by many names
+        raise ValueError(f"{FLAG} {name}: {reason(error)}; log in with `hf auth login`, or leave the flag out") from None
+
+
+def push_crosscoder(name: str, run: Path, norms: Tensor) -> None:
+    """Upload RUN/crosscoder and RUN/summary.json with a model card. norms: [d_hidden, n_models] decoder norms."""
+    card = model_card(name, *(json.loads((run / file).read_text()) for file in ("config.json", "summary.json")), norms)
+    files = {"config.json": run / "crosscoder" / "config.json", "model.safetensors": run / "crosscoder" / "model.safetensors"}
+    files |= {"summary.json": run / "summary.json", "README.md": card.encode()}
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+    try:
+        HfApi().create_commit(name, operations, commit_message="Crosscoder")
+    except Exception as error:  # noqa: BLE001 - as above
+        again = f"python train.py --resume {run} {FLAG} {name}"
+        raise ValueError(f"{FLAG} {name}: {reason(error)}; the run is complete in {run}, try again with {again}") from None
+    print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
+
+
+def push_dataset(name: str, out: Path, pair: dict) -> None:
+    """Upload a complete paired dataset with a card that makes base, ft and tokens its configs."""
+    card = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=dataset_card(name, pair).encode())
+    patterns = [f"{part}/**" for part in ("base", "ft", "tokens")] + ["pair.json"]
+    try:
+        HfApi().create_commit(name, [card], repo_type="dataset", commit_message="Card")
+        HfApi().upload_folder(
+            repo_id=name, folder_path=out, repo_type="dataset", allow_patterns=patterns, commit_message="Activations"
+        )
+    except Exception as error:  # noqa: BLE001 - as above
+        raise ValueError(f"{FLAG} {name}: {reason(error)}; {out} is complete, the same command tries again") from None
+    print(f"pushed to {name}: python train.py --dataset {name}")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what the Hub said."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+# --- cards
+
+
+def shown(name: str | None) -> str:
+    """A Hub id as it is, of a folder on this machine only its own name."""
+    return "unknown" if not name else Path(name).name if Path(name).exists() else name
+
+
+def front(**fields) -> str:
+    """YAML between dashes; JSON values are YAML."""
+    return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()) + "---\n\n"
+
+
+def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
+    """Data, hook, metrics, classes and how to load, from a run's config.json and summary.json."""
+    config, data = record["resolved"], record["data"]
+    origin, made = config, "planted concepts, activations with known directions"
+    if config["dataset"]:
+        pair = Path(config["dataset"]) / "pair.json"
+        origin = json.loads(pair.read_text()) if pair.is_file() else {}
+        made = f"the paired dataset {shown(config['dataset'])}"
+    elif config["base_dataset"]:
+        made = f"the datasets {shown(config['base_dataset'])} (base) and {shown(config['ft_dataset'])} (fine-tuned)"
+    elif config["model_dataset"]:
+        made = "the datasets " + ", ".join(map(shown, config["model_dataset"]))
+    elif config["base_model"]:
+        made = "live activations"
+    models = {"Base model": origin.get("base_model"), "Fine-tuned model": origin.get("ft_model") or origin.get("base_model")}
+    lines = [f"- {role}: {shown(model)}" for role, model in models.items() if model]
+    lines += [f"- Adapter of the fine-tuned model: {shown(origin['ft_adapter'])}"] if origin.get("ft_adapter") else []
+    lines += [f"- Hook: `{origin['hook']}`"] if origin.get("hook") else []
+    lines.append(f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows")
+    kind = f"{config['variant']}, {config['d_hidden']:,} latents, {data['n_models']} models of width {data['d_model']}"
+    kind += f", k {config['k']}" if config["variant"] == "batch_topk" else f", l1_coeff {config['l1_coeff']:g}"
+    roles = {"explained_variance_A": "base model", "explained_variance_B": "fine-tuned model"}
+    each = {k: v for k, v in summary.items() if k.startswith("explained_variance_")}
+    rows = [
+        ("explained variance", f"{summary['explained_variance']:.4f}"),
+        *((f"explained variance, {roles.get(k, f'model {k[-1]}')}", f"{v:.4f}") for k, v in each.items()),
+        ("L0 (active latents a token)", f"{summary['l0_loss']:.2f}"),
+        ("dead latents", f"{summary['dead_fraction']:.1%}"),
+        *((f"latents, {label.replace('_', '-')}", f"{count:,}") for label, count in summary["latents"].items()),
+    ]
+    hub_ids = [model for model in models.values() if model and "/" in model and not Path(model).exists()]
+    fields = {"tags": ["crosscoder", "sparse-dictionary", "model-diffing"]} | ({"base_model": hub_ids} if hub_ids else {})
+    return front(**fields) + "\n".join(
+        [
+            f"# {name.split('/')[1]}", "",
+            "A crosscoder: one sparse dictionary for the activations of a base model and its fine-tuned version.", "",
+            f"- {kind}", *lines, "", "| held out | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows), "",
+            "## Relative norms", "",
+            "Norm of a latent's fine-tuned decoder row over the sum of both: 0 only base, 1 only fine-tuned.", "",
+            *norm_figure(norms), "", "## Loading", "", "```python", "from crosscoder import CrossCoder", "",
+            f'crosscoder = CrossCoder.from_pretrained("{name}")',
+            f"f = crosscoder.encode(x)  # x: raw activations [batch, {data['n_models']}, {data['d_model']}], base first",
+            "x_hat = crosscoder.decode(f)", "```", "",
+        ]
+    )  # fmt: skip
+
+
+def norm_figure(norms: Tensor, bins: int = 10) -> list[str]:
+    """A histogram of the relative norms, in text. norms: [d_hidden, n_models]."""
+    relative = norms[:, 1] / norms[:, :2].sum(-1).clamp_min(1e-12)
+    counts = torch.histc(relative.float().cpu(), bins, 0, 1).int().tolist()
+    bars = [
+        f"{i / bins:.1f}-{(i + 1) / bins:.1f} {'#' * -(-40 * n // max(1, *counts)):<40} {n:,}" for i, n in enumerate(counts)
+    ]
+    return ["```", *bars, "```"]
+
+
+def dataset_card(name: str, pair: dict) -> str:
+    """Models, hook, texts and rows, and where each config's files are."""
+    splits = [split for split, rows in pair["rows"].items() if rows]
+    configs = [
+        {"config_name": part, "data_files": [{"split": split, "path": f"{part}/{split}/*.arrow"} for split in splits]}
+        for part in ("base", "ft")
+    ]
+    configs.append({"config_name": "tokens", "data_files": [{"split": "train", "path": "tokens/*.arrow"}]})
+    texts = ", ".join(f"{shown(source['source'])} ({source['tokens']:,} tokens)" for source in pair["text"])
+    adapter = f" with the adapter {shown(pair['ft_adapter'])}" if pair.get("ft_adapter") else ""
+    lines = [
+        f"# {name.split('/')[1]}", "",
+        "Activations of two language models at the same tokens; row i of `base` and of `ft` is the same token.", "",
+        f"- Base model: {shown(pair['base_model'])}",
+        f"- Fine-tuned model: {shown(pair['ft_model'])}{adapter}",
+        f"- Hook: `{pair['hook']}`, width {pair['d_model']}, {pair['dtype']}",
+        f"- Text: {texts}",
+        *(f"- {rows:,} rows in `{split}`" for split, rows in pair["rows"].items()),
+        f"- Stored value = activation x {pair['stored_scale'][0]:.6g} (base), x {pair['stored_scale'][1]:.6g} (fine-tuned)", "",
+        "```bash", f"python train.py --dataset {name}", "```", "",
+    ]  # fmt: skip
+    return front(tags=["activations", "crosscoder"], configs=configs) + "\n".join(lines)

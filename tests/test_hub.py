@@ -1,0 +1,98 @@
+"""Pushing to and loading from the Hub, against a stand-in server on this machine and a cache of its own."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, one_line_error, run_script
+from hub_server import serve
+
+from activations import estimate_normalization, open_pair
+from crosscoder import CrossCoder
+from formats import read_crosscoder
+from hub import open_repository
+
+LOAD = """
+import sys, torch
+from crosscoder import CrossCoder
+torch.save(CrossCoder.from_pretrained(sys.argv[1]).state_dict(), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory):
+    """The server's repositories, and the environment in which programs take it for the Hub."""
+    with serve() as (address, repositories):
+        folder = tmp_path_factory.mktemp("home")
+        here = {"HF_ENDPOINT": address, "HF_HOME": str(folder), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+        yield repositories, {k: v for k, v in os.environ.items() if k not in offline} | here
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_crosscoder_goes_to_the_hub_and_comes_back(tmp_path, online):
+    repositories, env = online
+    flags = ["--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--num-tokens", 640, "--wandb", "disabled"]
+    flags += ["--output-dir", tmp_path, "--run-name", "a", "--push-to-hub", "me/planted"]
+    printed = run_script("train.py", *flags, check=True, env=env).stdout
+    assert 'pushed     me/planted: CrossCoder.from_pretrained("me/planted")' in printed
+    files = repositories["models/me/planted"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "summary.json"}
+    assert files["model.safetensors"] == (tmp_path / "a" / "crosscoder" / "model.safetensors").read_bytes()
+    card, summary = files["README.md"].decode(), json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert "crosscoder" in front_matter(card)["tags"] and str(tmp_path) not in card
+    assert f"| explained variance | {summary['explained_variance']:.4f} |" in card
+    assert "- vanilla, 64 latents, 2 models of width 128, l1_coeff 1" in card
+    assert "640 tokens of planted concepts" in card and 'CrossCoder.from_pretrained("me/planted")' in card
+    bars = [line.split() for line in card.split("```")[1].strip().splitlines()]
+    assert len(bars) == 10 and sum(int(bar[-1]) for bar in bars) == 64
+    (tmp_path / "load.py").write_text(LOAD)
+    run_script(tmp_path / "load.py", "me/planted", tmp_path / "loaded.pt", check=True, env=env | {"PYTHONPATH": str(ROOT)})
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    mine = CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder").state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in mine.items())
+    # a finished run goes there by --resume
+    run_script("train.py", "--resume", tmp_path / "a", "--push-to-hub", "me/again", check=True, env=env)
+    assert repositories["models/me/again"]["model.safetensors"] == files["model.safetensors"]
+    # what was loaded once lies in the cache
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    run_script("formats.py", "me/planted", tmp_path / "cl", "--to", "crosscoder_learning", check=True, env=offline)
+    assert torch.equal(read_crosscoder(tmp_path / "cl").W_dec, mine["W_dec"])
+
+
+def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path, online):
+    repositories, env = online
+    flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--text", tiny["prose"]]
+    flags += ["--model-dtype", "float32", "--seq-len", 64, "--num-tokens", 6000, "--output", tmp_path / "pair"]
+    run_script("collect.py", *flags, check=True, env=env)
+    printed = run_script("collect.py", *flags, "--push-to-hub", "me/acts", check=True, env=env).stdout
+    assert "is complete" in printed and "pushed to me/acts" in printed
+    files = repositories["datasets/me/acts"]
+    card = files["README.md"].decode()
+    assert [c["config_name"] for c in front_matter(card)["configs"]] == ["base", "ft", "tokens"]
+    assert "- Hook: `model.layers.1.mlp`, width 64, float16" in card and str(tmp_path) not in card and tiny["base"] not in card
+    small = ["--d-hidden", 64, "--batch-size", 256, "--wandb", "disabled", "--output-dir", tmp_path]
+    run_script("train.py", "--dataset", "me/acts", *small, "--run-name", "hub", check=True, env=env)
+    data = json.loads((tmp_path / "hub" / "config.json").read_text())["data"]
+    here = open_pair(str(tmp_path / "pair"), (None, None), None, 131_072, 0)
+    assert data["stored_scale"] == here.stored_scale.tolist() and data["train_rows"] == here.train_rows
+    mean, _ = estimate_normalization(here, center=True)
+    crosscoder = CrossCoder.from_pretrained(tmp_path / "hub" / "crosscoder")
+    torch.testing.assert_close(crosscoder.mean, (mean / here.stored_scale[:, None]).float())  # the same rows
+
+
+def test_what_the_hub_refuses_is_said_before_the_work_starts(tmp_path, online):
+    _, env = online
+    flags = ["--output-dir", tmp_path, "--run-name", "a", "--wandb", "disabled", "--push-to-hub"]
+    refused = one_line_error(run_script("train.py", *flags, "me/x", env=env | {"HF_TOKEN": "hf_wrong"}), "train.py")
+    assert "--push-to-hub me/x: " in refused and "hf auth login" in refused
+    with pytest.raises(ValueError, match="--push-to-hub x: .* give one as user/name"):
+        open_repository("x", "model")
+    assert not (tmp_path / "a").exists()
+    missing = run_script("formats.py", "me/nothing", tmp_path / "out", "--to", "saelens", env=env)
+    assert "me/nothing: is no folder here, and the Hub does not give it" in one_line_error(missing, "formats.py")
