@@ -1,0 +1,653 @@
+"""Read a trained crosscoder: `python analyze.py runs/NAME` writes RUN/analysis/report.html and the numbers behind it.
+
+metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching the models gave
+latents.parquet    every latent measured; the schema's metadata defines each column
+examples.jsonl     a line for each latent with examples: tokens and activations
+figures/           PNG and SVG
+report.html        all of it on one page that needs no network
+"""
+
+from __future__ import annotations
+
+from config import AnalyzeConfig, parse
+
+if __name__ == "__main__":
+    CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import examples as ex
+import latents
+import report
+from activations import open_pair, open_single
+from checkpoint import as_json, write_text
+from crosscoder import CrossCoder, explained
+from paired_rows import usable_device
+from planted import RECOVERED, PlantedConcepts
+
+CODES_TOGETHER = 1 << 24  # entries of a matrix of codes: 64 MB, and a few of that size at once
+CURVE_ROWS = 8192  # held-out rows behind the threshold curve
+CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # L0 at its points, as multiples of the crosscoder's own
+VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
+HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
+
+# What each column of latents.parquet says. Lengths are in the normalised space of the crosscoder.
+COLUMNS = {
+    "latent": "index of the latent",
+    "tag": "class by relative norm: base_only below 0.2, ft_only above 0.8 (arXiv 2602.11729)",
+    "tag_scaling": "class by latent scaling: exclusive where |nu_error| < 0.2 and |nu_reconstruction| < 0.5 (arXiv 2504.02922)",
+    "tag_delta_norm": "class by delta_norm: below 0.1, 0.4 to 0.6, above 0.9, else other (arXiv 2504.02922)",
+    "dead": "active at none of the tokens measured",
+    "dec_base_norm": "norm of the decoder row in the base model",
+    "dec_ft_norm": "norm of the decoder row in the fine-tuned model",
+    "relative_norm": "dec_ft_norm / (dec_base_norm + dec_ft_norm): 0 base-only, 1 fine-tuned-only",
+    "delta_norm": "(1 + (dec_ft_norm - dec_base_norm) / max of both) / 2: 0 base-only, 1 fine-tuned-only",
+    "dec_norm_diff": "1 - delta_norm, as in the tables of Minder et al.: 0 fine-tuned-only, 1 base-only",
+    "dec_cos_sim": "cosine of the two decoder rows",
+    "enc_base_norm": "norm of the encoder weights that read the base model",
+    "enc_ft_norm": "norm of the encoder weights that read the fine-tuned model",
+    "enc_norm_diff": "as dec_norm_diff, of the encoder weights",
+    "enc_cos_sim": "cosine of the two models' encoder weights",
+    "frequency": "share of all tokens measured at which the latent is active",
+    "freq_train": "the same over the training rows",
+    "freq_val": "the same over the held-out rows",
+    "mean_act": "mean activation over the tokens at which it is active",
+    "max_act_train": "largest activation, training rows",
+    "max_act_val": "largest activation, held-out rows",
+    "difference": "mean over tokens of activation^2 * |row_ft - row_base|^2: what it writes of the models' squared difference",
+    "beta_error_base": "least-squares factor of activation * row_ft in the base model's error without this latent",
+    "beta_error_ft": "the same in the fine-tuned model's error",
+    "beta_reconstruction_base": "the same in the base model's reconstruction",
+    "beta_reconstruction_ft": "the same in the fine-tuned model's reconstruction",
+    "beta_activation_base": "the same in the base model's activation",
+    "beta_activation_ft": "the same in the fine-tuned model's activation",
+    "beta_activation_no_bias_base": "the same in the base model's activation less the decoder bias",
+    "beta_activation_no_bias_ft": "the same in the fine-tuned model's activation less the decoder bias",
+    "beta_ratio_error": "nu_error = beta_error_base / beta_error_ft: high means the base row was shrunk away",
+    "beta_ratio_reconstruction": "nu_reconstruction = the ratio of the reconstructions: high means others reconstruct it in base",
+    "beta_activation_ratio": "beta_activation_base / beta_activation_ft",
+    "base_beta_ratio_error": "nu_error with the roles of the models exchanged (row_base asked for in the fine-tuned model)",
+    "base_beta_ratio_reconstruction": "nu_reconstruction with the roles exchanged",
+    "planted_concept": "planted concepts: the concept that the latent points at best",
+    "planted_kind": "planted concepts: which model has that concept",
+    "planted_cosine": "planted concepts: the cosine with it, for a shared concept the smaller of the two models'",
+}
+
+
+class Data(NamedTuple):
+    """The activations to measure on, and what is known of them."""
+
+    source: object  # PairedActivations or PlantedConcepts
+    unscale: Tensor  # [n_models, 1] stored values -> raw activations
+    name: str
+    pair: dict | None  # pair.json of a paired dataset
+    text: ex.Text | None
+    val_rows: int
+    train_rows: int  # measured, not all that there are
+
+
+def main(config: AnalyzeConfig) -> None:
+    signal.signal(signal.SIGTERM, stop_on_sigterm)
+    check_numbers(config)
+    folder, record = find_run(Path(config.run).expanduser())
+    device = torch.device(usable_device(config.device, "--device"))
+    crosscoder = CrossCoder.from_pretrained(folder, device)
+    if crosscoder.n_models != 2:
+        raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
+    asked = parse_latents(config.latents, crosscoder.d_hidden)
+    out = Path(config.output).expanduser() if config.output else Path(config.run).expanduser() / "analysis"
+    make_folder(out)
+    notes: list[str] = []
+    data = open_data(config, record, crosscoder, notes)
+    models = open_models(config, data, device, notes) if config.base_model else None
+    tokenizer = open_tokenizer(config, data, notes) if data.text else None
+
+    # --- every latent, in one pass
+    print(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
+    sums, metrics = measure(crosscoder, data)
+    table = latent_table(crosscoder, sums, data)
+    metrics = overview(crosscoder, table, metrics) | {"threshold_curve": threshold_curve(crosscoder, data)}
+    truth = None
+    if isinstance(data.source, PlantedConcepts):
+        metrics["planted"], truth = planted_truth(data.source, crosscoder, table)
+
+    # --- what some of them are active on
+    chosen = choose(table, asked, config.sections_per_class, config.seed)
+    found = []
+    if data.text and len(chosen):
+        part = ex.select(crosscoder, torch.from_numpy(chosen))
+        most = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
+
+        def read() -> Iterator:
+            bar = tqdm(total=data.val_rows + data.train_rows, desc="examples", unit=" rows", unit_scale=True, leave=False)
+            with bar:
+                for split, rows, x in normalized_rows(crosscoder, data, 4096):
+                    yield split, rows + (len(data.text.rows["validation"][0]) if split == "train" else 0), x
+                    bar.update(len(x))
+
+        kept = ex.candidates(part, read, most, ex.CANDIDATES * config.examples, config.seed)
+        windows = ex.windows(kept, data.text, len(chosen), config.examples, config.context)
+        found = ex.read_windows(part, lambda s, rows: gather(crosscoder, data, s, rows)[1], windows, data.text, config.context)
+
+    # --- the models without it
+    if models:
+        metrics["patching"] = patch_models(config, models, crosscoder, data, table, tokenizer)
+
+    # --- the page
+    curves = training_curves(folder.parent / "metrics.jsonl") if record else []
+    metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
+    metrics["notes"] = notes
+    texts = token_texts(tokenizer, found, data)
+    shown = [section(latent, part, data, texts) for latent, part in with_examples(chosen, found)]
+    write_text(out / "metrics.json", as_json(metrics, indent=2))
+    write_parquet(out / "latents.parquet", table, data)
+    write_text(out / "examples.jsonl", "".join(as_json(one) for one in shown if one["examples"]))
+    pair_name = " and ".join(Path(data.pair[k]).name for k in ("base_model", "ft_model")) if data.pair else data.name
+    random_cosine = cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)
+    figures = report.draw_figures(out / "figures", table | {"random_cosine": random_cosine}, metrics, curves, pair_name, truth)
+    definitions, text_names = {name: definition(name, data) for name in table}, data.text.names if data.text else []
+    page = report.render(metrics, table, definitions, text_names, figures, shown, truth, pair_name)
+    write_text(out / "report.html", page)
+    print_summary(metrics, notes, out)
+
+
+# --- what is to be read
+
+
+def check_numbers(config: AnalyzeConfig) -> None:
+    """ValueError, naming the flag, for what no analysis can have."""
+    least = {"num_tokens": 1, "patch_tokens": 1, "model_batch_size": 1, "sections_per_class": 0, "examples": 1, "context": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
+    if config.dataset and (config.base_dataset or config.ft_dataset):
+        raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
+    for one, other in (("base_dataset", "ft_dataset"), ("ft_dataset", "base_dataset"), ("base_model", "ft_model"),
+                       ("ft_model", "base_model"), ("hook", "base_model"), ("ft_hook", "base_model")):  # fmt: skip
+        if getattr(config, one) and not getattr(config, other):
+            raise ValueError(f"--{one.replace('_', '-')} is given without --{other.replace('_', '-')}")
+
+
+def parse_latents(value: str, d_hidden: int) -> list[int]:
+    """`12,99` -> [12, 99]. ValueError for what is no latent."""
+    asked = []
+    for part in value.replace(",", " ").split():
+        if not part.isdecimal() or int(part) >= d_hidden:
+            raise ValueError(f"--latents {value}: {part!r} is no latent of this crosscoder, which has 0 to {d_hidden - 1}")
+        asked.append(int(part))
+    return asked
+
+
+def find_run(path: Path) -> tuple[Path, dict | None]:
+    """The folder of the crosscoder and what config.json says of its run, None for a crosscoder alone."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; give a run (runs/NAME) or the folder of a saved crosscoder")
+    if (path / "model.safetensors").is_file():
+        return path, None
+    if not (path / "crosscoder").is_dir():
+        hint = "give a run (runs/NAME) or the folder of a saved crosscoder"
+        if (path / "checkpoints").is_dir():
+            hint = f"its training has not ended, go on with: python train.py --resume {path}"
+        raise ValueError(f"{path}: holds no crosscoder; {hint}")
+    try:
+        record = json.loads((path / "config.json").read_text())
+        record["given"]["dataset"], record["resolved"]["val_tokens"]  # noqa: B018 - they must be there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its config.json is missing or broken ({error!r}); analyse {path / 'crosscoder'} alone"
+        ) from None
+    return path / "crosscoder", record
+
+
+def make_folder(out: Path) -> None:
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {out}: cannot be made ({error.strerror}); choose another folder") from None
+
+
+def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder, notes: list[str]) -> Data:
+    """The named activations, or those of the run. ValueError where there are none or they do not fit."""
+    given, resolved = (record["given"], record["resolved"]) if record else ({}, {})
+    named = config.dataset or config.base_dataset
+    wanted = vars(config) if named else given
+    dataset, singles = wanted.get("dataset"), (wanted.get("base_dataset"), wanted.get("ft_dataset"))
+    if not named and given.get("base_model"):
+        dataset = given.get("keep_activations")
+        if not dataset or not (Path(dataset) / "pair.json").is_file():
+            raise ValueError(
+                "--dataset is missing: this run was trained live and kept no activations; collect some with collect.py from the "
+                "same models and hook, and name them"
+            )
+    columns = (wanted.get("base_column"), wanted.get("ft_column"))
+    rest = (columns, None, VAL_ROWS, 0) if named else (columns, given.get("val_tokens"), resolved.get("val_tokens"), 0)
+    pair = text = None
+    if dataset:
+        source, name = open_pair(dataset, *rest), dataset
+        pair_file = Path(dataset).expanduser() / "pair.json"
+        pair = json.loads(pair_file.read_text()) if pair_file.is_file() else None
+        try:
+            text = ex.open_text(dataset, source)
+        except ValueError as error:
+            notes.append(f"no examples and no patching: {error}")
+    elif singles[0]:
+        source, name = open_single(*singles, *rest), f"{singles[0]} and {singles[1]}"
+        notes.append("no examples and no patching: two single datasets have no texts; give a paired one with --dataset")
+    elif record:
+        source, name = PlantedConcepts(resolved["seed"], resolved["val_tokens"]), "planted concepts"
+    else:
+        raise ValueError("--dataset is missing: a crosscoder without its run does not say what it was trained on")
+    if source.d_model != crosscoder.d_model:
+        flag = "--base-dataset" if singles[0] else "--dataset"
+        raise ValueError(
+            f"{flag}: its activations have {source.d_model} values and the crosscoder takes {crosscoder.d_model}; "
+            "give one that was collected at the same hook"
+        )
+    unscale = (1 / source.stored_scale.double()).float()[:, None].to(crosscoder.W_dec.device)
+    val_rows = min(source.val_rows, config.num_tokens)
+    train_rows = min(config.num_tokens - val_rows, source.train_rows or config.num_tokens)
+    return Data(source, unscale, name, pair, text, val_rows, train_rows)
+
+
+def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: list[str]):
+    """Both models and their hooks, or None, noted, where there is no text to run them on."""
+    if data.text is None:
+        return None
+    import language_model as lm
+
+    hook = config.hook or (data.pair or {}).get("hook")
+    if hook is None:
+        raise ValueError("--hook is missing: the dataset has no pair.json that says where it was collected")
+    hooks = (hook, config.ft_hook or config.hook or data.pair.get("ft_hook", hook))
+    flags = (("--base-model", config.base_model, "--hook"), ("--ft-model", config.ft_model, "--ft-hook"))
+    models, found = [], []
+    for (flag, name, hook_flag), one in zip(flags, hooks, strict=True):
+        models.append(lm.load_model(name, config.model_dtype, str(device), flag))
+        found.append(lm.parse_hook(models[-1], one, hook_flag if config.ft_hook else "--hook"))
+        if (width := lm.probe_hook(models[-1], found[-1], hook_flag)) != data.source.d_model:
+            raise ValueError(
+                f"{flag}: activations at {one} have {width} values, the crosscoder takes {data.source.d_model}; "
+                "give the models and the hook that it was trained on"
+            )
+    return models, found
+
+
+def open_tokenizer(config: AnalyzeConfig, data: Data, notes: list[str]):
+    """The tokenizer of the texts, or None, noted: then examples show token ids."""
+    import language_model as lm
+
+    pair = data.pair or {}
+    for name in (config.ft_model, config.base_model, pair.get("tokenizer"), pair.get("ft_model"), pair.get("base_model")):
+        if name:
+            with contextlib.suppress(ValueError):
+                if (tokenizer := lm.load_tokenizer(name, "--ft-model")) is not None:
+                    return tokenizer
+    notes.append("examples show token ids: no tokenizer of the dataset was found; name one with --base-model and --ft-model")
+    return None
+
+
+# --- rows
+
+
+def gather(crosscoder: CrossCoder, data: Data, split: str, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Those of the given rows (ascending) that are finite, and their normalised activations [rows, n_models, d_model]."""
+    source = data.source
+    out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+    source.gather(split, rows, out)
+    finite = torch.isfinite(out.sum(-1, dtype=torch.float32)).all(0)  # [rows]
+    if not finite.all():
+        rows, out = rows[finite.numpy()], out[:, finite]
+    return rows, crosscoder.normalize(out.transpose(0, 1).to(data.unscale.device).float() * data.unscale)
+
+
+def normalized_rows(crosscoder: CrossCoder, data: Data, batch_size: int) -> Iterator[tuple[str, np.ndarray, Tensor]]:
+    """(split, row numbers, normalised activations) of all rows to measure, held-out ones first."""
+    for split, count in (("validation", data.val_rows), ("train", data.train_rows)):
+        for start in range(0, count, batch_size):
+            rows, x = gather(crosscoder, data, split, np.arange(start, min(start + batch_size, count)))
+            if len(rows):
+                yield split, rows, x
+
+
+# --- measuring
+
+
+@torch.no_grad()
+def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
+    """The sums of each split that has rows, and the held-out metrics. Memory is that of the dictionary and one batch."""
+    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
+    n_texts = len(data.text.names) if data.text else 1
+    sums: dict[str, latents.LatentSums] = {}
+    error, total, squared, per_token = 0, 0, 0, []
+    with tqdm(total=data.val_rows + data.train_rows, desc="latents", unit=" rows", unit_scale=True, leave=False) as bar:
+        for split, rows, x in normalized_rows(crosscoder, data, batch_size):
+            group = None
+            if data.text:
+                group = torch.from_numpy(data.text.text_of[data.text.rows[split][0][rows]]).long().to(x.device)
+            f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
+            part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
+            sums[split] = sums[split] + part if split in sums else part
+            if split == "validation":
+                error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
+                total = total + x.double().sum(0)  # [n_models, d_model]
+                squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
+                per_token.append((f > 0).sum(1).cpu())
+            bar.update(len(x))
+    if "validation" not in sums:
+        raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
+    per_token = torch.cat(per_token).float()
+    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / len(per_token)).tolist()
+    return sums, {
+        "explained_variance": together,
+        "explained_variance_A": base,
+        "explained_variance_B": ft,
+        "l0_loss": per_token.mean().item(),
+        "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)} if len(per_token) else {},
+    }
+
+
+@torch.no_grad()
+def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], data: Data) -> dict[str, np.ndarray]:
+    """Every latent, column by column; COLUMNS says what each is."""
+    W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
+    norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
+    both = sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
+    base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
+    count = both.count.sum(0)
+    never = torch.full((crosscoder.d_hidden,), float("nan"))
+    delta, names = latents.delta_norm(norms), np.array([*latents.CLASSES, "other"])
+    by_delta = torch.full_like(count, 3)
+    by_delta[delta < 0.1], by_delta[(delta >= 0.4) & (delta <= 0.6)], by_delta[delta > 0.9] = 0, 1, 2
+    n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
+    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * both.f / n2
+    table = {
+        "latent": torch.arange(crosscoder.d_hidden),
+        "tag": names[latents.classify(norms).cpu()],
+        "tag_scaling": names[latents.classify_by_scaling(base, ft, norms).cpu()],
+        "tag_delta_norm": names[by_delta.cpu()],
+        "dead": count == 0,
+        "dec_base_norm": norms[:, 0],
+        "dec_ft_norm": norms[:, 1],
+        "relative_norm": latents.relative_norm(norms),
+        "delta_norm": delta,
+        "dec_norm_diff": 1 - delta,
+        "dec_cos_sim": latents.cosine(W_dec),
+        "enc_base_norm": enc_norms[:, 0],
+        "enc_ft_norm": enc_norms[:, 1],
+        "enc_norm_diff": 1 - latents.delta_norm(enc_norms),
+        "enc_cos_sim": latents.cosine(W_enc),
+        "frequency": count / both.tokens,
+        "freq_train": sums["train"].count.sum(0) / sums["train"].tokens if "train" in sums else never,
+        "freq_val": sums["validation"].count.sum(0) / sums["validation"].tokens,
+        "mean_act": both.f / count,
+        "max_act_train": sums["train"].f_max if "train" in sums else never,
+        "max_act_val": sums["validation"].f_max,
+        "difference": both.f_squared / both.tokens * (W_dec[:, 1] - W_dec[:, 0]).double().pow(2).sum(-1),
+    }
+    for name in ("error", "reconstruction", "activation"):
+        beta = getattr(ft, name)
+        table |= {f"beta_{name}_base": beta[0], f"beta_{name}_ft": beta[1]}
+    table |= {"beta_activation_no_bias_base": no_bias[0], "beta_activation_no_bias_ft": no_bias[1]}
+    table["beta_ratio_error"], table["beta_ratio_reconstruction"] = ft.nu(1)
+    table["beta_activation_ratio"] = ft.activation[0] / ft.activation[1]
+    table["base_beta_ratio_error"], table["base_beta_ratio_reconstruction"] = base.nu(0)
+    if data.text and len(data.text.names) > 1:
+        n_tokens = both.group_tokens.clamp_min(1)
+        table |= {f"freq_text_{i}": both.count[i] / n_tokens[i] for i in range(len(data.text.names))}
+    return {name: column if isinstance(column, np.ndarray) else column.cpu().numpy() for name, column in table.items()}
+
+
+def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict) -> dict:
+    """The metrics with the counts of the table: dead share, classes under several cuts, density."""
+    live = ~table["dead"]
+    norms = torch.from_numpy(np.stack([table["dec_base_norm"], table["dec_ft_norm"]], axis=1))
+    edges = np.linspace(-7, 0, 51)
+    density, _ = np.histogram(np.log10(table["frequency"][live]).clip(-7, 0), edges)
+    agree = table["tag"] == table["tag_scaling"]
+    return metrics | {
+        "variant": crosscoder.variant,
+        "d_hidden": crosscoder.d_hidden,
+        "k": crosscoder.k,
+        "threshold": None if crosscoder.folded else crosscoder.threshold.item(),
+        "dead_fraction": float(1 - live.mean()),
+        "latents": latents.count_classes(norms, torch.from_numpy(table["dead"])),
+        "latents_by_scaling": {name: int((live & (table["tag_scaling"] == name)).sum()) for name in latents.CLASSES},
+        "latents_by_both": {name: int((live & agree & (table["tag"] == name)).sum()) for name in latents.CLASSES},
+        "latents_by_published_cuts": latents.published_counts(norms, torch.from_numpy(live)),
+        "density": {"log10_frequency_edges": edges.tolist(), "latents": density.tolist()},
+    }
+
+
+@torch.no_grad()
+def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
+    """L0 and explained variance at several thresholds, over some held-out rows: how much hangs on the chosen one."""
+    few = data._replace(val_rows=min(data.val_rows, CURVE_ROWS), train_rows=0)
+    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
+    own, points = crosscoder.threshold.clone(), []
+    active = sum(
+        (crosscoder.encode(x, normalized=True) > 0).sum().item() for _, _, x in normalized_rows(crosscoder, few, batch_size)
+    )
+    try:
+        crosscoder.threshold.zero_()
+        # the largest scores, as many as the longest point needs
+        kept, rows = torch.empty(0), 0
+        for _, _, x in normalized_rows(crosscoder, few, batch_size):
+            score = crosscoder.score(crosscoder.encode(x, normalized=True)).flatten().cpu()
+            kept, rows = torch.cat([kept, score[score > 0]]), rows + len(x)
+            if len(kept) > 2 * CURVE[-1] * active:
+                kept = kept.topk(int(CURVE[-1] * active) + 1).values
+        kept = kept.sort(descending=True).values
+        for factor in CURVE:
+            count = int(factor * active)
+            if not 0 < count <= len(kept):
+                continue
+            theta = (kept[count - 1] + kept[count]) / 2 if count < len(kept) else kept[count - 1] / 2
+            error = total = squared = 0
+            for _, _, x in normalized_rows(crosscoder, few, batch_size):
+                f = crosscoder.encode(x, normalized=True)
+                f = f * (crosscoder.score(f) > theta)
+                _, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec)
+                error, total = error + (x - x_hat).double().pow(2).sum((0, 2)), total + x.double().sum(0)
+                squared = squared + x.double().pow(2).sum((0, 2))
+            ev = explained(error, squared - total.pow(2).sum(-1) / rows)[0].item()
+            points.append({"threshold": theta.item(), "l0": count / rows, "explained_variance": ev, "own": factor == 1})
+    finally:
+        crosscoder.threshold.copy_(own)
+    return points
+
+
+def cosine_of_random_pairs(W_dec: Tensor, seed: int) -> np.ndarray:
+    """[d_hidden] cosine of each latent's base row and the fine-tuned row of a random latent. W_dec: [d_hidden, 2, d_model]."""
+    other = torch.from_numpy(np.random.default_rng(seed).permutation(len(W_dec))).to(W_dec.device)
+    return latents.cosine(torch.stack([W_dec[:, 0], W_dec[other, 1]], dim=1)).cpu().numpy()
+
+
+def planted_truth(source: PlantedConcepts, crosscoder: CrossCoder, table: dict) -> tuple[dict, dict]:
+    """The score against the truth, by norm and by scaling; and the truth concept by concept. Adds columns to the table."""
+    W_dec, dead = crosscoder.W_dec.detach().cpu(), torch.from_numpy(table["dead"])
+    kinds, index = np.array(latents.CLASSES), {name: i for i, name in enumerate(latents.CLASSES)}
+    by_scaling = torch.tensor([index[tag] for tag in table["tag_scaling"]])
+    scores = {"by_norm": source.score(W_dec, dead), "by_scaling": source.score(W_dec, dead, by_scaling)}
+    fit = source.fit(W_dec, dead)  # [n_concepts, d_hidden]
+    cosine, concept = fit.max(0)
+    kind = source.kind.numpy()
+    table["planted_concept"], table["planted_kind"] = concept.numpy(), kinds[kind[concept.numpy()]]
+    table["planted_cosine"] = cosine.numpy()
+    best, latent = (t.numpy() for t in fit.max(1))
+    truth = {
+        "concept": np.arange(len(kind)), "kind": kinds[kind], "rate": source.rate.numpy(), "latent": latent, "cosine": best,
+        "recovered": best > RECOVERED, "tag": table["tag"][latent], "tag_scaling": table["tag_scaling"][latent],
+        "relative_norm": table["relative_norm"][latent],
+    }  # fmt: skip
+    return scores, truth
+
+
+def choose(table: dict, asked: list[int], per_class: int, seed: int) -> np.ndarray:
+    """Latents that get a section: those asked for, then ft-only, base-only and a random sample of shared ones.
+
+    A latent is a candidate for a class by norm or by scaling; those that both agree on come first, then by what they write of
+    the models' difference.
+    """
+    live, chosen = ~table["dead"], list(asked)
+    for name in ("ft_only", "base_only"):
+        by_norm, by_scaling = (table[tag] == name for tag in ("tag", "tag_scaling"))
+        candidates = np.flatnonzero(live & (by_norm | by_scaling))
+        order = np.lexsort((-table["difference"][candidates], -(by_norm & by_scaling)[candidates].astype(int)))
+        chosen += candidates[order[:per_class]].tolist()
+    shared = np.flatnonzero(live & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
+    chosen += sorted(np.random.default_rng(seed).permutation(shared)[:per_class].tolist())
+    return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)
+
+
+def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Data, table: dict, tokenizer) -> dict:
+    """What the models lose by the reconstruction, and what sets of latents carry over; see patching.py."""
+    import language_model as lm
+    import patching
+
+    pair = data.pair or {}
+    live, tags = ~table["dead"], table["tag"]
+    ft_only = np.flatnonzero(live & (tags == "ft_only"))
+    shared = np.flatnonzero(live & (tags == "shared"))
+    by_norm = np.flatnonzero(live)[np.argsort(-table["relative_norm"][live])]
+    sets = {
+        "ft_only": ft_only,
+        "ft_only_by_both": np.flatnonzero(live & (tags == "ft_only") & (table["tag_scaling"] == "ft_only")),
+        "highest_relative_norm": by_norm[: max(1, round(HIGHEST_SHARE * len(by_norm)))],
+        "as_many_shared": np.random.default_rng(config.seed).permutation(shared)[: len(ft_only)],
+        "all": np.arange(crosscoder.d_hidden),
+    }
+    sets = {name: torch.from_numpy(np.sort(found)).to(crosscoder.W_dec.device) for name, found in sets.items()}
+    skip_first, ratio = pair.get("skip_first", 1), pair.get("max_norm_ratio", float("inf"))
+    rule = patching.Rule(skip_first, tuple(ratio * m for m in pair.get("median_norm", (float("inf"),) * 2)))
+    sequences = list(patching.take_sequences(data.text, data.text.rows, config.patch_tokens))
+    marker = lm.answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
+    first, first_rule = patching.first_tokens(sequences, marker, skip_first)
+    total = sum(map(len, sequences))
+    with tqdm(total=total, desc="patching", unit=" tokens", unit_scale=True, leave=False) as bar:
+        result = patching.measure(*models, crosscoder, sequences, first, rule, sets, config.model_batch_size, bar)
+    result["rule"] = (
+        f"Replaced are the activations that the dataset holds: the first {skip_first} positions of a sequence and activations "
+        f"above {ratio:g} times the median norm stay as the model computes them. Losses are means over the predictions made "
+        f"from position {skip_first} on, in nats. 'first' are {first_rule}."
+    )
+    return result
+
+
+# --- what is written
+
+
+def with_examples(chosen: np.ndarray, found: list[ex.Example]) -> Iterator[tuple[int, list[ex.Example]]]:
+    grouped = ex.by_latent(found)
+    for place, latent in enumerate(chosen.tolist()):
+        yield latent, grouped.get(place, [])
+
+
+def token_texts(tokenizer, found: list[ex.Example], data: Data) -> dict[int, str]:
+    ids = np.unique(np.concatenate([e.tokens for e in found])) if found else np.empty(0, np.int32)
+    if tokenizer is None:
+        return {int(i): f" {i}" for i in ids}
+    import language_model as lm
+
+    return lm.token_texts(tokenizer, ids)
+
+
+def section(latent: int, found: list[ex.Example], data: Data, texts: dict[int, str]) -> dict:
+    """One latent's examples as they are written: token texts, and activations with three digits, null where not stored."""
+    return {
+        "latent": latent,
+        "examples": [
+            {
+                "range": ex.RANGE_NAMES[e.window.kind],
+                "text": data.text.names[data.text.text_of[e.window.sequence]],
+                "sequence": e.window.sequence,
+                "position": e.window.peak,
+                "peak": e.window.peak - e.window.start,
+                "tokens": [texts[int(t)] for t in e.tokens],
+                "values": [None if np.isnan(v) else float(f"{v:.3g}") for v in e.values],
+            }
+            for e in found
+        ],
+    }
+
+
+def definition(column: str, data: Data) -> str:
+    if column.startswith("freq_text_"):
+        return f"share of the tokens of {data.text.names[int(column.rpartition('_')[2])]} at which the latent is active"
+    return COLUMNS[column]
+
+
+def write_parquet(path: Path, table: dict[str, np.ndarray], data: Data) -> None:
+    """One row a latent; each field, and the key `definitions` of the schema, say what the columns are."""
+    arrays = [pa.array(column) for column in table.values()]
+    definitions = {name: definition(name, data) for name in table}
+    fields = [
+        pa.field(name, array.type, metadata={"definition": definitions[name]})
+        for name, array in zip(table, arrays, strict=True)
+    ]
+    schema = pa.schema(fields, metadata={"definitions": json.dumps(definitions), "data": data.name})
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+
+
+def training_curves(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
+    print(
+        f"held out   explained variance {metrics['explained_variance']:.3f} (base {metrics['explained_variance_A']:.3f}, "
+        f"ft {metrics['explained_variance_B']:.3f}), L0 {metrics['l0_loss']:.1f}, {metrics['rows_validation']:,} rows"
+    )
+    for name, how in (("latents", "by norm"), ("latents_by_scaling", "scaling"), ("latents_by_both", "both")):
+        counts = metrics[name]
+        dead = f", {counts['dead']} dead" if "dead" in counts else ""
+        print(f"{how:<11}{counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only{dead}")
+    if patching := metrics.get("patching"):
+        for name in ("base", "ft"):
+            one = {key: value["all"] for key, value in patching[name].items()}
+            print(
+                f"{name:<11}loss intact {one['loss_intact']:.3f}, reconstruction {one['loss_reconstruction']:.3f}, "
+                f"zero {one['loss_zero']:.3f}: recovered {one['loss_recovered']:.3f}"
+            )
+        for name, one in patching["diffing"]["base model"].items():
+            if name != "before":
+                before = patching["diffing"]["base model"]["before"]["all"]
+                print(f"diffing    base + {name} ({one['latents']}): KL to ft {before:.4f} -> {one['kl']['all']:.4f}")
+    if planted := metrics.get("planted"):
+        for how, score in planted.items():
+            found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
+            print(
+                f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}"
+            )
+    for note in notes:
+        print(f"note       {note}")
+    print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, figures")
+
+
+def stop_on_sigterm(*_) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+if __name__ == "__main__":
+    try:
+        main(CONFIG)
+    except (ValueError, OSError) as error:
+        sys.exit(f"analyze.py: error: {error}")
+    except KeyboardInterrupt as stop:
+        print("\nanalyze.py: stopped; run it again from the beginning", file=sys.stderr)
+        sys.exit(143 if stop.args else 130)
