@@ -1,6 +1,6 @@
 """Read a trained crosscoder: `python analyze.py runs/NAME` writes RUN/analysis/report.html and the numbers behind it.
 
-metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching the models gave
+metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching gave
 latents.parquet    every latent measured; the schema's metadata defines each column
 examples.jsonl     a line for each latent with examples: tokens and activations
 figures/           PNG and SVG
@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import examples as ex
 import latents
@@ -35,7 +34,7 @@ import report
 from activations import open_pair, open_single
 from checkpoint import as_json, write_text
 from crosscoder import CrossCoder, explained
-from paired_rows import usable_device
+from paired_rows import progress_bar, usable_device
 from planted import RECOVERED, PlantedConcepts
 
 CODES_TOGETHER = 1 << 24  # entries of a matrix of codes: 64 MB, and a few of that size at once
@@ -77,7 +76,7 @@ COLUMNS = {
     "beta_activation_no_bias_base": "the same in the base model's activation less the decoder bias",
     "beta_activation_no_bias_ft": "the same in the fine-tuned model's activation less the decoder bias",
     "beta_ratio_error": "nu_error = beta_error_base / beta_error_ft: high means the base row was shrunk away",
-    "beta_ratio_reconstruction": "nu_reconstruction = the ratio of the reconstructions: high means others reconstruct it in base",
+    "beta_ratio_reconstruction": "nu_reconstruction = the ratio of the reconstructions: high: others reconstruct it in base",
     "beta_activation_ratio": "beta_activation_base / beta_activation_ft",
     "base_beta_ratio_error": "nu_error with the roles of the models exchanged (row_base asked for in the fine-tuned model)",
     "base_beta_ratio_reconstruction": "nu_reconstruction with the roles exchanged",
@@ -132,7 +131,7 @@ def main(config: AnalyzeConfig) -> None:
         most = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
 
         def read() -> Iterator:
-            bar = tqdm(total=data.val_rows + data.train_rows, desc="examples", unit=" rows", unit_scale=True, leave=False)
+            bar = progress_bar("examples", data.val_rows + data.train_rows)
             with bar:
                 for split, rows, x in normalized_rows(crosscoder, data, 4096):
                     yield split, rows + (len(data.text.rows["validation"][0]) if split == "train" else 0), x
@@ -229,8 +228,8 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
         dataset = given.get("keep_activations")
         if not dataset or not (Path(dataset) / "pair.json").is_file():
             raise ValueError(
-                "--dataset is missing: this run was trained live and kept no activations; collect some with collect.py from the "
-                "same models and hook, and name them"
+                "--dataset is missing: this run was trained live and kept no activations; collect some with collect.py from "
+                "the same models and hook, and name them"
             )
     columns = (wanted.get("base_column"), wanted.get("ft_column"))
     rest = (columns, None, VAL_ROWS, 0) if named else (columns, given.get("val_tokens"), resolved.get("val_tokens"), 0)
@@ -332,7 +331,7 @@ def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.Laten
     n_texts = len(data.text.names) if data.text else 1
     sums: dict[str, latents.LatentSums] = {}
     error, total, squared, per_token = 0, 0, 0, []
-    with tqdm(total=data.val_rows + data.train_rows, desc="latents", unit=" rows", unit_scale=True, leave=False) as bar:
+    with progress_bar("latents", data.val_rows + data.train_rows) as bar:
         for split, rows, x in normalized_rows(crosscoder, data, batch_size):
             group = None
             if data.text:
@@ -366,13 +365,13 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
     norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
     both = sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
     base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
-    count = both.count.sum(0)
+    count, total = both.count.sum(0), both.f.sum(0)  # [d_hidden]
     never = torch.full((crosscoder.d_hidden,), float("nan"))
     delta, names = latents.delta_norm(norms), np.array([*latents.CLASSES, "other"])
     by_delta = torch.full_like(count, 3)
     by_delta[delta < 0.1], by_delta[(delta >= 0.4) & (delta <= 0.6)], by_delta[delta > 0.9] = 0, 1, 2
     n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
-    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * both.f / n2
+    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * total / n2
     table = {
         "latent": torch.arange(crosscoder.d_hidden),
         "tag": names[latents.classify(norms).cpu()],
@@ -392,7 +391,7 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
         "frequency": count / both.tokens,
         "freq_train": sums["train"].count.sum(0) / sums["train"].tokens if "train" in sums else never,
         "freq_val": sums["validation"].count.sum(0) / sums["validation"].tokens,
-        "mean_act": both.f / count,
+        "mean_act": total / count,
         "max_act_train": sums["train"].f_max if "train" in sums else never,
         "max_act_val": sums["validation"].f_max,
         "difference": both.f_squared / both.tokens * (W_dec[:, 1] - W_dec[:, 0]).double().pow(2).sum(-1),
@@ -406,7 +405,8 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
     table["base_beta_ratio_error"], table["base_beta_ratio_reconstruction"] = base.nu(0)
     if data.text and len(data.text.names) > 1:
         n_tokens = both.group_tokens.clamp_min(1)
-        table |= {f"freq_text_{i}": both.count[i] / n_tokens[i] for i in range(len(data.text.names))}
+        for i in range(len(data.text.names)):
+            table |= {f"freq_text_{i}": both.count[i] / n_tokens[i], f"mean_text_{i}": both.f[i] / n_tokens[i]}
     return {name: column if isinstance(column, np.ndarray) else column.cpu().numpy() for name, column in table.items()}
 
 
@@ -536,7 +536,7 @@ def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Da
     marker = lm.answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
     first, first_rule = patching.first_tokens(sequences, marker, skip_first)
     total = sum(map(len, sequences))
-    with tqdm(total=total, desc="patching", unit=" tokens", unit_scale=True, leave=False) as bar:
+    with progress_bar("patching", total) as bar:
         result = patching.measure(*models, crosscoder, sequences, first, rule, sets, config.model_batch_size, bar)
     result["rule"] = (
         f"Replaced are the activations that the dataset holds: the first {skip_first} positions of a sequence and activations "
@@ -586,6 +586,8 @@ def section(latent: int, found: list[ex.Example], data: Data, texts: dict[int, s
 def definition(column: str, data: Data) -> str:
     if column.startswith("freq_text_"):
         return f"share of the tokens of {data.text.names[int(column.rpartition('_')[2])]} at which the latent is active"
+    if column.startswith("mean_text_"):
+        return f"mean activation over all tokens of {data.text.names[int(column.rpartition('_')[2])]}, zeros included"
     return COLUMNS[column]
 
 

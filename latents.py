@@ -78,7 +78,7 @@ class LatentSums(NamedTuple):
     tokens: int
     group_tokens: Tensor  # [groups] int64, tokens of each group: of each text, say
     count: Tensor  # [groups, d_hidden] int64, tokens at which the latent is active
-    f: Tensor  # [d_hidden] sum of its codes
+    f: Tensor  # [groups, d_hidden] sum of its codes
     f_squared: Tensor  # [d_hidden] sum of their squares
     f_max: Tensor  # [d_hidden] largest code
     x: Tensor  # [n_models, n_models, d_hidden] sum of f_j * <x^m, d_j^of>: first axis of, second m
@@ -106,7 +106,7 @@ def latent_sums(
         x: [batch, n_models, d_model] activations in the decoder's space.
         f: [batch, d_hidden] inference codes.
         W_dec: [d_hidden, n_models, d_model]; b_dec: [n_models, d_model].
-        group: [batch] int64 below n_groups: activity is counted for each group of tokens; None: all are of group 0.
+        group: [batch] int64 below n_groups: codes are counted and summed for each group of tokens; None: all are of group 0.
     """
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
     d_hidden, rows = len(W_dec), W_dec.flatten(1)  # [d_hidden, n_models * d_model]
@@ -115,17 +115,19 @@ def latent_sums(
     few = on_cpu and len(tokens) <= DENSE_ABOVE * f.numel()
     if few:
         values = f[tokens, active]  # [entries]
-        count = torch.bincount(group[tokens] * d_hidden + active, minlength=n_groups * d_hidden).view(n_groups, d_hidden)
+        cell = group[tokens] * d_hidden + active  # [entries] place in a matrix [groups, d_hidden]
+        count, total = (torch.bincount(cell, w, n_groups * d_hidden).view(n_groups, d_hidden) for w in (None, values.double()))
         per_token = torch.bincount(tokens, minlength=len(x))
         x_hat = embedding_bag(active, rows, per_token.cumsum(0) - per_token, mode="sum", per_sample_weights=values)
         by_latent = active.argsort(stable=True)
         tokens, values, borders = tokens[by_latent], values[by_latent], torch.cat([count.new_zeros(1), count.sum(0).cumsum(0)])
-        wide = values.double()
-        total, squared = (torch.zeros(d_hidden).double().index_add_(0, active[by_latent], v) for v in (wide, wide * wide))
-        most = torch.zeros_like(total).scatter_reduce_(0, active[by_latent], wide, "amax")
+        wide, latent = values.double(), active[by_latent]
+        squared = torch.bincount(latent, wide * wide, d_hidden)
+        most = torch.zeros_like(squared).scatter_reduce_(0, latent, wide, "amax")
     else:
-        count = torch.stack([(f[group == i] > 0).sum(0) for i in range(n_groups)])
-        total, squared, most = f.sum(0).double(), f.pow(2).sum(0).double(), f.amax(0).double()
+        parts = [f[group == i] for i in range(n_groups)] if n_groups > 1 else [f]
+        count, total = (torch.stack(sums) for sums in zip(*(((p > 0).sum(0), p.sum(0).double()) for p in parts), strict=True))
+        squared, most = f.pow(2).sum(0).double(), f.amax(0).double()
         x_hat = f @ rows
     x_hat = x_hat.view(x.shape).to(x.dtype) + b_dec
     targets = torch.stack([x, x - x_hat], dim=1).flatten(1)  # [batch, 2 * n_models * d_model]

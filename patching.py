@@ -41,7 +41,7 @@ def answer_starts(ids: np.ndarray, marker: tuple[list[int], list[int]]) -> list[
 
 
 def first_tokens(sequences: list[np.ndarray], marker, skip_first: int) -> tuple[list[np.ndarray], str]:
-    """For each sequence which predictions (the position p predicts token p + 1) are of first tokens, and what that means here."""
+    """For each sequence which predictions (position p predicts token p + 1) are of first tokens, and what that means here."""
     masks = [np.zeros(len(s), dtype=bool) for s in sequences]
     answers = [answer_starts(s, marker) if marker else [] for s in sequences]
     if any(answers):
@@ -63,9 +63,10 @@ def position_losses(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple
     losses, divergences = [], []
     for i in range(0, len(targets), POSITIONS_TOGETHER):
         part = slice(i, i + POSITIONS_TOGETHER)
-        # the loss over the model's own vocabulary, the divergence over the common one
-        losses.append(-logits[part].float().log_softmax(-1).gather(-1, targets[part, None])[:, 0].double())
-        log_p, log_q = (x[part, :known].float().log_softmax(-1) for x in (reference, logits))
+        log_q, log_p = (x[part].float().log_softmax(-1) for x in (logits, reference))
+        losses.append(-log_q.gather(-1, targets[part, None])[:, 0].double())
+        if log_p.shape != log_q.shape:
+            log_q, log_p = (x[:, :known].log_softmax(-1) for x in (log_q, log_p))
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
     return torch.cat(losses), torch.cat(divergences)
 

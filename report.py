@@ -16,6 +16,7 @@ import numpy as np
 
 matplotlib.use("agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 from latents import BASE_ONLY_BELOW, CLASSES, FT_ONLY_ABOVE, NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW  # noqa: E402
 
@@ -50,8 +51,8 @@ def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], p
         (
             "nu",
             "Latent scaling of the fine-tuned model's directions: how much of each is in the base model's error (x) and in its "
-            "reconstruction (y), relative to the fine-tuned model. Near 0 on both: truly absent from the base model. Dashed: the "
-            "cuts 0.2 and 0.5; points beyond the window lie on its edge. Shared ones have their own marginals.",
+            "reconstruction (y), relative to the fine-tuned model. Near 0 on both: truly absent from the base model. Dashed: "
+            "the cuts 0.2 and 0.5; points beyond the window lie on its edge. Shared ones have their own marginals.",
             lambda: nu_figure(table), bool(np.isfinite(table["beta_ratio_error"]).any()),
         ),
         (
@@ -73,8 +74,8 @@ def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], p
         ),
         (
             "diffing",
-            "Mean KL divergence to the fine-tuned model, in nats: the base model as it is, and with the fine-tuned side of some "
-            "latents added to its activation.",
+            "Mean KL divergence to the fine-tuned model, in nats: the base model as it is, and with the fine-tuned side of "
+            "some latents added to its activation.",
             lambda: diffing_figure(metrics["patching"]), "patching" in metrics,
         ),
         (
@@ -126,7 +127,9 @@ def cosine_figure(table: dict):
         table["dec_cos_sim"][shared], np.linspace(-1, 1, 101), color=COLORS["shared"], label=f"{shared.sum():,} shared latents"
     )
     axis.hist(table["random_cosine"], np.linspace(-1, 1, 101), histtype="step", color="black", label="random pairs")
-    axis.set(yscale="log", xlim=(-1, 1), xlabel="cosine of the two decoder rows", ylabel="Number of Latents (log)")
+    axis.set(
+        yscale="log", ylim=(0.7, None), xlim=(-1, 1), xlabel="cosine of the two decoder rows", ylabel="Number of Latents (log)"
+    )
     axis.legend(loc="upper left")
     return figure
 
@@ -150,7 +153,7 @@ def nu_figure(table: dict):
     main.set(xlim=window, ylim=window, xlabel="ν error (base / ft)", ylabel="ν reconstruction (base / ft)")
     top.set(ylabel="Latents")
     right.set(xlabel="Latents")
-    main.legend(loc="upper left", markerscale=2)
+    main.legend(loc="lower right", markerscale=2)
     return figure
 
 
@@ -186,7 +189,7 @@ def planted_figure(truth: dict):
         axis.axhline(cut, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1], xlabel="true frequency of the concept (log)")
     axis.set(ylabel="relative norm of its latent")
-    axis.legend(loc="center right")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
 
@@ -248,6 +251,9 @@ def training_figure(curves: list[dict]):
         axis.set(ylabel=label)
         if name == "loss":
             axis.set_yscale("log")
+        elif name == "explained_variance":
+            axis.set_ylim(max(0, axis.get_ylim()[0]), 1)  # the first steps may lie far below
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes[1]:
         axis.set(xlabel="training tokens")
     return figure
@@ -272,7 +278,9 @@ def render(
     table = table | {"max_act": np.fmax(table["max_act_train"], table["max_act_val"])}
     definitions = definitions | {"max_act": "largest activation"}
     headings = {name: heading for name, heading in TABLE.items() if name in table}
-    headings |= {f"freq_text_{i}": f"on {text}" for i, text in enumerate(text_names) if f"freq_text_{i}" in table}
+    for i, text in enumerate(text_names):
+        if f"freq_text_{i}" in table:
+            headings |= {f"freq_text_{i}": f"frequency, {text}", f"mean_text_{i}": f"mean, {text}"}
     columns = [
         {"name": name, "heading": heading, "definition": definitions[name], "values": [short(v) for v in table[name]]}
         for name, heading in headings.items()
@@ -286,6 +294,6 @@ def render(
     if truth is not None:
         concepts = [dict(zip(truth, (short(v) for v in row), strict=True)) for row in zip(*truth.values(), strict=True)]
     return environment.get_template("report.html.j2").render(
-        m=metrics, columns=columns, dead=[bool(d) for d in table["dead"]], figures=figures, sections=sections, concepts=concepts,
-        pair=pair, classes=CLASSES, names=NAMES, colors=COLORS, set_name=set_name,
+        m=metrics, columns=columns, dead=[bool(d) for d in table["dead"]], figures=figures, sections=sections,
+        concepts=concepts, pair=pair, classes=CLASSES, names=NAMES, colors=COLORS, set_name=set_name,
     )  # fmt: skip
