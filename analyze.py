@@ -498,14 +498,17 @@ def planted_truth(source: PlantedConcepts, crosscoder: CrossCoder, table: dict) 
 def choose(table: dict, asked: list[int], per_class: int, seed: int) -> np.ndarray:
     """Latents that get a section: those asked for, then ft-only, base-only and a random sample of shared ones.
 
-    A latent is a candidate for a class by norm or by scaling; those that both agree on come first, then by what they write of
-    the models' difference.
+    A latent is a candidate for a class by norm or by scaling. First come those that write most of the models' difference,
+    weighted by how far latent scaling lies below its cuts (1: nothing of the latent in the other model, 0: at the cuts).
     """
     live, chosen = ~table["dead"], list(asked)
-    for name in ("ft_only", "base_only"):
-        by_norm, by_scaling = (table[tag] == name for tag in ("tag", "tag_scaling"))
-        candidates = np.flatnonzero(live & (by_norm | by_scaling))
-        order = np.lexsort((-table["difference"][candidates], -(by_norm & by_scaling)[candidates].astype(int)))
+    cuts = (("error", latents.NU_ERROR_BELOW), ("reconstruction", latents.NU_RECONSTRUCTION_BELOW))
+    for name, prefix in (("ft_only", ""), ("base_only", "base_")):
+        candidates = np.flatnonzero(live & ((table["tag"] == name) | (table["tag_scaling"] == name)))
+        nearness = [np.abs(table[f"{prefix}beta_ratio_{what}"][candidates]) / cut for what, cut in cuts]
+        margin = 1 - np.nan_to_num(np.maximum(*nearness), nan=1.0).clip(0, 1)
+        difference = table["difference"][candidates]
+        order = np.lexsort((-difference, -difference * margin))
         chosen += candidates[order[:per_class]].tolist()
     shared = np.flatnonzero(live & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
     chosen += sorted(np.random.default_rng(seed).permutation(shared)[:per_class].tolist())

@@ -116,13 +116,14 @@ def latent_sums(
     if few:
         values = f[tokens, active]  # [entries]
         cell = group[tokens] * d_hidden + active  # [entries] place in a matrix [groups, d_hidden]
-        count, total = (torch.bincount(cell, w, n_groups * d_hidden).view(n_groups, d_hidden) for w in (None, values.double()))
+        count, total = (torch.bincount(cell, w, n_groups * d_hidden).view(n_groups, -1) for w in (None, values.double()))
+        total = total.double()  # without any entry it is of whole numbers
         per_token = torch.bincount(tokens, minlength=len(x))
         x_hat = embedding_bag(active, rows, per_token.cumsum(0) - per_token, mode="sum", per_sample_weights=values)
         by_latent = active.argsort(stable=True)
         tokens, values, borders = tokens[by_latent], values[by_latent], torch.cat([count.new_zeros(1), count.sum(0).cumsum(0)])
         wide, latent = values.double(), active[by_latent]
-        squared = torch.bincount(latent, wide * wide, d_hidden)
+        squared = torch.bincount(latent, wide * wide, d_hidden).double()
         most = torch.zeros_like(squared).scatter_reduce_(0, latent, wide, "amax")
     else:
         parts = [f[group == i] for i in range(n_groups)] if n_groups > 1 else [f]
