@@ -99,7 +99,6 @@ class Data(NamedTuple):
 
 
 def main(config: AnalyzeConfig) -> None:
-    signal.signal(signal.SIGTERM, stop_on_sigterm)
     check_numbers(config)
     folder, record = find_run(Path(config.run).expanduser())
     device = torch.device(usable_device(config.device, "--device"))
@@ -649,6 +648,7 @@ def stop_on_sigterm(*_) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_on_sigterm)
     try:
         main(CONFIG)
     except (ValueError, OSError) as error:

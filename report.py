@@ -94,7 +94,7 @@ def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], p
     for name, caption, draw, there in wanted:
         for suffix in (".png", ".svg"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)  # of an earlier analysis
-        if not there:
+        if not (there and live.any()):
             continue
         with plt.rc_context(STYLE):
             figure = draw()
