@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-import analyze
 from crosscoder import CrossCoder
+from measure import Data, latent_table, measure
 
 
 class RandomRows:
@@ -57,7 +57,7 @@ def main() -> None:
     scores = crosscoder.score(crosscoder.encode(sample.transpose(0, 1))).flatten()
     crosscoder.threshold.fill_(scores.topk(256 * args.active).values.min())
     del sample, scores
-    data = analyze.Data(source, torch.ones(2, 1), "random", None, None, source.val_rows, args.num_tokens - source.val_rows)
+    data = Data(source, torch.ones(2, 1), "random", None, None, source.val_rows, args.num_tokens - source.val_rows)
     before, peak, done = anonymous_memory(), [0], threading.Event()
 
     def watch() -> None:
@@ -67,8 +67,8 @@ def main() -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    sums, metrics = analyze.measure(crosscoder, data)
-    analyze.latent_table(crosscoder, sums, data)
+    sums, metrics = measure(crosscoder, data)
+    latent_table(crosscoder, sums, data)
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()

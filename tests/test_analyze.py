@@ -22,6 +22,7 @@ import language_model as lm
 import patching
 from config import AnalyzeConfig
 from crosscoder import CrossCoder
+from measure import COLUMNS
 
 HOOK = "model.layers.2"  # the residual stream after three of four blocks
 
@@ -112,7 +113,7 @@ def test_everything_is_written_and_explained(capitals):
     schema = pq.read_schema(out / "latents.parquet")
     definitions = json.loads(schema.metadata[b"definitions"])
     assert list(definitions) == schema.names and all(len(text) > 10 for text in definitions.values())
-    assert schema.field("relative_norm").metadata[b"definition"].decode() == analyze.COLUMNS["relative_norm"]
+    assert schema.field("relative_norm").metadata[b"definition"].decode() == COLUMNS["relative_norm"]
     names = {path.stem for path in (out / "figures").glob("*.svg")}
     assert names == {"relative_norm", "decoder_cosine", "nu", "frequency", "training", "threshold", "diffing"}
     assert names == {path.stem for path in (out / "figures").glob("*.png")}

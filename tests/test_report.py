@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-import analyze
 import report
+from measure import COLUMNS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>", "<!--", "&lt;", "<img src=x onerror=alert(1)>"]
@@ -18,7 +18,7 @@ HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>",
 def made_up_table(n: int) -> dict:
     """A table as analyze.py makes it, with numbers whose order is known: relative norm falls with the latent's number."""
     draw = np.random.default_rng(0)
-    table = {name: draw.random(n) for name in analyze.COLUMNS if not name.startswith("planted")}
+    table = {name: draw.random(n) for name in COLUMNS if not name.startswith("planted")}
     table["latent"], table["dead"] = np.arange(n), np.arange(n) == n - 1
     table["relative_norm"] = 1 - np.arange(n) / n
     tags = np.where(table["relative_norm"] > 0.8, "ft_only", np.where(table["relative_norm"] < 0.2, "base_only", "shared"))
@@ -61,7 +61,7 @@ def page_of(tmp_path_factory):
     def make(n: int, with_examples, n_examples: int = 4):
         folder, table = tmp_path_factory.mktemp("page"), made_up_table(n)
         metrics = made_up_metrics(table)
-        definitions = analyze.COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
+        definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
         html = report.render(metrics, table, definitions, ["</script>.txt"], drawn, sections, None, HOSTILE[0])
         (folder / "report.html").write_text(html, encoding="utf-8")
