@@ -209,7 +209,12 @@ def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict
 
 @torch.no_grad()
 def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
-    """L0 and explained variance at several thresholds, over some held-out rows: how much hangs on the chosen one."""
+    """L0 and explained variance at several thresholds, over some held-out rows: how much hangs on the chosen one.
+
+    Empty for a folded crosscoder, whose thresholds differ from latent to latent.
+    """
+    if crosscoder.folded:
+        return []
     few = data._replace(val_rows=min(data.val_rows, CURVE_ROWS), train_rows=0)
     batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     own, points = crosscoder.threshold.clone(), []
