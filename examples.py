@@ -63,7 +63,7 @@ def open_text(dataset: str, source: PairedActivations) -> Text:
         if missing := {"sequence", "position"} - set(table.column_names):
             raise ValueError(f"{dataset} has no column {missing.pop()} beside its activations")
         # a run may have measured only the first of the held-out rows; the windows need them all
-        part_of = slice(None) if split in base else slice(first, first + count)
+        part_of = slice(None) if "validation" in base else slice(first, first + count)
         rows[split] = tuple(table.column(name).to_numpy()[part_of] for name in ("sequence", "position"))
     if "input_ids" not in sequences.column_names or any(len(s) and s.max() >= len(sequences) for s, _ in rows.values()):
         raise ValueError(f"the tokens of {dataset} do not belong to its activations")
