@@ -282,9 +282,12 @@ def render(
         if f"freq_text_{i}" in table:
             headings |= {f"freq_text_{i}": f"frequency, {text}", f"mean_text_{i}": f"mean, {text}"}
     columns = [
-        {"name": name, "heading": heading, "definition": definitions[name], "values": [short(v) for v in table[name]]}
+        {
+            "name": name, "heading": heading, "definition": definitions[name], "values": [short(v) for v in table[name]],
+            "wide": name.startswith("mean_text"),  # only in the sections, the table is wide enough
+        }
         for name, heading in headings.items()
-    ]
+    ]  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
