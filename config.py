@@ -332,7 +332,70 @@ class FormatsConfig:
     activation_scale: tuple[float, float] | None = None
 
 
-REQUIRED = {CollectConfig: ("base_model", "hook", "output"), FormatsConfig: ("src", "dst", "to")}
+@dataclass(kw_only=True)
+class AnalyzeConfig(DatasetFlags):
+    """Turn a trained crosscoder into numbers, a table of all latents, figures and one page: RUN/analysis/report.html.
+
+    RUN is a folder that train.py wrote, or the folder of a crosscoder alone. The activations are those that the run was
+    trained on (planted concepts are made again), unless others are named. With --base-model and --ft-model it also measures
+    what the models lose when their activations are replaced.
+    """
+
+    # Folder of a run (runs/NAME), or of a saved crosscoder alone, which then needs a dataset.
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+    # Base model, to replace activations in it: a Hugging Face id or a folder. Goes with --ft-model.
+    base_model: str | None = None
+
+    # Fine-tuned model: a Hugging Face id or a folder.
+    ft_model: str | None = None
+
+    # Where to replace activations. None: where the dataset was collected, as its pair.json says.
+    hook: str | None = None
+
+    # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
+    ft_hook: str | None = None
+
+    # Precision in which the models run.
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    # Sequences per forward pass of the models.
+    model_batch_size: int = 4
+
+    # Tokens of held-out sequences that the models run over. Each takes about 16 forward passes of one model.
+    patch_tokens: int = 65_536
+
+    # Rows (tokens) on which the latents are measured: held-out ones first, then training rows. Rare latents need many; the
+    # metrics are of the held-out rows alone.
+    num_tokens: int = 1_000_000
+
+    # Latents that get a section with examples, separated by commas, e.g. --latents 12,99.
+    latents: str = ""
+
+    # Latents of each class (ft-only, base-only, shared) that get a section as well.
+    sections_per_class: int = 30
+
+    # Strongest examples of such a latent. As many are drawn evenly from the lower ranges of its activation.
+    examples: int = 10
+
+    # Tokens shown before and after an example's strongest token.
+    context: int = 24
+
+    # Folder to write; what an earlier analysis left there is replaced. None: RUN/analysis.
+    output: str | None = None
+
+    # Decides which shared latents and which weaker examples are drawn.
+    seed: int = 0
+
+    # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    device: str = "auto"
+
+
+REQUIRED = {
+    CollectConfig: ("base_model", "hook", "output"),
+    FormatsConfig: ("src", "dst", "to"),
+    AnalyzeConfig: ("run",),
+}
 
 
 def parse(cls: type, argv: list[str] | None = None):

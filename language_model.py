@@ -224,6 +224,67 @@ def capture(model: nnsight.NNsight, hook: str, input_ids: torch.Tensor, attentio
     return value
 
 
+@torch.no_grad()
+def read_logits(
+    model: nnsight.NNsight, hook: str, input_ids: torch.Tensor, attention_mask: torch.Tensor, value: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation [batch, seq, d_model] that the model computes at a hook, and its logits [batch, seq, vocabulary].
+
+    With `value` [batch, seq, d_model] that activation is replaced by it (spliced in) and everything after the hook sees the
+    replacement. Its dtype and device become the model's. Other arguments as for `capture`.
+    """
+    path, _, end = hook.rpartition(".")
+    with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False):
+        module = model.get(path)
+        found = module.output if end == "output" else module.input
+        first = found[0] if isinstance(found, tuple) else found
+        activation = nnsight.save(first)
+        if value is not None:
+            spliced = value.to(first.device, first.dtype)
+            spliced = (spliced, *found[1:]) if isinstance(found, tuple) else spliced
+            if end == "output":
+                module.output = spliced
+            else:
+                module.input = spliced
+        logits = nnsight.save(model.output.logits)
+    return activation, logits
+
+
+def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
+    """The tokens that the chat template writes before an answer, and the white space that may follow them before its text.
+
+    None where there is no template, or where it writes nothing between a question and its answer.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    question, answer = "QUESTION", "ANSWER"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        between = text[text.index(question) + len(question) : text.index(answer)]
+    except Exception:  # noqa: BLE001 - a template may raise anything
+        return None
+    marker, space = (
+        tokenizer(part, add_special_tokens=False).input_ids if part else []
+        for part in (between.rstrip(), between[len(between.rstrip()) :])
+    )
+    return (marker, space) if marker else None
+
+
+def token_texts(tokenizer, ids: np.ndarray) -> dict[int, str]:
+    """What each of these token ids stands for in running text, with the white space before it; damaged bytes as U+FFFD."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids[-1:]  # some decoders drop the space of a first token
+    start = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+
+    def text(index: int) -> str:
+        whole = tokenizer.decode([*anchor, index], clean_up_tokenization_spaces=False)
+        if whole.startswith(start):
+            return whole[len(start) :]
+        return tokenizer.decode([index], clean_up_tokenization_spaces=False)
+
+    return {int(index): text(int(index)) for index in np.unique(ids)}
+
+
 def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
     """d_model at the hook, from a forward over two tokens. ValueError if no [batch, seq, d_model] activation is there."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model._module.device)

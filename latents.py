@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from einops import einsum
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, embedding_bag
 
 # Cuts on the relative norm (arXiv 2602.11729, appendix B.2). Minder et al. (arXiv 2504.02922) cut at 1/6 and 5/6.
 BASE_ONLY_BELOW, FT_ONLY_ABOVE = 0.2, 0.8
 CLASSES = ("base_only", "shared", "ft_only")
+DENSE_ABOVE = 1 / 8  # share of active entries above which matrices beat lists of entries on a CPU
+LATENTS_TOGETHER = 2048  # latents whose sums over a batch, [4 * d_model] each, are in memory at once
 
 
 def relative_norm(norms: Tensor) -> Tensor:
@@ -23,6 +26,20 @@ def relative_norm(norms: Tensor) -> Tensor:
     return torch.where(total > 0, norms[:, 1] / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.5)
 
 
+def delta_norm(norms: Tensor) -> Tensor:
+    """[d_hidden] (1 + (|ft| - |base|) / max(|ft|, |base|)) / 2, the scale of Minder et al. (arXiv 2504.02922): 1 ft-only.
+
+    norms: [d_hidden, 2] decoder norms, base first. A latent without any norm gets 0.5.
+    """
+    most = norms.amax(-1)
+    return 0.5 * (1 + torch.where(most > 0, (norms[:, 1] - norms[:, 0]) / most.clamp_min(torch.finfo(norms.dtype).tiny), 0))
+
+
+def cosine(W: Tensor) -> Tensor:
+    """[d_hidden] cosine between each latent's rows in models 0 and 1. W: [d_hidden, n_models, d_model]; a zero row gives 0."""
+    return cosine_similarity(W[:, 0].double(), W[:, 1].double(), dim=-1)
+
+
 def classify(norms: Tensor) -> Tensor:
     """[d_hidden] index into CLASSES by relative norm. norms: [d_hidden, 2], base first."""
     relative = relative_norm(norms)
@@ -33,6 +50,104 @@ def count_classes(norms: Tensor, dead: Tensor) -> dict[str, int]:
     """How many live latents belong to each class, and how many latents are dead. dead: [d_hidden] bool."""
     counts = torch.bincount(classify(norms)[~dead], minlength=3).tolist()
     return dict(zip(CLASSES, counts, strict=True), dead=int(dead.sum()))
+
+
+def published_counts(norms: Tensor, live: Tensor) -> dict[str, dict[str, int]]:
+    """How many live latents are in each class under the cuts of several papers and repositories. live: [d_hidden] bool."""
+    relative, delta = relative_norm(norms)[live], delta_norm(norms)[live]
+    cuts = {
+        f"relative norm {BASE_ONLY_BELOW}, {FT_ONLY_ABOVE} (arXiv 2602.11729)": (
+            relative, BASE_ONLY_BELOW, BASE_ONLY_BELOW, FT_ONLY_ABOVE, FT_ONLY_ABOVE,
+        ),
+        "relative norm 0.1, 0.9, shared 0.3 to 0.7 (ckkissane)": (relative, 0.1, 0.3, 0.7, 0.9),
+        "delta norm 0.1, 0.9, shared 0.4 to 0.6 (arXiv 2504.02922)": (delta, 0.1, 0.4, 0.6, 0.9),
+    }  # fmt: skip
+    counts = {}
+    for name, (value, base_only, low, high, ft_only) in cuts.items():
+        found = [int((value < base_only).sum()), int(((value >= low) & (value <= high)).sum()), int((value > ft_only).sum())]
+        counts[name] = dict(zip(CLASSES, found, strict=True), other=len(value) - sum(found))
+    return counts
+
+
+# --- one pass over tokens
+
+
+class LatentSums(NamedTuple):
+    """What one pass over tokens adds up for every latent, float64: memory does not grow with the tokens."""
+
+    tokens: int
+    group_tokens: Tensor  # [groups] int64, tokens of each group: of each text, say
+    count: Tensor  # [groups, d_hidden] int64, tokens at which the latent is active
+    f: Tensor  # [groups, d_hidden] sum of its codes
+    f_squared: Tensor  # [d_hidden] sum of their squares
+    f_max: Tensor  # [d_hidden] largest code
+    x: Tensor  # [n_models, n_models, d_hidden] sum of f_j * <x^m, d_j^of>: first axis of, second m
+    error: Tensor  # the same with the reconstruction error in place of x^m
+
+    def __add__(self, other: LatentSums) -> LatentSums:
+        added = LatentSums(*(a + b for a, b in zip(self, other, strict=True)))
+        return added._replace(f_max=torch.maximum(self.f_max, other.f_max))
+
+    def scaling(self, of: int) -> ScalingSums:
+        """The part that `latent_scaling` needs to ask about the directions of model `of`."""
+        return ScalingSums(self.x[of], self.error[of], self.f_squared)
+
+
+@torch.no_grad()
+def latent_sums(
+    x: Tensor, f: Tensor, W_dec: Tensor, b_dec: Tensor, group: Tensor | None = None, n_groups: int = 1
+) -> tuple[LatentSums, Tensor]:
+    """The sums of one batch (add those of all batches), and its reconstruction [batch, n_models, d_model].
+
+    Gives what `scaling_sums` gives for every model at once, faster: f_j * (x, error) is first summed over the batch, and only
+    the sums meet the directions. On a CPU where few are active, the sums are taken over active entries alone.
+
+    Args:
+        x: [batch, n_models, d_model] activations in the decoder's space.
+        f: [batch, d_hidden] inference codes.
+        W_dec: [d_hidden, n_models, d_model]; b_dec: [n_models, d_model].
+        group: [batch] int64 below n_groups: codes are counted and summed for each group of tokens; None: all are of group 0.
+    """
+    group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
+    d_hidden, rows = len(W_dec), W_dec.flatten(1)  # [d_hidden, n_models * d_model]
+    on_cpu = f.device.type == "cpu"
+    tokens, active = f.nonzero(as_tuple=True) if on_cpu else (None, None)  # [entries] each, ordered by token
+    few = on_cpu and len(tokens) <= DENSE_ABOVE * f.numel()
+    if few:
+        values = f[tokens, active]  # [entries]
+        cell = group[tokens] * d_hidden + active  # [entries] place in a matrix [groups, d_hidden]
+        count, total = (torch.bincount(cell, w, n_groups * d_hidden).view(n_groups, -1) for w in (None, values.double()))
+        total = total.double()  # without any entry it is of whole numbers
+        per_token = torch.bincount(tokens, minlength=len(x))
+        x_hat = embedding_bag(active, rows, per_token.cumsum(0) - per_token, mode="sum", per_sample_weights=values)
+        by_latent = active.argsort(stable=True)
+        tokens, values, borders = tokens[by_latent], values[by_latent], torch.cat([count.new_zeros(1), count.sum(0).cumsum(0)])
+        wide, latent = values.double(), active[by_latent]
+        squared = torch.bincount(latent, wide * wide, d_hidden).double()
+        most = torch.zeros_like(squared).scatter_reduce_(0, latent, wide, "amax")
+    else:
+        parts = [f[group == i] for i in range(n_groups)] if n_groups > 1 else [f]
+        count, total = (torch.stack(sums) for sums in zip(*(((p > 0).sum(0), p.sum(0).double()) for p in parts), strict=True))
+        squared, most = f.pow(2).sum(0).double(), f.amax(0).double()
+        x_hat = f @ rows
+    x_hat = x_hat.view(x.shape).to(x.dtype) + b_dec
+    targets = torch.stack([x, x - x_hat], dim=1).flatten(1)  # [batch, 2 * n_models * d_model]
+    parts = []
+    for first in range(0, d_hidden, LATENTS_TOGETHER):
+        after = min(first + LATENTS_TOGETHER, d_hidden)
+        if few:
+            low, high = int(borders[first]), int(borders[after])
+            weighted = embedding_bag(
+                tokens[low:high], targets, borders[first:after] - low, mode="sum", per_sample_weights=values[low:high]
+            )
+        else:
+            weighted = f[:, first:after].T @ targets
+        weighted = weighted.view(after - first, 2, *x.shape[1:])  # [latents, x or error, n_models, d_model]
+        parts.append(einsum(weighted, W_dec[first:after], "latent y m d, latent of d -> y of m latent").double())
+    along_x, along_error = torch.cat(parts, dim=-1)  # [n_models, n_models, d_hidden] each
+    return LatentSums(
+        len(x), torch.bincount(group, minlength=n_groups), count, total, squared, most, along_x, along_error
+    ), x_hat
 
 
 class ScalingSums(NamedTuple):
@@ -71,6 +186,7 @@ class LatentScaling(NamedTuple):
 
     error: Tensor  # y = the error without latent j: x^m - x_hat^m + f_j * d_j^m
     reconstruction: Tensor  # y = the reconstruction x_hat^m
+    activation: Tensor  # y = the activation x^m
 
     def nu(self, of: int) -> tuple[Tensor, Tensor]:
         """[d_hidden] ratios other model / model `of` of the two betas, for two models.
@@ -88,7 +204,7 @@ def latent_scaling(sums: ScalingSums, W_dec: Tensor, of: int) -> LatentScaling:
     along_x, along_error = (total / (sums.f_squared * squared_norm) for total in (sums.x, sums.error))
     # What latent j itself gives back to each model, 1 for `of`.
     own = einsum(W_dec, W_dec[:, of], "latent model d, latent d -> model latent") / squared_norm
-    return LatentScaling(error=along_error + own, reconstruction=along_x - along_error)
+    return LatentScaling(error=along_error + own, reconstruction=along_x - along_error, activation=along_x)
 
 
 # Minder et al. call a latent specific to the fine-tuned model below both of these.

@@ -88,3 +88,40 @@ def test_the_direction_of_a_vanished_row_does_not_decide():
     nu_error, nu_reconstruction = base.nu(0)
     assert (nu_error.abs() < 0.2).all() and (nu_reconstruction.abs() < 0.5).all()
     assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.6])  # as a list of active entries, and as matrices
+def test_all_latents_at_once_equal_the_definition(density):
+    """One float32 pass in batches and groups, against the definition in float64, for both models' directions and targets."""
+    draw = torch.Generator().manual_seed(1)
+    x, W_dec, b_dec = (torch.randn(shape, generator=draw) for shape in ((600, 2, 12), (40, 2, 12), (2, 12)))
+    f = torch.rand(600, 40, generator=draw) * (torch.rand(600, 40, generator=draw) < density)
+    f[:, 39] = 0
+    group = torch.randint(3, (600,), generator=draw)
+    sums, x_hat = latents.latent_sums(x[:250], f[:250], W_dec, b_dec, group[:250], 3)
+    more, rest = latents.latent_sums(x[250:], f[250:], W_dec, b_dec, group[250:], 3)
+    sums, x_hat = sums + more, torch.cat([x_hat, rest])
+    x, f, W_dec = x.double(), f.double(), W_dec.double()
+    expected = torch.einsum("bj,jmd->bmd", f, W_dec) + b_dec.double()
+    torch.testing.assert_close(x_hat.double(), expected, atol=1e-5, rtol=1e-5)
+    assert sums.tokens == 600 and torch.equal(sums.count, torch.stack([(f[group == i] > 0).sum(0) for i in range(3)]))
+    torch.testing.assert_close(sums.f, torch.stack([f[group == i].sum(0) for i in range(3)]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums.f_max, f.amax(0))
+    for of in (0, 1):
+        got = latents.latent_scaling(sums.scaling(of), W_dec, of)
+        assert got.error[:, 39].isnan().all()
+        for j in range(39):
+            for m in range(2):
+                without = x[:, m] - expected[:, m] + f[:, j, None] * W_dec[j, m]
+                for beta, y in ((got.error, without), (got.reconstruction, expected[:, m]), (got.activation, x[:, m])):
+                    assert beta[m, j].item() == pytest.approx(naive_beta(f[:, j], W_dec[j, of], y), rel=1e-5, abs=1e-5)
+
+
+def test_published_cuts_and_scales():
+    norms = torch.tensor([[1.0, 0.0], [1.0, 0.15], [1.0, 1.0], [0.5, 1.0], [0.22, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    torch.testing.assert_close(latents.delta_norm(norms), torch.tensor([0, 0.075, 0.5, 0.75, 0.89, 1, 1]))
+    counts = latents.published_counts(norms, torch.tensor([True] * 6 + [False]))
+    ours, strict, delta = counts.values()
+    assert ours == {"base_only": 2, "shared": 2, "ft_only": 2, "other": 0}
+    assert strict == {"base_only": 1, "shared": 2, "ft_only": 1, "other": 2}
+    assert delta == {"base_only": 2, "shared": 1, "ft_only": 1, "other": 2}

@@ -3,7 +3,8 @@
     python tests/tiny_models.py OUT
 
 trains a BPE tokenizer and a Llama of 4 layers on the source code of Python's standard library (OUT/base), and trains it
-further on English documentation (OUT/ft). OUT/text holds both texts. A few seconds on two CPU cores, no network.
+further on English documentation (OUT/ft), and another one on code and documentation in capital letters in turn (OUT/caps):
+a fine-tune that learns something the base model does not know. OUT/text holds the texts. No network, a minute or less.
 """
 
 from __future__ import annotations
@@ -56,6 +57,27 @@ def build(out: str | os.PathLike, steps: int = 250, verbose: bool = False) -> di
             print(f"{name}: trained {n_steps} steps on {text}, loss in nats a token {losses}")
     if verbose:
         print(f"{out}: base, ft and text ({', '.join(f'{t} {len(ids[t]):,} tokens' for t in texts)})")
+    return paths
+
+
+def fine_tune_on_capitals(out: str | os.PathLike, steps: int = 400) -> dict[str, str]:
+    """Fine-tune the base model of `build` on code and on the prose in capital letters, in turn, so that it forgets nothing.
+
+    Capitals are tokenized into pieces that the base model rarely saw. Returns the paths: caps (model folder), capitals (text).
+    """
+    paths = {"caps": str(Path(out) / "caps"), "capitals": str(Path(out) / "text" / "caps.txt")}
+    texts = [(Path(out) / "text" / f"{name}.txt").read_text(encoding="utf-8") for name in ("code", "prose")]
+    texts[1] = texts[1].upper()
+    Path(paths["capitals"]).write_text(texts[1], encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(out) / "base")
+    ids = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    pieces = min(map(len, ids)) // 128
+    in_turn = torch.stack([i[: pieces * 128].view(pieces, 128) for i in ids], dim=1).flatten()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained(Path(out) / "base")
+    train(model, in_turn, steps)
+    model.save_pretrained(paths["caps"])
+    tokenizer.save_pretrained(paths["caps"])
     return paths
 
 
@@ -133,3 +155,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python tests/tiny_models.py OUT")
     build(sys.argv[1], verbose=True)
+    fine_tune_on_capitals(sys.argv[1])

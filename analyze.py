@@ -1,0 +1,398 @@
+"""Read a trained crosscoder: `python analyze.py runs/NAME` writes RUN/analysis/report.html and the numbers behind it.
+
+metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching gave
+latents.parquet    every latent measured; the schema's metadata defines each column
+examples.jsonl     a line for each latent with examples: tokens and activations
+figures/           PNG and SVG
+report.html        all of it on one page that needs no network
+"""
+
+from __future__ import annotations
+
+from config import AnalyzeConfig, parse
+
+if __name__ == "__main__":
+    CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import examples as ex
+import latents
+import report
+from activations import open_pair, open_single
+from checkpoint import as_json, write_text
+from crosscoder import CrossCoder
+from measure import (
+    COLUMNS,
+    Data,
+    choose,
+    cosine_of_random_pairs,
+    gather,
+    latent_table,
+    measure,
+    normalized_rows,
+    overview,
+    planted_truth,
+    threshold_curve,
+)  # fmt: skip
+from paired_rows import progress_bar, usable_device
+from planted import PlantedConcepts
+
+VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
+HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
+
+
+def main(config: AnalyzeConfig) -> None:
+    check_numbers(config)
+    folder, record = find_run(Path(config.run).expanduser())
+    device = torch.device(usable_device(config.device, "--device"))
+    crosscoder = CrossCoder.from_pretrained(folder, device)
+    if crosscoder.n_models != 2:
+        raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
+    asked = parse_latents(config.latents, crosscoder.d_hidden)
+    out = Path(config.output).expanduser() if config.output else Path(config.run).expanduser() / "analysis"
+    make_folder(out)
+    notes: list[str] = []
+    data = open_data(config, record, crosscoder, notes)
+    models = open_models(config, data, device, notes) if config.base_model else None
+    tokenizer = open_tokenizer(config, data, notes) if data.text else None
+
+    # --- every latent, in one pass
+    print(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
+    sums, metrics = measure(crosscoder, data)
+    table = latent_table(crosscoder, sums, data)
+    metrics = overview(crosscoder, table, metrics) | {"threshold_curve": threshold_curve(crosscoder, data)}
+    truth = None
+    if isinstance(data.source, PlantedConcepts):
+        metrics["planted"], truth = planted_truth(data.source, crosscoder, table)
+
+    # --- what some of them are active on
+    chosen = choose(table, asked, config.sections_per_class, config.seed)
+    found = []
+    if data.text and len(chosen):
+        part = ex.select(crosscoder, torch.from_numpy(chosen))
+        most = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
+
+        def read() -> Iterator:
+            bar = progress_bar("examples", data.val_rows + data.train_rows)
+            with bar:
+                for split, rows, x in normalized_rows(crosscoder, data, 4096):
+                    yield split, rows + (len(data.text.rows["validation"][0]) if split == "train" else 0), x
+                    bar.update(len(x))
+
+        kept = ex.candidates(part, read, most, ex.CANDIDATES * config.examples, config.seed)
+        windows = ex.windows(kept, data.text, len(chosen), config.examples, config.context)
+        found = ex.read_windows(part, lambda s, rows: gather(crosscoder, data, s, rows)[1], windows, data.text, config.context)
+
+    # --- the models without it
+    if models:
+        metrics["patching"] = patch_models(config, models, crosscoder, data, table, tokenizer)
+
+    # --- the page
+    curves = training_curves(folder.parent / "metrics.jsonl") if record else []
+    metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
+    metrics["notes"] = notes
+    texts = token_texts(tokenizer, found, data)
+    shown = [section(latent, part, data, texts) for latent, part in with_examples(chosen, found)]
+    write_text(out / "metrics.json", as_json(metrics, indent=2))
+    write_parquet(out / "latents.parquet", table, data)
+    write_text(out / "examples.jsonl", "".join(as_json(one) for one in shown if one["examples"]))
+    pair_name = " and ".join(Path(data.pair[k]).name for k in ("base_model", "ft_model")) if data.pair else data.name
+    random_cosine = cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)
+    figures = report.draw_figures(out / "figures", table | {"random_cosine": random_cosine}, metrics, curves, pair_name, truth)
+    definitions, text_names = {name: definition(name, data) for name in table}, data.text.names if data.text else []
+    page = report.render(metrics, table, definitions, text_names, figures, shown, truth, pair_name)
+    write_text(out / "report.html", page)
+    print_summary(metrics, notes, out)
+
+
+# --- what is to be read
+
+
+def check_numbers(config: AnalyzeConfig) -> None:
+    """ValueError, naming the flag, for what no analysis can have."""
+    least = {"num_tokens": 1, "patch_tokens": 1, "model_batch_size": 1, "sections_per_class": 0, "examples": 1, "context": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
+    if config.dataset and (config.base_dataset or config.ft_dataset):
+        raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
+    for one, other in (("base_dataset", "ft_dataset"), ("ft_dataset", "base_dataset"), ("base_model", "ft_model"),
+                       ("ft_model", "base_model"), ("hook", "base_model"), ("ft_hook", "base_model")):  # fmt: skip
+        if getattr(config, one) and not getattr(config, other):
+            raise ValueError(f"--{one.replace('_', '-')} is given without --{other.replace('_', '-')}")
+
+
+def parse_latents(value: str, d_hidden: int) -> list[int]:
+    """`12,99` -> [12, 99]. ValueError for what is no latent."""
+    asked = []
+    for part in value.replace(",", " ").split():
+        if not part.isdecimal() or int(part) >= d_hidden:
+            raise ValueError(f"--latents {value}: {part!r} is no latent of this crosscoder, which has 0 to {d_hidden - 1}")
+        asked.append(int(part))
+    return asked
+
+
+def find_run(path: Path) -> tuple[Path, dict | None]:
+    """The folder of the crosscoder and what config.json says of its run, None for a crosscoder alone."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; give a run (runs/NAME) or the folder of a saved crosscoder")
+    if (path / "model.safetensors").is_file():
+        return path, None
+    if not (path / "crosscoder").is_dir():
+        hint = "give a run (runs/NAME) or the folder of a saved crosscoder"
+        if (path / "checkpoints").is_dir():
+            hint = f"its training has not ended, go on with: python train.py --resume {path}"
+        raise ValueError(f"{path}: holds no crosscoder; {hint}")
+    try:
+        record = json.loads((path / "config.json").read_text())
+        record["given"]["dataset"], record["resolved"]["val_tokens"]  # noqa: B018 - they must be there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its config.json is missing or broken ({error!r}); analyse {path / 'crosscoder'} alone"
+        ) from None
+    return path / "crosscoder", record
+
+
+def make_folder(out: Path) -> None:
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {out}: cannot be made ({error.strerror}); choose another folder") from None
+
+
+def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder, notes: list[str]) -> Data:
+    """The named activations, or those of the run. ValueError where there are none or they do not fit."""
+    given, resolved = (record["given"], record["resolved"]) if record else ({}, {})
+    named = config.dataset or config.base_dataset
+    wanted = vars(config) if named else given
+    dataset, singles = wanted.get("dataset"), (wanted.get("base_dataset"), wanted.get("ft_dataset"))
+    if not named and given.get("base_model"):
+        dataset = given.get("keep_activations")
+        if not dataset or not (Path(dataset) / "pair.json").is_file():
+            raise ValueError(
+                "--dataset is missing: this run was trained live and kept no activations; collect some with collect.py from "
+                "the same models and hook, and name them"
+            )
+    columns = (wanted.get("base_column"), wanted.get("ft_column"))
+    rest = (columns, None, VAL_ROWS, 0) if named else (columns, given.get("val_tokens"), resolved.get("val_tokens"), 0)
+    pair = text = None
+    if dataset:
+        source, name = open_pair(dataset, *rest), dataset
+        pair_file = Path(dataset).expanduser() / "pair.json"
+        pair = json.loads(pair_file.read_text()) if pair_file.is_file() else None
+        try:
+            text = ex.open_text(dataset, source)
+        except ValueError as error:
+            notes.append(f"no examples and no patching: {error}")
+    elif singles[0]:
+        source, name = open_single(*singles, *rest), f"{singles[0]} and {singles[1]}"
+        notes.append("no examples and no patching: two single datasets have no texts; give a paired one with --dataset")
+    elif record:
+        source, name = PlantedConcepts(resolved["seed"], resolved["val_tokens"]), "planted concepts"
+    else:
+        raise ValueError("--dataset is missing: a crosscoder without its run does not say what it was trained on")
+    if source.d_model != crosscoder.d_model:
+        flag = "--base-dataset" if singles[0] else "--dataset"
+        raise ValueError(
+            f"{flag}: its activations have {source.d_model} values and the crosscoder takes {crosscoder.d_model}; "
+            "give one that was collected at the same hook"
+        )
+    unscale = (1 / source.stored_scale.double()).float()[:, None].to(crosscoder.W_dec.device)
+    val_rows = min(source.val_rows, config.num_tokens)
+    train_rows = min(config.num_tokens - val_rows, source.train_rows or config.num_tokens)
+    return Data(source, unscale, name, pair, text, val_rows, train_rows)
+
+
+def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: list[str]):
+    """Both models and their hooks, or None, noted, where there is no text to run them on."""
+    if data.text is None:
+        return None
+    import language_model as lm
+
+    hook = config.hook or (data.pair or {}).get("hook")
+    if hook is None:
+        raise ValueError("--hook is missing: the dataset has no pair.json that says where it was collected")
+    hooks = (hook, config.ft_hook or config.hook or data.pair.get("ft_hook", hook))
+    flags = (("--base-model", config.base_model, "--hook"), ("--ft-model", config.ft_model, "--ft-hook"))
+    models, found = [], []
+    for (flag, name, hook_flag), one in zip(flags, hooks, strict=True):
+        models.append(lm.load_model(name, config.model_dtype, str(device), flag))
+        found.append(lm.parse_hook(models[-1], one, hook_flag if config.ft_hook else "--hook"))
+        if (width := lm.probe_hook(models[-1], found[-1], hook_flag)) != data.source.d_model:
+            raise ValueError(
+                f"{flag}: activations at {one} have {width} values, the crosscoder takes {data.source.d_model}; "
+                "give the models and the hook that it was trained on"
+            )
+    return models, found
+
+
+def open_tokenizer(config: AnalyzeConfig, data: Data, notes: list[str]):
+    """The tokenizer of the texts, or None, noted: then examples show token ids."""
+    import language_model as lm
+
+    pair = data.pair or {}
+    for name in (config.ft_model, config.base_model, pair.get("tokenizer"), pair.get("ft_model"), pair.get("base_model")):
+        if name:
+            with contextlib.suppress(ValueError):
+                if (tokenizer := lm.load_tokenizer(name, "--ft-model")) is not None:
+                    return tokenizer
+    notes.append("examples show token ids: no tokenizer of the dataset was found; name one with --base-model and --ft-model")
+    return None
+
+
+# --- the models without their activation
+
+
+def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Data, table: dict, tokenizer) -> dict:
+    """What the models lose by the reconstruction, and what sets of latents carry over; see patching.py."""
+    import language_model as lm
+    import patching
+
+    pair = data.pair or {}
+    live, tags = ~table["dead"], table["tag"]
+    ft_only = np.flatnonzero(live & (tags == "ft_only"))
+    shared = np.flatnonzero(live & (tags == "shared"))
+    by_norm = np.flatnonzero(live)[np.argsort(-table["relative_norm"][live])]
+    sets = {
+        "ft_only": ft_only,
+        "ft_only_by_both": np.flatnonzero(live & (tags == "ft_only") & (table["tag_scaling"] == "ft_only")),
+        "highest_relative_norm": by_norm[: max(1, round(HIGHEST_SHARE * len(by_norm)))],
+        "as_many_shared": np.random.default_rng(config.seed).permutation(shared)[: len(ft_only)],
+        "all": np.arange(crosscoder.d_hidden),
+    }
+    sets = {name: torch.from_numpy(np.sort(found)).to(crosscoder.W_dec.device) for name, found in sets.items()}
+    skip_first, ratio = pair.get("skip_first", 1), pair.get("max_norm_ratio", float("inf"))
+    rule = patching.Rule(skip_first, tuple(ratio * m for m in pair.get("median_norm", (float("inf"),) * 2)))
+    sequences = list(patching.take_sequences(data.text, data.text.rows, config.patch_tokens))
+    marker = lm.answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
+    first, first_rule = patching.first_tokens(sequences, marker, skip_first)
+    total = sum(map(len, sequences))
+    with progress_bar("patching", total) as bar:
+        result = patching.measure(*models, crosscoder, sequences, first, rule, sets, config.model_batch_size, bar)
+    result["rule"] = (
+        f"Replaced are the activations that the dataset holds: the first {skip_first} positions of a sequence and activations "
+        f"above {ratio:g} times the median norm stay as the model computes them. Losses are means over the predictions made "
+        f"from position {skip_first} on, in nats. 'first' are {first_rule}."
+    )
+    return result
+
+
+# --- what is written
+
+
+def with_examples(chosen: np.ndarray, found: list[ex.Example]) -> Iterator[tuple[int, list[ex.Example]]]:
+    grouped = ex.by_latent(found)
+    for place, latent in enumerate(chosen.tolist()):
+        yield latent, grouped.get(place, [])
+
+
+def token_texts(tokenizer, found: list[ex.Example], data: Data) -> dict[int, str]:
+    ids = np.unique(np.concatenate([e.tokens for e in found])) if found else np.empty(0, np.int32)
+    if tokenizer is None:
+        return {int(i): f" {i}" for i in ids}
+    import language_model as lm
+
+    return lm.token_texts(tokenizer, ids)
+
+
+def section(latent: int, found: list[ex.Example], data: Data, texts: dict[int, str]) -> dict:
+    """One latent's examples as they are written: token texts, and activations with three digits, null where not stored."""
+    return {
+        "latent": latent,
+        "examples": [
+            {
+                "range": ex.RANGE_NAMES[e.window.kind],
+                "text": data.text.names[data.text.text_of[e.window.sequence]],
+                "sequence": e.window.sequence,
+                "position": e.window.peak,
+                "peak": e.window.peak - e.window.start,
+                "tokens": [texts[int(t)] for t in e.tokens],
+                "values": [None if np.isnan(v) else float(f"{v:.3g}") for v in e.values],
+            }
+            for e in found
+        ],
+    }
+
+
+def definition(column: str, data: Data) -> str:
+    if column.startswith("freq_text_"):
+        return f"share of the tokens of {data.text.names[int(column.rpartition('_')[2])]} at which the latent is active"
+    if column.startswith("mean_text_"):
+        return f"mean activation over all tokens of {data.text.names[int(column.rpartition('_')[2])]}, zeros included"
+    return COLUMNS[column]
+
+
+def write_parquet(path: Path, table: dict[str, np.ndarray], data: Data) -> None:
+    """One row a latent; each field, and the key `definitions` of the schema, say what the columns are."""
+    arrays = [pa.array(column) for column in table.values()]
+    definitions = {name: definition(name, data) for name in table}
+    fields = [
+        pa.field(name, array.type, metadata={"definition": definitions[name]})
+        for name, array in zip(table, arrays, strict=True)
+    ]
+    schema = pa.schema(fields, metadata={"definitions": json.dumps(definitions), "data": data.name})
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+
+
+def training_curves(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
+    print(
+        f"held out   explained variance {metrics['explained_variance']:.3f} (base {metrics['explained_variance_A']:.3f}, "
+        f"ft {metrics['explained_variance_B']:.3f}), L0 {metrics['l0_loss']:.1f}, {metrics['rows_validation']:,} rows"
+    )
+    for name, how in (("latents", "by norm"), ("latents_by_scaling", "scaling"), ("latents_by_both", "both")):
+        counts = metrics[name]
+        dead = f", {counts['dead']} dead" if "dead" in counts else ""
+        print(f"{how:<11}{counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only{dead}")
+    if patching := metrics.get("patching"):
+        for name in ("base", "ft"):
+            one = {key: value["all"] for key, value in patching[name].items()}
+            print(
+                f"{name:<11}loss intact {one['loss_intact']:.3f}, reconstruction {one['loss_reconstruction']:.3f}, "
+                f"zero {one['loss_zero']:.3f}: recovered {one['loss_recovered']:.3f}"
+            )
+        for name, one in patching["diffing"]["base model"].items():
+            if name != "before":
+                before = patching["diffing"]["base model"]["before"]["all"]
+                print(f"diffing    base + {name} ({one['latents']}): KL to ft {before:.4f} -> {one['kl']['all']:.4f}")
+    if planted := metrics.get("planted"):
+        for how, score in planted.items():
+            found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
+            print(
+                f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}"
+            )
+    for note in notes:
+        print(f"note       {note}")
+    print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, figures")
+
+
+def stop_on_sigterm(*_) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_on_sigterm)
+    try:
+        main(CONFIG)
+    except (ValueError, OSError) as error:
+        sys.exit(f"analyze.py: error: {error}")
+    except KeyboardInterrupt as stop:
+        print("\nanalyze.py: stopped; run it again from the beginning", file=sys.stderr)
+        sys.exit(143 if stop.args else 130)

@@ -1,0 +1,296 @@
+"""What analyze.py measures: every latent in one pass over the rows, the held-out metrics, and which latents deserve a look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import latents
+from crosscoder import CrossCoder, explained
+from examples import Text
+from paired_rows import progress_bar
+from planted import RECOVERED, PlantedConcepts
+
+CODES_TOGETHER = 1 << 24  # entries of a matrix of codes: 64 MB, and a few of that size at once
+CURVE_ROWS = 8192  # held-out rows behind the threshold curve
+CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # L0 at its points, as multiples of the crosscoder's own
+
+# What each column of latents.parquet says. Lengths are in the normalised space of the crosscoder.
+COLUMNS = {
+    "latent": "index of the latent",
+    "tag": "class by relative norm: base_only below 0.2, ft_only above 0.8 (arXiv 2602.11729)",
+    "tag_scaling": "class by latent scaling: exclusive where |nu_error| < 0.2 and |nu_reconstruction| < 0.5 (arXiv 2504.02922)",
+    "tag_delta_norm": "class by delta_norm: below 0.1, 0.4 to 0.6, above 0.9, else other (arXiv 2504.02922)",
+    "dead": "active at none of the tokens measured",
+    "dec_base_norm": "norm of the decoder row in the base model",
+    "dec_ft_norm": "norm of the decoder row in the fine-tuned model",
+    "relative_norm": "dec_ft_norm / (dec_base_norm + dec_ft_norm): 0 base-only, 1 fine-tuned-only",
+    "delta_norm": "(1 + (dec_ft_norm - dec_base_norm) / max of both) / 2: 0 base-only, 1 fine-tuned-only",
+    "dec_norm_diff": "1 - delta_norm, as in the tables of Minder et al.: 0 fine-tuned-only, 1 base-only",
+    "dec_cos_sim": "cosine of the two decoder rows",
+    "enc_base_norm": "norm of the encoder weights that read the base model",
+    "enc_ft_norm": "norm of the encoder weights that read the fine-tuned model",
+    "enc_norm_diff": "as dec_norm_diff, of the encoder weights",
+    "enc_cos_sim": "cosine of the two models' encoder weights",
+    "frequency": "share of all tokens measured at which the latent is active",
+    "freq_train": "the same over the training rows",
+    "freq_val": "the same over the held-out rows",
+    "mean_act": "mean activation over the tokens at which it is active",
+    "max_act_train": "largest activation, training rows",
+    "max_act_val": "largest activation, held-out rows",
+    "difference": "mean over tokens of activation^2 * |row_ft - row_base|^2: what it writes of the models' squared difference",
+    "beta_error_base": "least-squares factor of activation * row_ft in the base model's error without this latent",
+    "beta_error_ft": "the same in the fine-tuned model's error",
+    "beta_reconstruction_base": "the same in the base model's reconstruction",
+    "beta_reconstruction_ft": "the same in the fine-tuned model's reconstruction",
+    "beta_activation_base": "the same in the base model's activation",
+    "beta_activation_ft": "the same in the fine-tuned model's activation",
+    "beta_activation_no_bias_base": "the same in the base model's activation less the decoder bias",
+    "beta_activation_no_bias_ft": "the same in the fine-tuned model's activation less the decoder bias",
+    "beta_ratio_error": "nu_error = beta_error_base / beta_error_ft: high means the base row was shrunk away",
+    "beta_ratio_reconstruction": "nu_reconstruction = the ratio of the reconstructions: high: others reconstruct it in base",
+    "beta_activation_ratio": "beta_activation_base / beta_activation_ft",
+    "base_beta_ratio_error": "nu_error with the roles of the models exchanged (row_base asked for in the fine-tuned model)",
+    "base_beta_ratio_reconstruction": "nu_reconstruction with the roles exchanged",
+    "planted_concept": "planted concepts: the concept that the latent points at best",
+    "planted_kind": "planted concepts: which model has that concept",
+    "planted_cosine": "planted concepts: the cosine with it, for a shared concept the smaller of the two models'",
+}
+
+
+class Data(NamedTuple):
+    """The activations to measure on, and what is known of them."""
+
+    source: object  # PairedActivations or PlantedConcepts
+    unscale: Tensor  # [n_models, 1] stored values -> raw activations
+    name: str
+    pair: dict | None  # pair.json of a paired dataset
+    text: Text | None
+    val_rows: int
+    train_rows: int  # measured, not all that there are
+
+
+# --- rows
+
+
+def gather(crosscoder: CrossCoder, data: Data, split: str, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Those of the given rows (ascending) that are finite, and their normalised activations [rows, n_models, d_model]."""
+    source = data.source
+    out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+    source.gather(split, rows, out)
+    finite = torch.isfinite(out.sum(-1, dtype=torch.float32)).all(0)  # [rows]
+    if not finite.all():
+        rows, out = rows[finite.numpy()], out[:, finite]
+    return rows, crosscoder.normalize(out.transpose(0, 1).to(data.unscale.device).float() * data.unscale)
+
+
+def normalized_rows(crosscoder: CrossCoder, data: Data, batch_size: int) -> Iterator[tuple[str, np.ndarray, Tensor]]:
+    """(split, row numbers, normalised activations) of all rows to measure, held-out ones first."""
+    for split, count in (("validation", data.val_rows), ("train", data.train_rows)):
+        for start in range(0, count, batch_size):
+            rows, x = gather(crosscoder, data, split, np.arange(start, min(start + batch_size, count)))
+            if len(rows):
+                yield split, rows, x
+
+
+# --- every latent
+
+
+@torch.no_grad()
+def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
+    """The sums of each split that has rows, and the held-out metrics. Memory is that of the dictionary and one batch."""
+    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
+    n_texts = len(data.text.names) if data.text else 1
+    sums: dict[str, latents.LatentSums] = {}
+    error, total, squared, per_token = 0, 0, 0, []
+    with progress_bar("latents", data.val_rows + data.train_rows) as bar:
+        for split, rows, x in normalized_rows(crosscoder, data, batch_size):
+            group = None
+            if data.text:
+                group = torch.from_numpy(data.text.text_of[data.text.rows[split][0][rows]]).long().to(x.device)
+            f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
+            part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
+            sums[split] = sums[split] + part if split in sums else part
+            if split == "validation":
+                error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
+                total = total + x.double().sum(0)  # [n_models, d_model]
+                squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
+                per_token.append((f > 0).sum(1).cpu())
+            bar.update(len(x))
+    if "validation" not in sums:
+        raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
+    per_token = torch.cat(per_token).float()
+    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / len(per_token)).tolist()
+    return sums, {
+        "explained_variance": together,
+        "explained_variance_A": base,
+        "explained_variance_B": ft,
+        "l0_loss": per_token.mean().item(),
+        "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)} if len(per_token) else {},
+    }
+
+
+@torch.no_grad()
+def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], data: Data) -> dict[str, np.ndarray]:
+    """Every latent, column by column; COLUMNS says what each is."""
+    W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
+    norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
+    both = sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
+    base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
+    count, total = both.count.sum(0), both.f.sum(0)  # [d_hidden]
+    never = torch.full((crosscoder.d_hidden,), float("nan"))
+    delta, names = latents.delta_norm(norms), np.array([*latents.CLASSES, "other"])
+    by_delta = torch.full_like(count, 3)
+    by_delta[delta < 0.1], by_delta[(delta >= 0.4) & (delta <= 0.6)], by_delta[delta > 0.9] = 0, 1, 2
+    n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
+    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * total / n2
+    table = {
+        "latent": torch.arange(crosscoder.d_hidden),
+        "tag": names[latents.classify(norms).cpu()],
+        "tag_scaling": names[latents.classify_by_scaling(base, ft, norms).cpu()],
+        "tag_delta_norm": names[by_delta.cpu()],
+        "dead": count == 0,
+        "dec_base_norm": norms[:, 0],
+        "dec_ft_norm": norms[:, 1],
+        "relative_norm": latents.relative_norm(norms),
+        "delta_norm": delta,
+        "dec_norm_diff": 1 - delta,
+        "dec_cos_sim": latents.cosine(W_dec),
+        "enc_base_norm": enc_norms[:, 0],
+        "enc_ft_norm": enc_norms[:, 1],
+        "enc_norm_diff": 1 - latents.delta_norm(enc_norms),
+        "enc_cos_sim": latents.cosine(W_enc),
+        "frequency": count / both.tokens,
+        "freq_train": sums["train"].count.sum(0) / sums["train"].tokens if "train" in sums else never,
+        "freq_val": sums["validation"].count.sum(0) / sums["validation"].tokens,
+        "mean_act": total / count,
+        "max_act_train": sums["train"].f_max if "train" in sums else never,
+        "max_act_val": sums["validation"].f_max,
+        "difference": both.f_squared / both.tokens * (W_dec[:, 1] - W_dec[:, 0]).double().pow(2).sum(-1),
+    }
+    for name in ("error", "reconstruction", "activation"):
+        beta = getattr(ft, name)
+        table |= {f"beta_{name}_base": beta[0], f"beta_{name}_ft": beta[1]}
+    table |= {"beta_activation_no_bias_base": no_bias[0], "beta_activation_no_bias_ft": no_bias[1]}
+    table["beta_ratio_error"], table["beta_ratio_reconstruction"] = ft.nu(1)
+    table["beta_activation_ratio"] = ft.activation[0] / ft.activation[1]
+    table["base_beta_ratio_error"], table["base_beta_ratio_reconstruction"] = base.nu(0)
+    if data.text and len(data.text.names) > 1:
+        n_tokens = both.group_tokens.clamp_min(1)
+        for i in range(len(data.text.names)):
+            table |= {f"freq_text_{i}": both.count[i] / n_tokens[i], f"mean_text_{i}": both.f[i] / n_tokens[i]}
+    return {name: column if isinstance(column, np.ndarray) else column.cpu().numpy() for name, column in table.items()}
+
+
+def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict) -> dict:
+    """The metrics with the counts of the table: dead share, classes under several cuts, density."""
+    live = ~table["dead"]
+    norms = torch.from_numpy(np.stack([table["dec_base_norm"], table["dec_ft_norm"]], axis=1))
+    edges = np.linspace(-7, 0, 51)
+    density, _ = np.histogram(np.log10(table["frequency"][live]).clip(-7, 0), edges)
+    agree = table["tag"] == table["tag_scaling"]
+    return metrics | {
+        "variant": crosscoder.variant,
+        "d_hidden": crosscoder.d_hidden,
+        "k": crosscoder.k,
+        "threshold": None if crosscoder.folded else crosscoder.threshold.item(),
+        "dead_fraction": float(1 - live.mean()),
+        "latents": latents.count_classes(norms, torch.from_numpy(table["dead"])),
+        "latents_by_scaling": {name: int((live & (table["tag_scaling"] == name)).sum()) for name in latents.CLASSES},
+        "latents_by_both": {name: int((live & agree & (table["tag"] == name)).sum()) for name in latents.CLASSES},
+        "latents_by_published_cuts": latents.published_counts(norms, torch.from_numpy(live)),
+        "density": {"log10_frequency_edges": edges.tolist(), "latents": density.tolist()},
+    }
+
+
+@torch.no_grad()
+def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
+    """L0 and explained variance at several thresholds, over some held-out rows: how much hangs on the chosen one.
+
+    Empty for a folded crosscoder, whose thresholds differ from latent to latent.
+    """
+    if crosscoder.folded:
+        return []
+    few = data._replace(val_rows=min(data.val_rows, CURVE_ROWS), train_rows=0)
+    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
+    own, points = crosscoder.threshold.clone(), []
+    active = sum(
+        (crosscoder.encode(x, normalized=True) > 0).sum().item() for _, _, x in normalized_rows(crosscoder, few, batch_size)
+    )
+    try:
+        crosscoder.threshold.zero_()
+        # the largest scores, as many as the longest point needs
+        kept, rows = torch.empty(0), 0
+        for _, _, x in normalized_rows(crosscoder, few, batch_size):
+            score = crosscoder.score(crosscoder.encode(x, normalized=True)).flatten().cpu()
+            kept, rows = torch.cat([kept, score[score > 0]]), rows + len(x)
+            if len(kept) > 2 * CURVE[-1] * active:
+                kept = kept.topk(int(CURVE[-1] * active) + 1).values
+        kept = kept.sort(descending=True).values
+        for factor in CURVE:
+            count = int(factor * active)
+            if not 0 < count <= len(kept):
+                continue
+            theta = (kept[count - 1] + kept[count]) / 2 if count < len(kept) else kept[count - 1] / 2
+            error = total = squared = 0
+            for _, _, x in normalized_rows(crosscoder, few, batch_size):
+                f = crosscoder.encode(x, normalized=True)
+                f = f * (crosscoder.score(f) > theta)
+                _, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec)
+                error, total = error + (x - x_hat).double().pow(2).sum((0, 2)), total + x.double().sum(0)
+                squared = squared + x.double().pow(2).sum((0, 2))
+            ev = explained(error, squared - total.pow(2).sum(-1) / rows)[0].item()
+            points.append({"threshold": theta.item(), "l0": count / rows, "explained_variance": ev, "own": factor == 1})
+    finally:
+        crosscoder.threshold.copy_(own)
+    return points
+
+
+def cosine_of_random_pairs(W_dec: Tensor, seed: int) -> np.ndarray:
+    """[d_hidden] cosine of each latent's base row and the fine-tuned row of a random latent. W_dec: [d_hidden, 2, d_model]."""
+    other = torch.from_numpy(np.random.default_rng(seed).permutation(len(W_dec))).to(W_dec.device)
+    return latents.cosine(torch.stack([W_dec[:, 0], W_dec[other, 1]], dim=1)).cpu().numpy()
+
+
+def planted_truth(source: PlantedConcepts, crosscoder: CrossCoder, table: dict) -> tuple[dict, dict]:
+    """The score against the truth, by norm and by scaling; and the truth concept by concept. Adds columns to the table."""
+    W_dec, dead = crosscoder.W_dec.detach().cpu(), torch.from_numpy(table["dead"])
+    kinds, index = np.array(latents.CLASSES), {name: i for i, name in enumerate(latents.CLASSES)}
+    by_scaling = torch.tensor([index[tag] for tag in table["tag_scaling"]])
+    scores = {"by_norm": source.score(W_dec, dead), "by_scaling": source.score(W_dec, dead, by_scaling)}
+    fit = source.fit(W_dec, dead)  # [n_concepts, d_hidden]
+    cosine, concept = fit.max(0)
+    kind = source.kind.numpy()
+    table["planted_concept"], table["planted_kind"] = concept.numpy(), kinds[kind[concept.numpy()]]
+    table["planted_cosine"] = cosine.numpy()
+    best, latent = (t.numpy() for t in fit.max(1))
+    truth = {
+        "concept": np.arange(len(kind)), "kind": kinds[kind], "rate": source.rate.numpy(), "latent": latent, "cosine": best,
+        "recovered": best > RECOVERED, "tag": table["tag"][latent], "tag_scaling": table["tag_scaling"][latent],
+        "relative_norm": table["relative_norm"][latent],
+    }  # fmt: skip
+    return scores, truth
+
+
+def choose(table: dict, asked: list[int], per_class: int, seed: int) -> np.ndarray:
+    """Latents that get a section: those asked for, then ft-only, base-only and a random sample of shared ones.
+
+    A latent is a candidate for a class by norm or by scaling. First come those that write most of the models' difference,
+    weighted by how far latent scaling lies below its cuts (1: nothing of the latent in the other model, 0: at the cuts).
+    """
+    live, chosen = ~table["dead"], list(asked)
+    cuts = (("error", latents.NU_ERROR_BELOW), ("reconstruction", latents.NU_RECONSTRUCTION_BELOW))
+    for name, prefix in (("ft_only", ""), ("base_only", "base_")):
+        candidates = np.flatnonzero(live & ((table["tag"] == name) | (table["tag_scaling"] == name)))
+        nearness = [np.abs(table[f"{prefix}beta_ratio_{what}"][candidates]) / cut for what, cut in cuts]
+        margin = 1 - np.nan_to_num(np.maximum(*nearness), nan=1.0).clip(0, 1)
+        difference = table["difference"][candidates]
+        order = np.lexsort((-difference, -difference * margin))
+        chosen += candidates[order[:per_class]].tolist()
+    shared = np.flatnonzero(live & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
+    chosen += sorted(np.random.default_rng(seed).permutation(shared)[:per_class].tolist())
+    return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)

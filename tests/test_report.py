@@ -1,0 +1,173 @@
+"""The one page in a real browser: it renders, sorts, searches, and shows text from data sets as text."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+import report
+from measure import COLUMNS
+
+pytestmark = pytest.mark.xdist_group("report")  # one process starts the browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>", "<!--", "&lt;", "<img src=x onerror=alert(1)>"]
+
+
+def made_up_table(n: int) -> dict:
+    """A table as analyze.py makes it, with numbers whose order is known: relative norm falls with the latent's number."""
+    draw = np.random.default_rng(0)
+    table = {name: draw.random(n) for name in COLUMNS if not name.startswith("planted")}
+    table["latent"], table["dead"] = np.arange(n), np.arange(n) == n - 1
+    table["relative_norm"] = 1 - np.arange(n) / n
+    tags = np.where(table["relative_norm"] > 0.8, "ft_only", np.where(table["relative_norm"] < 0.2, "base_only", "shared"))
+    table |= {"tag": tags, "tag_scaling": tags.copy(), "tag_delta_norm": tags.copy()}
+    table["beta_ratio_error"][3] = np.nan
+    return table | {"freq_text_0": draw.random(n), "mean_text_0": draw.random(n)}
+
+
+def made_up_sections(latents, n_examples: int) -> list[dict]:
+    def example(latent, i):
+        tokens = ["Zebra" if latent == 7 else " word", *HOSTILE, *[f" token{i}"] * 40]
+        values = [None, *[0.0] * (len(tokens) - 2), 1.5]
+        kind = "top" if i < n_examples // 2 else "25 to 50 %"
+        place = {"sequence": i, "position": 5, "peak": len(tokens) - 1}
+        return {"range": kind, "text": "</script>.txt", "tokens": tokens, "values": values} | place
+
+    return [{"latent": int(j), "examples": [example(j, i) for i in range(n_examples)]} for j in latents]
+
+
+def made_up_metrics(table: dict) -> dict:
+    counts = {name: int((table["tag"] == name).sum()) for name in report.CLASSES}
+    return {
+        "explained_variance": 0.9, "explained_variance_A": 0.91, "explained_variance_B": 0.89, "l0_loss": 12.0, "k": None,
+        "variant": "vanilla", "d_hidden": len(table["latent"]), "dead_fraction": 0.01, "latents": counts | {"dead": 1},
+        "latents_by_scaling": counts, "latents_by_both": counts, "rows_validation": 10, "rows_train": 10, "notes": HOSTILE[:1],
+        "latents_by_published_cuts": {"a cut": counts | {"other": 0}}, "run": "<b>run</b>", "data": "</script>",
+        "threshold_curve": [],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory):
+    """Render a page of n latents, with examples for some, into a file."""
+
+    folder, table = tmp_path_factory.mktemp("figures"), made_up_table(200)
+    with_random = table | {"random_cosine": np.zeros(200)}
+    drawn = report.draw_figures(folder, with_random, made_up_metrics(table), [], HOSTILE[0], None)
+    assert {p.suffix for p in folder.iterdir()} == {".png", ".svg"}
+
+    def make(n: int, with_examples, n_examples: int = 4):
+        folder, table = tmp_path_factory.mktemp("page"), made_up_table(n)
+        metrics = made_up_metrics(table)
+        definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
+        sections = made_up_sections(with_examples, n_examples)
+        html = report.render(metrics, table, definitions, ["</script>.txt"], drawn, sections, None, HOSTILE[0])
+        (folder / "report.html").write_text(html, encoding="utf-8")
+        return folder / "report.html"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, driven by playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open a file; at the end of the test there must have been no console error and no request beyond the file."""
+    complaints, pages = [], []
+
+    def go(path):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        pages.append(page)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append("a dialog opened"), dialog.dismiss()))
+        page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield go
+    for page in pages:
+        page.close()
+    assert complaints == []
+
+
+def first_column(page) -> list[int]:
+    return [int(text) for text in page.locator("#latents tbody td:first-child").all_inner_texts()]
+
+
+def test_the_table_sorts_searches_and_turns_pages(page_of, open_page):
+    page = open_page(page_of(200, [7, 150]))
+    assert first_column(page) == list(range(50))
+    page.get_by_role("button", name="relative norm").click()
+    assert first_column(page)[:2] == [0, 1]
+    page.get_by_role("button", name="relative norm").click()
+    assert first_column(page)[:2] == [199, 198]
+    page.get_by_role("button", name="next").click()
+    assert first_column(page)[0] == 149
+    page.get_by_role("button", name="ν error").click()  # what was not measured comes last, in both directions
+    page.locator("#class").select_option("ft_only")
+    assert len(first_column(page)) == 40 and first_column(page)[-1] == 3
+    page.get_by_role("button", name="ν error").click()
+    assert first_column(page)[-1] == 3
+    page.locator("#class").select_option("")
+    page.get_by_label("search latents").fill("zebra")
+    assert first_column(page) == [7]
+    page.get_by_label("search latents").fill("42")
+    assert first_column(page) == [42]
+    page.get_by_label("search latents").fill("base-only")
+    assert set(first_column(page)) <= set(range(160, 200))
+
+
+def test_examples_show_values_and_link_from_the_table(page_of, open_page):
+    page = open_page(page_of(200, [7, 150]))
+    section = page.locator("#latent-7")
+    assert section.locator(".example").count() == 2  # the weaker ones open on demand
+    assert section.locator(".peak").first.get_attribute("title") == "activation 1.50"
+    assert section.locator(".missing").first.get_attribute("title") == "left out of the dataset"
+    section.locator("summary").click()
+    assert section.locator(".example").count() == 4
+    page.get_by_label("search latents").fill("150")
+    page.locator("#latents tbody a").click()
+    assert page.locator("#latent-150").evaluate("e => Math.abs(e.getBoundingClientRect().top) < innerHeight")
+
+
+def test_text_of_the_data_stays_text(page_of, open_page):
+    page = open_page(page_of(20, [7]))
+    shown = page.locator("#latent-7 .text").first.evaluate("e => e.textContent")
+    assert all(part in shown for part in HOSTILE)
+    assert page.locator("#owned, main script:not([type='application/json'])").count() == 0
+    assert "<script>" in page.title() and "owned" not in page.title().replace(HOSTILE[0], "")
+    assert page.locator("img:not(figure img)").count() == 0
+    assert "<b>run</b>" in page.locator("header").inner_text()
+
+
+def test_a_page_with_2000_latents_of_examples_opens_at_once(page_of, open_page):
+    path = page_of(16_384, range(2000), n_examples=20)
+    began = time.perf_counter()
+    page = open_page(path)
+    page.wait_for_selector("#latent-0")
+    seconds = time.perf_counter() - began
+    assert page.locator("section.latent").count() < 50  # the rest comes when it is scrolled to
+    assert seconds < 5, seconds  # about 0.6 s
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.wait_for_function("document.querySelectorAll('section.latent').length > 5")
+
+
+def test_what_has_no_number_is_null(page_of):
+    html = page_of(20, [7]).read_text(encoding="utf-8")
+    start = html.index('id="columns">') + len('id="columns">')
+    columns = {c["name"]: c for c in json.loads(html[start : html.index("</script>", start)])}
+    assert columns["beta_ratio_error"]["values"][3] is None and columns["relative_norm"]["values"][0] == 1.0
