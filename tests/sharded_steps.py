@@ -28,6 +28,8 @@ def train(out: Path, variant: str, start_from: Path | None) -> None:
         D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, latents=parallel.part(D_HIDDEN)
     )
     crosscoder.double()
+    rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
+    crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=3e-3, fused=True)
     names = [name for name, _ in crosscoder.named_parameters()]
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
