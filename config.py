@@ -212,6 +212,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Tokens per step.
     batch_size: int | None = None
 
+    # Tokens computed at once, fewer for less memory: the gradients of a step's parts add up. With batch_topk each part
+    # keeps its own k * tokens scores. None: the whole batch.
+    micro_batch_size: int | None = None
+
     # Peak learning rate of Adam. None: 2 / sqrt(d_model * d_hidden).
     lr: float | None = None
 

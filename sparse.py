@@ -82,7 +82,7 @@ def find_cut(scores: Callable[[], Iterable[Tensor]], count: int) -> tuple[float,
     """
     upper, left = None, torch.tensor(count)
     for _ in range(2):
-        bins = torch.zeros(1 << 16, dtype=torch.int64)
+        bins = torch.zeros(1 << 16, dtype=torch.int32)
         for score in scores():
             bits = score[score > 0].float().view(torch.int32)
             part = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF

@@ -83,7 +83,7 @@ def main(given: TrainConfig) -> int:
             f"--init-from {given.init_from}: is for {warm.n_models} models of width {warm.d_model}, the activations are of "
             f"{source.n_models} of width {source.d_model}; give one that was trained at this hook"
         )
-    steps = math.ceil(stop / config.batch_size)
+    steps, at_once = math.ceil(stop / config.batch_size), config.micro_batch_size or config.batch_size
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
@@ -173,8 +173,7 @@ def main(given: TrainConfig) -> int:
             dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
             if device.type == "cpu" and dead is not None and not parallel.any_process(bool(dead.any())):
                 dead = None  # a free question here; on CUDA it would wait for the device
-            out = crosscoder.losses(x, l1_coeff, config.aux_coeff, dead, k)
-            out.loss.backward()
+            out = losses_and_gradients(crosscoder, x, at_once, l1_coeff, config.aux_coeff, dead, k)
             grad_norm = norm_of_gradient(crosscoder)
             optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)  # fused Adam divides by it as it reads
             lr = optimizer.param_groups[0]["lr"]
@@ -197,7 +196,7 @@ def main(given: TrainConfig) -> int:
                     metrics["model_fraction"] = (source.model_seconds - logged_model_seconds) / elapsed
                     logged_model_seconds = source.model_seconds
                 if validate:
-                    metrics |= evaluate(crosscoder, source, config.batch_size, unscale, l1_coeff)
+                    metrics |= evaluate(crosscoder, source, at_once, unscale, l1_coeff)
                 if parallel.rank() == 0:
                     tracker = log(run, tracker, step, metrics)
                     show(watched, step, metrics)
@@ -228,8 +227,8 @@ def main(given: TrainConfig) -> int:
 
     # --- the result: an inference threshold and metrics from rows that were never trained on
     if config.variant == "batch_topk":
-        crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.batch_size, unscale))
-    final = evaluate(crosscoder, source, config.batch_size, unscale, config.l1_coeff)
+        crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
+    final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
     with checkpoint.explained("the crosscoder", run):
         crosscoder.save_pretrained(run / "crosscoder")
     dead, norms = (parallel.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
@@ -276,8 +275,8 @@ def check(config: TrainConfig) -> None:
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
-        "d_hidden", "k", "k_aux", "batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every",
-        "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
+        "d_hidden", "k", "k_aux", "batch_size", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
+        "val_every", "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -523,6 +522,23 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         "val_l0_loss": active.item() / rows,
         **by_model("val_explained_variance", variance),
     }
+
+
+def losses_and_gradients(crosscoder: CrossCoder, x: Tensor, at_once: int, *args) -> Losses:
+    """Losses of the rows x, `at_once` of them at a time; their gradients add up in the parameters.
+
+    Losses are means over the rows. What is chosen over a batch (codes of batch_topk and of the auxiliary loss) is chosen
+    over each part. args: of CrossCoder.losses.
+    """
+    parts = []
+    for part in x.split(at_once):
+        out = crosscoder.losses(part, *args)
+        (out.loss * (len(part) / len(x))).backward()
+        parts.append(Losses(*(value.detach() for value in out)))
+    if len(parts) == 1:
+        return parts[0]
+    means = [sum(out[i] * (len(out.x_hat) / len(x)) for out in parts) for i in range(5)]
+    return Losses(*means, torch.stack([out.fired for out in parts]).any(0), torch.cat([out.x_hat for out in parts]))
 
 
 def norm_of_gradient(crosscoder: CrossCoder) -> Tensor:

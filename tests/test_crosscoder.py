@@ -5,6 +5,7 @@ import torch
 
 import sparse
 from crosscoder import CrossCoder, explained_variance
+from train import losses_and_gradients
 
 B, D, F, K = 32, 12, 40, 4
 
@@ -372,3 +373,22 @@ def test_three_models():
 def test_impossible_sizes_are_refused(options):
     with pytest.raises(ValueError, match="variant|k ="):
         CrossCoder(D, F, **options)
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole():
+    x, whole, parts = rows(), make(), make()
+    expected = losses_and_gradients(whole, x, len(x), 0.7)
+    found = losses_and_gradients(parts, x, 5, 0.7)  # six parts of 5 and one of 2
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for name, p in whole.named_parameters():
+        torch.testing.assert_close(getattr(parts, name).grad, p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_each_part_of_a_batch_keeps_its_own_k():
+    crosscoder, x = make("batch_topk"), rows() * torch.linspace(0.1, 3, B)[:, None, None]  # the last rows score highest
+    active = [losses_and_gradients(crosscoder, x, size, 0.0).l0_loss for size in (B, 8)]
+    assert active == [K, K]
+    reconstruction = losses_and_gradients(crosscoder, x, 8, 0.0).x_hat
+    each = torch.cat([crosscoder.losses(part, 0.0).x_hat for part in x.split(8)])
+    assert torch.equal(reconstruction, each) and not torch.allclose(each, crosscoder.losses(x, 0.0).x_hat)
