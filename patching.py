@@ -137,10 +137,10 @@ def measure(
                 add(f"{name} {what}", lm.read_logits(model, hook, ids, mask.long(), spliced)[1], logits)
         base, ft_logits = intact[0][0], intact[1][1]
         add("base model, nothing", intact[0][1], ft_logits)
-        for half, model, hook in zip(("base model", "ft model"), models, hooks, strict=True):
+        for half, model, hook, (own, _) in zip(("base model", "ft model"), models, hooks, intact, strict=True):
             for what, rows in [("nothing", torch.zeros_like(x[:, 0])), *carried.items()]:
                 if half == "ft model" or what != "nothing":
-                    spliced = write_at(base, kept, base[kept].float() + rows)
+                    spliced = write_at(own, kept, base[kept].float() + rows)
                     add(f"{half}, {what}", lm.read_logits(model, hook, ids, mask.long(), spliced)[1], ft_logits)
         if progress is not None:
             progress.update(int(lengths.sum()))

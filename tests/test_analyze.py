@@ -87,7 +87,7 @@ def test_fine_tuned_only_latents_fire_on_the_fine_tuning_text(capitals):
 
     assert contrast(top) > 1.5 and contrast(top) > 3 * contrast(shared)  # about 3 and 0.5; with 400 steps 10 and 0.3
     texts = [e["text"] for latent in top for e in examples[latent] if e["range"] == "top"]
-    assert np.mean([text == "caps.txt" for text in texts]) > 0.8
+    assert np.mean([text == "caps.txt" for text in texts]) > 0.6
 
 
 def test_adding_fine_tuned_only_latents_brings_the_base_model_closer(capitals):
@@ -292,7 +292,7 @@ def test_two_copies_of_one_model_have_no_exclusive_latent(tiny, tmp_path):
         shutil.copytree(tiny["base"], tmp_path / name)
     run_script(
         "collect.py", "--base-model", tmp_path / "a", "--ft-model", tmp_path / "b", "--hook", HOOK, "--seq-len", 128, "--text",
-        tiny["code"], "--num-tokens", 30_000, "--model-dtype", "float32", "--output", tmp_path / "data", check=True,
+        tiny["code"], "--num-tokens", 20_000, "--model-dtype", "float32", "--output", tmp_path / "data", check=True,
     )  # fmt: skip
     run_script(
         "train.py", "--dataset", tmp_path / "data", "--d-hidden", 128, "--batch-size", 512, "--epochs", 3, "--l1-coeff", 1,
@@ -404,7 +404,7 @@ def test_ctrl_c_leaves_cleanly(capitals):
 def test_the_pass_over_all_latents_takes_memory_for_the_dictionary_alone():
     script = str(ROOT / "benchmarks" / "analysis_memory.py")
     used = []
-    for tokens in (2048, 6144):
+    for tokens in (1024, 4096):
         done = subprocess.run(
             [sys.executable, script, "--num-tokens", str(tokens), "--d-model", "64"], capture_output=True, text=True
         )
