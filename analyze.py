@@ -127,8 +127,11 @@ def check_numbers(config: AnalyzeConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
     if config.dataset and (config.base_dataset or config.ft_dataset):
         raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
+    if config.base_model and config.ft_adapter:
+        config.ft_model = config.ft_model or config.base_model
     for one, other in (("base_dataset", "ft_dataset"), ("ft_dataset", "base_dataset"), ("base_model", "ft_model"),
-                       ("ft_model", "base_model"), ("hook", "base_model"), ("ft_hook", "base_model")):  # fmt: skip
+                       ("ft_model", "base_model"), ("hook", "base_model"), ("ft_hook", "base_model"),
+                       ("ft_adapter", "base_model")):  # fmt: skip
         if getattr(config, one) and not getattr(config, other):
             raise ValueError(f"--{one.replace('_', '-')} is given without --{other.replace('_', '-')}")
 
@@ -227,7 +230,10 @@ def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: 
     flags = (("--base-model", config.base_model, "--hook"), ("--ft-model", config.ft_model, "--ft-hook"))
     models, found = [], []
     for (flag, name, hook_flag), one in zip(flags, hooks, strict=True):
-        models.append(lm.load_model(name, config.model_dtype, str(device), flag))
+        role = flag[2:].removesuffix("-model")  # base or ft
+        revision = data.pair.get(f"{role}_revision") if data.pair and data.pair.get(f"{role}_model") == name else None
+        adapter = config.ft_adapter if role == "ft" else None
+        models.append(lm.load_model(name, config.model_dtype, str(device), flag, revision, adapter))
         found.append(lm.parse_hook(models[-1], one, hook_flag if config.ft_hook else "--hook"))
         if (width := lm.probe_hook(models[-1], found[-1], hook_flag)) != data.source.d_model:
             raise ValueError(

@@ -351,8 +351,12 @@ class AnalyzeConfig(DatasetFlags):
     # Base model, to replace activations in it: a Hugging Face id or a folder. Goes with --ft-model.
     base_model: str | None = None
 
-    # Fine-tuned model: a Hugging Face id or a folder.
+    # Fine-tuned model: a Hugging Face id or a folder. May be left out with --ft-adapter. Of models named as in the dataset's
+    # pair.json the revisions are those that it names.
     ft_model: str | None = None
+
+    # Adapter that is merged into the fine-tuned model, as for collect.py.
+    ft_adapter: str | None = None
 
     # Where to replace activations. None: where the dataset was collected, as its pair.json says.
     hook: str | None = None
