@@ -333,8 +333,8 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
     for split, part in base.items():
         if len(part) != written.get(split, len(part)):
             raise ValueError(
-                f"--dataset {dataset}: has {len(part)} rows in {split} and pair.json says {written[split]}: a shard is truncated "
-                "or missing; copy it again or collect again"
+                f"--dataset {dataset}: has {len(part)} rows in {split} and pair.json says {written[split]}: a shard is "
+                "truncated or missing; copy it again or collect again"
             )
     splits = pair_up(base, ft, ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)

@@ -79,9 +79,9 @@ def main() -> int:
         same = same_weights(straight, run) and losses(straight) == losses(run)
         left = half_written(run)
     print(
-        f"{sum(counts.values())} kills ({counts['save']} inside a save, {counts['start']} while starting) over {steps} steps in "
-        f"{time.time() - began:.0f} s: every resume started, final weights and metrics {'are the same bits' if same else 'DIFFER'}, "
-        f"{len(left)} temporary files left"
+        f"{sum(counts.values())} kills ({counts['save']} inside a save, {counts['start']} while starting) over {steps} steps "
+        f"in {time.time() - began:.0f} s: every resume started, final weights and metrics "
+        f"{'are the same bits' if same else 'DIFFER'}, {len(left)} temporary files left"
     )
     return 0 if same and not left and counts["save"] >= args.inside_saves else 1
 
