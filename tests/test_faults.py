@@ -26,7 +26,9 @@ from test_train import QUICK, SMALL, assert_same_weights, start, train
 
 import checkpoint
 from activations import open_pair, open_single
+from config import TrainConfig
 from crosscoder import CrossCoder
+from monitor import warn, watch
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
@@ -337,17 +339,17 @@ def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
 
 def test_a_log_file_gets_lines_with_time_and_a_warning_that_names_the_flag(tmp_path):
     """An L1 weight far too large, which rises from 0: at first the codes explain something, then nothing."""
-    began, much = time.time(), ["--l1-coeff", 200, "--num-tokens", 12_800]
+    began, much = time.time(), ["--l1-coeff", 15, "--num-tokens", 19_200]
     result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, *much, check=True)
     shown = [line for line in result.stderr.splitlines() if "tokens/s" in line]
     for line in (shown[0], shown[-1]):
         stamp = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
         assert began - 1 <= stamp <= time.time()
-    assert " step 1 of 200, loss " in shown[0] and " step 200 of 200, loss " in shown[-1] and "0:00:00 left" in shown[-1]
+    assert " step 1 of 300, loss " in shown[0] and " step 300 of 300, loss " in shown[-1] and "0:00:00 left" in shown[-1]
     beats = [m["time"] for m in metrics(tmp_path / "a")]
     assert began < beats[0] <= beats[-1] < time.time() and beats == sorted(beats)
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert "explained variance fell from" in warning and "lower --l1-coeff (200)" in warning
+    assert "explained variance fell from" in warning and "lower --l1-coeff (15), or lower --lr" in warning
 
 
 def test_a_dictionary_that_dies_is_warned_of(tmp_path):
@@ -355,6 +357,22 @@ def test_a_dictionary_that_dies_is_warned_of(tmp_path):
     result = run_script("train.py", "--output-dir", tmp_path, *flags, "--dec-init-norm", 0.05, check=True)
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
     assert "of the latents are dead: raise --aux-coeff (0), or lower --d-hidden (1024)" in warning
+
+
+def test_waiting_for_data_is_warned_of_once_and_only_where_something_can_be_done(capfd):
+    def shown(waiting, **where):
+        config, watched = TrainConfig(l1_coeff=1.0, k=8, d_hidden=64, lr=0.01, **where), watch(100, 0)
+        for step, waited in enumerate(waiting, 1):
+            line = {"explained_variance": 0.9, "dead_fraction": 0.0, "data_wait_fraction": waited}
+            warn(watched, config, step, line)
+        return capfd.readouterr().err
+
+    assert shown([0.9, 0.9, 0.1, 0.9, 0.9], dataset="x") == ""  # never three in a row
+    warning = shown([0.1, 0.9, 0.9, 0.8] + [0.9] * 10, dataset="x")
+    assert warning.startswith("warning  step 4: 80% of the time goes into waiting for data: copy the dataset to a local disk")
+    assert warning.count("\n") == 1
+    assert "--base-device and --ft-device" in shown([0.9] * 10, base_model="x")
+    assert shown([0.9] * 10) == ""  # planted concepts
 
 
 # --- all at once
