@@ -143,11 +143,15 @@ def start_wandb(config, run: Path, run_id: str | None):
         return None, run_id
     import wandb
 
+    # A network that is gone must hold up neither the start nor the end for long; the files stay.
+    waits = {"init_timeout": 30, "finish_timeout": 60}
+    waits = {name: float(os.environ.get(f"WANDB_{name.upper()}", seconds)) for name, seconds in waits.items()}
+
     def init(mode):
         return wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
             resume="allow" if mode == "online" else None, config=vars(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
+            settings=wandb.Settings(silent=True, **waits),
         )  # fmt: skip
 
     why = "as asked"

@@ -316,7 +316,7 @@ def test_two_requeued_jobs_of_one_name_at_once(tmp_path):
 def test_wandb_online_without_a_network_goes_offline_and_the_run_goes_on(tmp_path):
     """A key, and a server that refuses connections."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
     flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "online"]
     result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("wandb")]
