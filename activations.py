@@ -188,6 +188,12 @@ class Column:
         for array in table.column(name).chunks:
             if len(array) == 0:
                 continue
+            try:
+                array.validate()  # hostile offsets must not point outside the buffer
+            except ValueError as error:
+                raise ValueError(
+                    f"{flag}: column {name!r} is damaged after row {starts[-1]} ({error}); copy it again"
+                ) from None
             nulls, array = array.null_count, token_rows(array)
             values = array.flatten()
             if nulls or array.null_count or values.null_count:
@@ -357,8 +363,15 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
         stored_scale, shuffled = torch.tensor(pair["stored_scale"], dtype=torch.float64), bool(pair.get("shuffled"))
         if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
             raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
+        written = dict(pair.get("rows", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
+    for split, part in base.items():
+        if len(part) != written.get(split, len(part)):
+            raise ValueError(
+                f"--dataset {dataset}: has {len(part)} rows in {split} and pair.json says {written[split]}: a shard is "
+                "truncated or missing; copy it again or collect again"
+            )
     splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)
 
@@ -468,7 +481,9 @@ def open_dataset(name: str, flag: str) -> dict:
     except IndexError:  # how the library meets a folder without a single row
         raise ValueError(f"{flag} {name}: the dataset is empty") from None
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; all mean that this argument cannot be read
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        if file := damaged_file(path):
+            raise ValueError(f"{flag}: {file} is truncated or damaged ({reason}); copy or collect it again") from None
         hub = "" if path.exists() else " (no such folder here, so it was taken for a Hub id, which needs network)"
         raise ValueError(f"{flag} {name}: cannot be opened: {reason}{hub}") from None
     if isinstance(loaded, datasets.Dataset):
@@ -517,6 +532,20 @@ def open_memmaps(folder: Path, source: str):
         raise ValueError(f"{source}: the activation cache cannot be read: {error}") from None
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return datasets.Dataset(table, fingerprint=name)  # without one it would hash every row
+
+
+def damaged_file(path: Path) -> Path | None:
+    """The first Arrow file of a dataset's folder that cannot be read to its end."""
+    import pyarrow
+
+    for file in sorted(path.rglob("*.arrow")):
+        try:
+            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches_of_rows:
+                for _ in batches_of_rows:  # maps them, which reads little more than their headers
+                    pass
+        except (pyarrow.ArrowException, OSError):
+            return file
+    return None
 
 
 def hub_pair_file(dataset: str) -> str | os.PathLike:

@@ -19,6 +19,8 @@ LINE_EVERY = 10.0  # seconds between lines of progress where there is no termina
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
 FALLEN_TO = 0.6  # of the best explained variance so far; sparsity that grows as planned costs less than that
+NOTHING = 0.02  # explained variance that is none
+EARLY = 0.1  # share of the run in which nothing need be explained yet
 WAITING_SHARE = 0.5  # of the time
 
 
@@ -112,24 +114,24 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     variance, dead, waited = (metrics[name] for name in ("explained_variance", "dead_fraction", "data_wait_fraction"))
     if variance > watched.best:
         watched.best, watched.best_step = variance, step
-    topk = config.variant == "batch_topk"
-    still_growing = step <= watched.steps * (config.k_anneal if topk else config.l1_warmup)  # sparsity
-    fewer_dead = f"lower --l1-coeff ({config.l1_coeff:g})"
-    denser = fewer_dead if config.l1_coeff else f"raise --k ({config.k})"
-    if topk:
-        fewer_dead = f"raise --k-start ({config.k_start:g})" if config.aux_coeff else "raise --aux-coeff (0)"
+    if watched.best_step:
+        less, lost = f"fell from {watched.best:.2f} at step {watched.best_step:,} to", variance < FALLEN_TO * watched.best
+    else:
+        less, lost = "is still", variance < NOTHING and step > EARLY * watched.steps
+    denser = f"lower --l1-coeff ({config.l1_coeff:g})" if config.l1_coeff else f"raise --k ({config.k})"
+    alive = denser
+    if config.variant == "batch_topk":
+        alive = f"raise --k-start ({config.k_start:g})" if config.aux_coeff else "raise --aux-coeff (0)"
     sooner = "copy the dataset to a local disk (--dataset), or read fewer runs from it at once"
     if config.base_model:
         sooner = "the models fill the buffer meanwhile; give them --base-device and --ft-device, or run collect.py once"
-    troubles = {
-        f"{dead:.0%} of the latents are dead: {fewer_dead}, or lower --d-hidden ({config.d_hidden})": dead > DEAD_SHARE,
-        f"explained variance fell from {watched.best:.2f} at step {watched.best_step} to {variance:.2f}: "
-        + (f"{denser}, or " if still_growing else "")
-        + f"lower --lr ({config.lr:.2g})": watched.best_step > 0 and variance < FALLEN_TO * watched.best,
-        f"{waited:.0%} of the time goes into waiting for data: {sooner}": waited > WAITING_SHARE
-        and (config.base_model or config.dataset or config.base_dataset),  # planted concepts cost what they cost
-    }
-    for place, (text, now) in enumerate(troubles.items()):
+    stored = config.base_model or config.dataset or config.base_dataset  # planted concepts cost what they cost
+    troubles = (
+        (dead > DEAD_SHARE, f"{dead:.0%} of the latents are dead: {alive}, or lower --d-hidden ({config.d_hidden})"),
+        (lost, f"explained variance {less} {variance:.2f}: {denser}, or lower --lr ({config.lr:.2g})"),
+        (stored and waited > WAITING_SHARE, f"{waited:.0%} of the time goes into waiting for data: {sooner}"),
+    )
+    for place, (now, text) in enumerate(troubles):
         watched.in_a_row[place] = watched.in_a_row[place] + 1 if now else 0
         if watched.in_a_row[place] >= IN_A_ROW and place not in watched.told:
             watched.told.add(place)
@@ -146,11 +148,15 @@ def start_wandb(config, run: Path, run_id: str | None):
         return None, run_id
     import wandb
 
+    # A network that is gone must hold up neither the start nor the end for long; the files stay.
+    waits = {"init_timeout": 30, "finish_timeout": 60}
+    waits = {name: float(os.environ.get(f"WANDB_{name.upper()}", seconds)) for name, seconds in waits.items()}
+
     def init(mode):
         return wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
             resume="allow" if mode == "online" else None, config=vars(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
+            settings=wandb.Settings(silent=True, **waits),
         )  # fmt: skip
 
     why = "as asked"

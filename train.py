@@ -211,7 +211,7 @@ def main(given: TrainConfig) -> int:
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)
             watched.bar.update()
-            if last:  # not `signals`: one that came in since `last` was asked is saved by the next step
+            if last or (signals and step % config.save_every == 0):  # one that came in after a save is saved by the next step
                 break
             waiting_since = time.perf_counter()
     watched.bar.close()

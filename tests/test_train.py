@@ -426,16 +426,6 @@ def test_wandb_auto_without_a_key_is_offline_and_says_so(tmp_path):
     assert list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_wandb_without_a_network_goes_offline_and_the_run_goes_on(tmp_path):
-    """A key, and a server that refuses connections."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
-    assert "wandb    offline (" in result.stdout and "no key found" not in result.stdout
-    assert (tmp_path / "a" / "summary.json").exists()
-
-
 # --- what must not move the state, and what must stop the run
 
 

@@ -1,0 +1,383 @@
+"""What a machine does to a run: kills, full and read-only disks, damaged files, hostile files, a deaf network, a closed pipe.
+
+Real processes and real limits. More of it where it belongs: kills and signals in test_train.py, broken input in
+test_activations.py.
+"""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import ROOT, metrics, one_line_error, run_script
+from test_activations import numbered, write
+from test_train import QUICK, SMALL, assert_same_weights, start, train
+
+import checkpoint
+from activations import open_pair, open_single
+from config import TrainConfig
+from crosscoder import CrossCoder
+from monitor import warn, watch
+
+CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 100 steps with the checkpoints of steps 80 and 100."""
+    return train(tmp_path_factory.mktemp("finished"), "a", *SMALL)
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
+
+
+def wait_until(true, process=None, seconds=120) -> None:
+    deadline = time.time() + seconds
+    while not true():
+        assert time.time() < deadline and (process is None or process.poll() is None), process and process.communicate()
+        time.sleep(0.002)
+
+
+# --- checkpoints that are not what was written
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go(tmp_path, finished):
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "crosscoder")
+    flip(run / "checkpoints" / "step_00000100" / "latents_0_64.safetensors")
+    for folder in (".step_00000100.partial", ".step_00000060.old"):
+        shutil.copytree(run / "checkpoints" / "step_00000080", run / "checkpoints" / folder)
+    (run / ".config.json.partial").write_text("{")
+    (run / "crosscoder").mkdir()
+    (run / "crosscoder" / "model.safetensors.partial").write_bytes(b"1")
+    result = run_script("train.py", "--resume", run, check=True)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("damaged")]
+    assert "step_00000100 (latents_0_64.safetensors is not what was written): passed over for the one before it" in line
+    assert f"resumed  {run / 'checkpoints' / 'step_00000080'}" in result.stdout
+    assert_same_weights(finished, run)
+    assert [path for path in run.rglob("*") if "partial" in path.name or ".old" in path.name] == []
+    assert checkpoint.damage(run / "checkpoints" / "step_00000100") is None  # written again
+
+
+@pytest.mark.parametrize("name", ["index.json", "state.json", "shared.safetensors", "latents_0_64.safetensors"])
+@pytest.mark.parametrize("how", ["one bit", "truncated", "empty", "missing", "another's"])
+def test_every_damage_to_every_file_is_found(tmp_path, finished, name, how, capsys):
+    shutil.copytree(finished, tmp_path / "a")
+    older, newer = checkpoint.complete(tmp_path / "a")
+    path, size = newer / name, (newer / name).stat().st_size
+    if how == "one bit":
+        for at in (0, 1, size // 3, size // 2, size - 2):
+            flip(path, at)
+            assert name in checkpoint.damage(newer)
+            flip(path, at)
+        assert checkpoint.damage(newer) is None
+        flip(path)
+    elif how == "missing":
+        path.unlink()
+    elif how == "another's":
+        shutil.copy(older / name, path)
+    else:
+        os.truncate(path, size - 1 if how == "truncated" else 0)
+    if (how, name) == ("another's", "index.json"):
+        assert checkpoint.damage(newer)  # its checksums are those of other files
+    else:
+        assert name in checkpoint.damage(newer)
+    assert checkpoint.find(tmp_path / "a") == older
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="step_00000100 is broken"):
+        checkpoint.load(newer)
+    flip(older / "state.json")
+    with pytest.raises(ValueError, match=r"all its checkpoints are damaged .*--config .*config\.json"):
+        checkpoint.find(tmp_path / "a")
+
+
+class Bomb:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_pickle_is_loaded(tmp_path, finished):
+    """Neither in place of a checkpoint's file, even with checksums to match, nor of a model, nor of a dataset."""
+    bomb, exploded = pickle.dumps(Bomb(tmp_path / "exploded")), tmp_path / "exploded"
+    pickle.loads(bomb).close()
+    assert exploded.exists()  # it would
+    exploded.unlink()
+    torch.save(Bomb(exploded), tmp_path / "torch.pt")
+    for name in ("shared.safetensors", "latents_0_64.safetensors", "state.json", "index.json"):
+        for content in (bomb, (tmp_path / "torch.pt").read_bytes()):
+            run = tmp_path / "run"
+            shutil.copytree(finished, run)
+            _, folder = checkpoint.complete(run)
+            index = json.loads((folder / "index.json").read_text())
+            (folder / name).write_bytes(content)
+            if name != "index.json":
+                checkpoint.write_index(folder, {key: value for key, value in index.items() if "checksum" not in key})
+            with pytest.raises(ValueError, match="broken"):
+                checkpoint.load(folder)
+            shutil.rmtree(run)
+    for name in ("model.safetensors", "config.json"):
+        shutil.copytree(finished / "crosscoder", tmp_path / "model")
+        (tmp_path / "model" / name).write_bytes(bomb)
+        with pytest.raises(ValueError, match="broken"):
+            CrossCoder.from_pretrained(tmp_path / "model")
+        shutil.rmtree(tmp_path / "model")
+    good = write(tmp_path / "good", numbered(100))
+    for name in (
+        "x.arrow",
+        "x.parquet",
+        "x.pkl",
+        "folder/x.pkl",
+        "folder/x.pt",
+        "folder/x.tar",
+        "folder/x.npy",
+        "saved/x.arrow",
+    ):
+        hostile = tmp_path / "hostile" / name
+        hostile.parent.mkdir(parents=True)
+        hostile.write_bytes(bomb)
+        if hostile.suffix == ".tar":  # read as a web dataset, whose parts were once unpickled
+            for part in ("1.pyd", "1.pickle", "1.pth"):
+                (tmp_path / part).write_bytes(bomb)
+                with tarfile.open(hostile, "w" if part == "1.pyd" else "a") as tar:
+                    tar.add(tmp_path / part, part)
+        if name.startswith("saved"):
+            state = json.loads((Path(good) / "state.json").read_text()) | {"_data_files": [{"filename": "x.arrow"}]}
+            (hostile.parent / "state.json").write_text(json.dumps(state))
+            shutil.copy(Path(good) / "dataset_info.json", hostile.parent)
+        named = hostile if "/" not in name else hostile.parent
+        with pytest.raises(ValueError, match="--base-dataset"):
+            open_single(str(named), good, (None, None), 10, 0, seed=0)
+        shutil.rmtree(tmp_path / "hostile")
+    assert not exploded.exists()
+
+
+# --- preemption
+
+
+def test_sigterm_in_the_middle_of_a_save_leaves_in_time(tmp_path):
+    """Preemption gives 30 seconds. This run saves 12 MB at each step, so the signal comes inside a save, which is the last."""
+    process = start(tmp_path, "a", *QUICK, "--d-hidden", 2048, "--num-tokens", 64_000, "--save-every", 1)
+    run = tmp_path / "a"
+    wait_until(lambda: checkpoint.complete(run) and list(run.glob("checkpoints/.*.partial")), process)
+    sent = time.time()
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and time.time() - sent < 30, errors
+    newest = checkpoint.find(run)
+    assert not (run / "crosscoder").exists()
+    assert f"saved at step {int(newest.name.removeprefix('step_'))}" in printed and "damaged" not in errors
+
+
+# --- full and read-only disks
+
+
+def test_a_full_disk_at_a_line_of_metrics(tmp_path):
+    """No file may exceed 60 KB; checkpoints of 8 latents are smaller, and 200 lines of metrics larger."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    flags = [*QUICK, "--d-hidden", 8, "--num-tokens", 12_800, "--log-every", 1, "--save-every", 50]
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, preexec_fn=limit)
+    message = one_line_error(result, "train.py")
+    assert "metrics.jsonl could not be written" in message and "make room" in message and "checkpoints are untouched" in message
+    assert checkpoint.damage(checkpoint.find(tmp_path / "a")) is None
+
+
+def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
+    """The limit comes while the held-out rows are read, after the last checkpoint. Then there is room again."""
+    flags = [*QUICK, "--num-tokens", 640, "--val-tokens", 150_000, "--k", 8]
+    process, run = start(tmp_path, "a", *flags), tmp_path / "a"
+    wait_until(lambda: checkpoint.complete(run), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _, errors = process.communicate(timeout=120)
+    (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert process.returncode == 1 and "the crosscoder could not be written" in message and "make room" in message
+    assert "Traceback" not in errors and not list(run.rglob("*.partial"))
+    train(tmp_path, "a", "--resume", run)
+    assert CrossCoder.from_pretrained(run / "crosscoder").d_hidden == 64 and (run / "summary.json").exists()
+
+
+@needs_mount
+def test_a_file_system_that_fills_up(tmp_path):
+    """A tmpfs of 16 MB that something else fills after the first checkpoint."""
+    script = f"""
+        set -e
+        mount -t tmpfs -o size=16m none {tmp_path}
+        {sys.executable} {ROOT}/train.py --output-dir {tmp_path} --run-name a {" ".join(map(str, SMALL))} --d-hidden 512 \
+            --num-tokens 640000 --log-every 100000 --val-every 100000 & training=$!
+        until compgen -G '{tmp_path}/a/checkpoints/step_*' > /dev/null; do kill -0 $training; sleep 0.01; done
+        cat /dev/zero > {tmp_path}/ballast 2> /dev/null || true
+        status=0; wait $training || status=$?
+        echo "status $status"
+        ls -A {tmp_path}/a/checkpoints
+        rm {tmp_path}/ballast
+        {sys.executable} {ROOT}/train.py --resume {tmp_path}/a --num-tokens 12800
+    """
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=300)
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert "the checkpoint of step" in message and "No space left on device" in message and "make room" in message
+    assert "status 1" in result.stdout and "Traceback" not in result.stderr and ".partial" not in result.stdout
+    assert result.returncode == 0 and "resumed" in result.stdout and "damaged" not in result.stderr, result.stderr
+
+
+@needs_mount
+def test_a_run_on_a_read_only_disk_is_refused(finished):
+    """Root may write anywhere but there."""
+    script = f"mount --bind {finished} {finished}; mount -o remount,ro,bind {finished}; "
+    script += f"exec {sys.executable} {ROOT}/train.py --resume {finished} --num-tokens 9600"
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    message = one_line_error(result, "train.py")
+    assert f"{finished} cannot be written to" in message and "copy it to a folder that is" in message
+
+
+# --- damaged data
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    for name in ("base", "ft"):
+        write(tmp_path / name, numbered(2000), batch=500)
+    (shard,) = (tmp_path / "ft").glob("*.arrow")
+    os.truncate(shard, shard.stat().st_size - 1000)
+    data = ["--base-dataset", tmp_path / "base", "--ft-dataset", tmp_path / "ft"]
+    message = one_line_error(run_script("train.py", "--output-dir", tmp_path / "runs", *data), "train.py")
+    assert f"--ft-dataset: {shard} is truncated or damaged" in message and "copy or collect it again" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_flipped_bit_in_the_header_of_a_shard(tmp_path):
+    base, ft = (write(tmp_path / name, numbered(2000), batch=500) for name in ("base", "ft"))
+    (shard,) = (tmp_path / "base").glob("*.arrow")
+    flip(shard, 9)  # in the header of the schema
+    with pytest.raises(ValueError, match=f"--base-dataset: {shard} is truncated or damaged"):
+        open_single(base, ft, (None, None), 100, 0, seed=0)
+
+
+def test_shards_that_lost_whole_batches_in_both_models(tmp_path):
+    """They can still be read to their end and agree with each other; pair.json knows better."""
+    for name in ("base", "ft"):
+        write(tmp_path / name, numbered(2000), batch=500)
+    (tmp_path / "pair.json").write_text(json.dumps({"stored_scale": [1, 1], "rows": {"train": 2000, "validation": 0}}))
+    assert open_pair(str(tmp_path), (None, None), 100, 0, seed=0).train_rows == 1900
+    for shard in tmp_path.glob("*/*.arrow"):
+        table = pa.ipc.open_stream(shard.read_bytes()).read_all()
+        with pa.ipc.new_stream(shard, table.schema) as out:
+            out.write_table(table.slice(0, 1500), max_chunksize=500)
+    with pytest.raises(ValueError, match="has 1500 rows in train and pair.json says 2000: a shard is truncated or missing"):
+        open_pair(str(tmp_path), (None, None), 100, 0, seed=0)
+
+
+def test_offsets_that_point_outside_the_file(tmp_path):
+    """Equal widths, but all rows lie far behind the values: reading them would read foreign memory."""
+    base, ft = (write(tmp_path / name, numbered(2000), fixed=False, batch=2000) for name in ("base", "ft"))
+    (shard,) = (tmp_path / "ft").glob("*.arrow")
+    offsets = np.arange(0, 8001, 4, dtype=np.int32)
+    content = shard.read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    shard.write_bytes(content.replace(offsets.tobytes(), (offsets + 10**9).tobytes()))
+    with pytest.raises(ValueError, match="--ft-dataset: column 'activation' is damaged"):
+        open_single(base, ft, (None, None), 100, 0, seed=0)
+
+
+# --- others on the machine, the network, and who reads the output
+
+
+def test_two_requeued_jobs_of_one_name_at_once(tmp_path):
+    """`--resume auto` may begin a folder that is there; one of them must still give way."""
+    processes = [start(tmp_path, "same", *SMALL, "--num-tokens", 64_000, "--resume", "auto") for _ in range(2)]
+    outcomes = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    assert sorted(code for _, code in outcomes) == [0, 1], outcomes
+    (refused,) = (errors for errors, code in outcomes if code)
+    assert "another process is writing" in refused and "Traceback" not in refused
+    assert [m["step"] for m in metrics(tmp_path / "same")] == sorted(m["step"] for m in metrics(tmp_path / "same"))
+
+
+def test_wandb_online_without_a_network_goes_offline_and_the_run_goes_on(tmp_path):
+    """A key, and a server that refuses connections."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+    flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "online"]
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("wandb")]
+    assert line.startswith("wandb    offline (") and "`wandb sync` uploads it later" in line
+    assert (tmp_path / "a" / "summary.json").exists() and list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
+    command = f"{sys.executable} {ROOT}/train.py --output-dir {tmp_path} --run-name a {' '.join(map(str, SMALL))}"
+    result = subprocess.run(
+        ["bash", "-c", f"({command}; echo $? > {tmp_path}/status) 2>&1 | head -n 1"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.stdout.startswith("data") and result.stdout.count("\n") == 1 and result.stderr == ""
+    assert (tmp_path / "status").read_text() == "0\n" and (tmp_path / "a" / "summary.json").exists()
+
+
+# --- watching
+
+
+def test_a_log_file_gets_lines_with_time_and_a_warning_that_names_the_flag(tmp_path):
+    """An L1 weight far too large, which rises from 0: at first the codes explain something, then nothing."""
+    began, much = time.time(), ["--l1-coeff", 15, "--num-tokens", 19_200]
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, *much, check=True)
+    shown = [line for line in result.stderr.splitlines() if "tokens/s" in line]
+    for line in (shown[0], shown[-1]):
+        stamp = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
+        assert began - 1 <= stamp <= time.time()
+    assert " step 1 of 300, loss " in shown[0] and " step 300 of 300, loss " in shown[-1] and "0:00:00 left" in shown[-1]
+    beats = [m["time"] for m in metrics(tmp_path / "a")]
+    assert began < beats[0] <= beats[-1] < time.time() and beats == sorted(beats)
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    assert "explained variance fell from" in warning and "lower --l1-coeff (15), or lower --lr" in warning
+
+
+def test_a_dictionary_that_dies_is_warned_of(tmp_path):
+    flags = [*SMALL, "--variant", "batch_topk", "--k", 1, "--k-start", 1, "--d-hidden", 1024, "--aux-coeff", 0]
+    result = run_script("train.py", "--output-dir", tmp_path, *flags, "--dec-init-norm", 0.05, check=True)
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    assert "of the latents are dead: raise --aux-coeff (0), or lower --d-hidden (1024)" in warning
+
+
+def test_waiting_for_data_is_warned_of_once_and_only_where_something_can_be_done(capfd):
+    def shown(waiting, **where):
+        config, watched = TrainConfig(l1_coeff=1.0, k=8, d_hidden=64, lr=0.01, **where), watch(100, 0)
+        for step, waited in enumerate(waiting, 1):
+            line = {"explained_variance": 0.9, "dead_fraction": 0.0, "data_wait_fraction": waited}
+            warn(watched, config, step, line)
+        return capfd.readouterr().err
+
+    assert shown([0.9, 0.9, 0.1, 0.9, 0.9], dataset="x") == ""  # never three in a row
+    warning = shown([0.1, 0.9, 0.9, 0.8] + [0.9] * 10, dataset="x")
+    assert warning.startswith("warning  step 4: 80% of the time goes into waiting for data: copy the dataset to a local disk")
+    assert warning.count("\n") == 1
+    assert "--base-device and --ft-device" in shown([0.9] * 10, base_model="x")
+    assert shown([0.9] * 10) == ""  # planted concepts
+
+
+# --- all at once
+
+
+def test_soak_with_three_kills():
+    shown = run_script("benchmarks/soak.py", "--kills", 3, "--inside-saves", 1, check=True).stdout
+    assert shown.startswith("3 kills (") and "the same bits, 0 temporary files left" in shown
