@@ -29,7 +29,6 @@ import torch
 import examples as ex
 import latents
 import report
-from activations import open_pair, open_single
 from checkpoint import as_json, write_text
 from crosscoder import CrossCoder
 from measure import (
@@ -47,6 +46,7 @@ from measure import (
 )  # fmt: skip
 from paired_rows import progress_bar, usable_device
 from planted import PlantedConcepts
+from stored import open_pair, open_single
 
 VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, model_flags, parse, resolve_sizes
+from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, parse, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
 
 import dataclasses
-import itertools
-import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -30,7 +27,8 @@ import checkpoint
 import hub
 import latents
 import parallel
-from activations import batches, estimate_normalization, open_pair, open_several, open_single, validation_batches
+import prepare
+from activations import batches, estimate_normalization, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
 from formats import read_warm_start, with_normalization
 from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
@@ -38,23 +36,18 @@ from planted import PlantedConcepts
 from sparse import fast_dtype
 
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
-MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
-    "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
-    "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
-    "wandb", "wandb_project", "wandb_entity", "run_name", "output_dir", "push_to_hub", "resume", "config",
-}  # fmt: skip
 
 
 def main(given: TrainConfig) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
-    check(given)
+    prepare.check(given)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
     device = parallel.start(device)
-    start_from = resume_point(given)  # a checkpoint, or None
-    run = start_from.parents[1] if start_from else Path(given.output_dir) / parallel.from_first(run_name(given))
+    start_from = prepare.resume_point(given)  # a checkpoint, or None
+    run = start_from.parents[1] if start_from else Path(given.output_dir) / parallel.from_first(prepare.run_name(given))
     if start_from is None and given.resume is None and run.exists():
-        raise ValueError(name_is_taken(run))
-    saved, saved_data = read_record(run) if start_from else (None, None)
+        raise ValueError(prepare.name_is_taken(run))
+    saved, saved_data = prepare.read_record(run) if start_from else (None, None)
 
     # --- data, and what follows from it
     live = given.base_model is not None  # straight from the two models
@@ -66,12 +59,12 @@ def main(given: TrainConfig) -> int:
     if config.compute_dtype == "auto":
         config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
     if saved:
-        refuse_changes(config, saved)
+        prepare.refuse_changes(config, saved)
     if parallel.size() > config.d_hidden:
         raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {parallel.size()}")
     if config.variant == "batch_topk" and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
-    source = open_live(given, config, device, saved_data) if live else open_source(given, config)
+    source = prepare.open_live(given, config, device, saved_data) if live else prepare.open_source(given, config)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
     config.k_aux = config.k_aux or max(1, source.d_model // 2)
@@ -87,17 +80,17 @@ def main(given: TrainConfig) -> int:
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
-    require_room(config, source, run)
+    prepare.require_room(config, source, run)
     if config.push_to_hub and parallel.rank() == 0:
         hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
     data |= source.record if live else {}
     if saved:
-        refuse_other_data(data, saved_data)
+        prepare.refuse_other_data(data, saved_data)
     locked = None
     if parallel.rank() == 0:
-        run = run if saved else make_folder(run, given)
+        run = run if saved else prepare.make_folder(run, given)
         locked = checkpoint.lock(run)
         checkpoint.remove_leftovers(run)
         if not saved:
@@ -253,191 +246,7 @@ def main(given: TrainConfig) -> int:
     return 0
 
 
-# --- before the run
-
-
-def check(config: TrainConfig) -> None:
-    """ValueError, naming the flag, for values that cannot be trained with."""
-    if config.dataset and (config.base_dataset or config.ft_dataset):
-        raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
-    if bool(config.base_dataset) != bool(config.ft_dataset):
-        there, missing = ("--base-dataset", "--ft-dataset") if config.base_dataset else ("--ft-dataset", "--base-dataset")
-        raise ValueError(f"{there} is given without {missing}: a crosscoder needs the same tokens' activations of both models")
-    if config.model_dataset and (config.dataset or config.base_dataset):
-        raise ValueError("--model-dataset names each model's activations: leave out --dataset, --base-dataset and --ft-dataset")
-    if len(config.model_dataset) == 1:
-        raise ValueError("--model-dataset is given once: give it for each model, the base model first")
-    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset or config.model_dataset):
-        raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
-    if config.epochs is not None and config.num_tokens is not None:
-        raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
-    check_live(config)
-    if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
-        raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
-    for name in (
-        "d_hidden", "k", "k_aux", "batch_size", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
-        "val_every", "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name, low, high in (
-        ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
-        ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999),
-        ("beta2", 0, 0.999999),
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
-    try:
-        device = torch.device("cpu" if config.device == "auto" else config.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {config.device}: not usable here ({reason}); try --device auto") from None
-
-
-def check_live(config: TrainConfig) -> None:
-    """ValueError, naming the flag, if training straight from the models is asked for by halves."""
-    wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
-    alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "buffer_tokens", "base_device", "ft_device")
-    alone += ("base_revision", "ft_revision", "ft_adapter")
-    asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
-    if not asked:
-        return
-    flag = f"--{asked[0].replace('_', '-')}"
-    if parallel.size() > 1:
-        raise ValueError(f"{flag}: several processes train from stored activations; collect them first with collect.py")
-    if config.dataset or config.base_dataset or config.model_dataset:
-        other = "--dataset" if config.dataset else "--base-dataset" if config.base_dataset else "--model-dataset"
-        raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
-    if config.epochs is not None:
-        raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
-    for name in wanted:
-        if not getattr(config, name) and not (name == "ft_model" and config.ft_adapter):
-            why = "the length of streamed texts is not known" if name == "num_tokens" else "both models read the same text"
-            raise ValueError(f"{flag} is given without --{name.replace('_', '-')}: {why}")
-
-
-def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None):
-    """The two models as a source of rows; `known` is what a resumed run began with. Fills in the sizes left open."""
-    from live import LiveActivations, place_buffer, rows_of_a_fill
-    from paired_dataset import PairedDataset
-    from paired_rows import PairedModels, usable_device
-
-    if known is None:
-        for name, least in (("val_tokens", 1), ("buffer_tokens", 4 * config.model_batch_size * config.seq_len)):
-            if getattr(given, name) is None:
-                setattr(config, name, max(least, min(getattr(config, name), config.num_tokens // 10)))
-    fill_rows = rows_of_a_fill(config.buffer_tokens, config.model_batch_size, config.seq_len)
-    keep = None
-    if given.keep_activations:  # under collect.py's names for the same things
-        recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
-        recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
-        keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
-        if keep.pair and known is None:
-            raise ValueError(
-                f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
-            )
-        if keep.pair:
-            say(f"kept     {keep.out} is complete and stays as it is")
-    names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
-    models = PairedModels(
-        **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
-        devices=[usable_device(name or str(device), flag) for name, flag in names],
-    )  # fmt: skip
-    if keep and not keep.pair:
-        keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
-    place = place_buffer(models, config.buffer_tokens, config.val_tokens, config.d_hidden, config.batch_size, device)
-    return LiveActivations(models, config.buffer_tokens, config.val_tokens, config.num_tokens, place, known, keep)
-
-
-def open_source(given: TrainConfig, config: TrainConfig):
-    """Where the activations come from: a paired dataset, two single ones, or planted concepts."""
-    rest = ((given.base_column, given.ft_column), given.val_tokens, config.val_tokens, config.seed)
-    if given.dataset:
-        return open_pair(given.dataset, *rest)
-    if given.base_dataset:
-        return open_single(given.base_dataset, given.ft_dataset, *rest)
-    if given.model_dataset:
-        return open_several(given.model_dataset, *rest)
-    return PlantedConcepts(config.seed, config.val_tokens)
-
-
-def resume_point(given: TrainConfig) -> Path | None:
-    """The checkpoint that --resume asks for; None for a fresh run."""
-    if given.resume is None:
-        return None
-    if given.resume != "auto":
-        return checkpoint.find(Path(given.resume))
-    run = Path(given.output_dir) / given.run_name
-    if not checkpoint.complete(run):
-        say(f"--resume auto: {run} holds no checkpoint, starting fresh")
-        return None
-    return checkpoint.find(run)
-
-
-def run_name(given: TrainConfig) -> str:
-    return given.run_name or f"{given.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def name_is_taken(run: Path) -> str:
-    return f"--run-name: {run} exists; choose another name, or go on with --resume {shlex.quote(str(run))}"
-
-
-def make_folder(run: Path, given: TrainConfig) -> Path:
-    """The new folder of a fresh run. A name made from the time gets a number if another run has just taken it."""
-    for number in itertools.count(2):
-        try:
-            run.mkdir(parents=True, exist_ok=given.resume == "auto")
-            return run
-        except FileExistsError:
-            if given.run_name is not None:
-                raise ValueError(name_is_taken(run)) from None
-            run = run.with_name(f"{run_name(given)}-{number}")
-        except OSError as error:
-            raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose one you can write to") from None
-
-
-def read_record(run: Path) -> tuple[dict, dict]:
-    """The resolved flags and the facts of the data that a run began with."""
-    try:
-        record = json.loads((run / "config.json").read_text())
-        return record["resolved"], record["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {run / 'config.json'} is missing or broken ({error!r}); the run cannot go on") from None
-
-
-def refuse_changes(config: TrainConfig, saved: dict) -> None:
-    """ValueError if a resumed run would go on under another recipe than it began with."""
-    for name, value in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE_ON_RESUME and name in saved and value != saved[name]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began: a resumed run keeps its "
-                "recipe; leave the flag out, or start a new run with --config and this flag"
-            )
-
-
-def refuse_other_data(data: dict, saved_data: dict) -> None:
-    """ValueError if a resumed run would go on with other rows than it began with."""
-    for name, value in data.items():
-        if value != saved_data.get(name):
-            raise ValueError(
-                f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
-                "another order; resume on the same data, or start a new run with --config"
-            )
-
-
-def require_room(config: TrainConfig, source, run: Path) -> None:
-    """ValueError if the disk cannot hold the run's checkpoints: weights and two Adam moments each, float32."""
-    size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
-    needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))
-    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if needed > (room := shutil.disk_usage(existing).free):
-        raise ValueError(
-            f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
-            "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"
-        )
+# --- during the run
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:

@@ -133,7 +133,8 @@ def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict
     """Tokens a second from float16 rows on disk to updated weights, and the share of the time spent waiting for rows."""
     from reader import python_lists
 
-    from activations import batches, open_single
+    from activations import batches
+    from stored import open_single
 
     variant, d_model, d_hidden, batch, active = case
     paths = [f"{folder}/{name}" for name in ("base", "ft")]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
 
-from activations import batches, estimate_normalization, open_pair, open_single, validation_batches
+from activations import batches, estimate_normalization, validation_batches
+from stored import open_pair, open_single
 
 CPU = torch.device("cpu")
 BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows

@@ -25,10 +25,10 @@ from test_activations import numbered, write
 from test_train import QUICK, SMALL, assert_same_weights, start, train
 
 import checkpoint
-from activations import open_pair, open_single
 from config import TrainConfig
 from crosscoder import CrossCoder
 from monitor import warn, watch
+from stored import open_pair, open_single
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")

@@ -9,10 +9,11 @@ import yaml
 from conftest import ROOT, one_line_error, run_script
 from hub_server import serve
 
-from activations import estimate_normalization, open_pair
+from activations import estimate_normalization
 from crosscoder import CrossCoder
 from formats import read_crosscoder
 from hub import open_repository
+from stored import open_pair
 
 LOAD = """
 import sys, torch

@@ -71,8 +71,8 @@ import sys
 import numpy as np, torch
 from config import TrainConfig, REAL, parse, resolve_sizes
 given = parse(TrainConfig, sys.argv[2:])
-import train
-source = train.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"), None)
+import prepare
+source = prepare.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"), None)
 stop, size, rows, standings = given.num_tokens, 300, [], [None]
 for batch in source.batches(size, stop, torch.device("cpu")):
     rows.append(batch.x.numpy().copy())
