@@ -140,7 +140,8 @@ def main(given: TrainConfig) -> int:
             raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
             group["lr"] = config.lr * schedule(step)
-    checkpoint.cut_metrics(run, step)
+    if parallel.rank() == 0:
+        checkpoint.cut_metrics(run, step)
     print_plan(config, source, run, start_from, device, steps, usual["k"])
     tracker, wandb_id = start_wandb(config, run, wandb_id) if parallel.rank() == 0 else (None, None)
 
@@ -204,12 +205,13 @@ def main(given: TrainConfig) -> int:
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)
             watched.bar.update()
-            if last or (signals and step % config.save_every == 0):  # one that came in after a save is saved by the next step
-                break
+            if last or (step % config.save_every == 0 and parallel.any_process(bool(signals))):
+                break  # a signal that came in after a save is saved by the next step
             waiting_since = time.perf_counter()
     watched.bar.close()
     seconds += time.perf_counter() - started
-    if signals:
+    if parallel.any_process(bool(signals)):
+        signals = signals or [signal.SIGTERM]  # another process got it
         say(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with:")
         say(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
