@@ -268,6 +268,8 @@ def explained(what: str, run: Path):
         yield
     except (OSError, SafetensorError) as error:
         remove_leftovers(run)
+        if isinstance(error, OSError) and error.errno is None:  # already one sentence
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
         raise OSError(
