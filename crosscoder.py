@@ -190,17 +190,12 @@ class CrossCoder(nn.Module):
             l0_loss = active.token_starts[-1] / len(x_n)
             decoded = sparse.decode_active(values, active, self.W_dec)
         else:
-            product = sparse.encode(x_n, self.enc_rows, self.compute_dtype)
-            f = (product.to(x_n.dtype) + self.b_enc).relu()  # [batch, d_hidden]
-            if count is not None:
-                score = (f * norm_sum).detach()
-                kept = sparse.keep_largest(score, count)
-                f = f * kept
-                smallest = torch.where(kept, score, torch.inf).amin()
-            l1_loss = (f.sum(0) * norm_sum).sum() / len(f)  # summed over the batch first: no second [batch, d_hidden] product
-            fired = (f > 0).any(0)
-            l0_loss = (f > 0).sum() / len(f)
-            decoded = sparse.decode(f, self.W_dec, self.compute_dtype)
+            decoded, total, times, smallest, product = sparse.dense_codes(
+                x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count
+            )
+            l1_loss = (total * norm_sum).sum() / len(x_n)
+            fired = times > 0
+            l0_loss = times.sum() / len(x_n)
         x_hat = parallel.all_sum(decoded) + self.b_dec
         l1_loss, l0_loss = parallel.all_sum(l1_loss), parallel.all_sum(l0_loss)
         if count is not None:
@@ -226,7 +221,7 @@ class CrossCoder(nn.Module):
         """
         count = self.k_aux * len(x_n)
         if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            predicted = sparse.decode_active(*self._active_codes(x_n, norm_sum * dead, count, product.detach()), self.W_dec)
+            predicted = sparse.decode_active(*self._active_codes(x_n, norm_sum * dead, count, product), self.W_dec)
         else:
             some = dead.nonzero()[:, 0]
             a = self._pre(x_n, some).relu()  # [batch, dead]

@@ -38,6 +38,13 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
+def stop() -> None:
+    """Leave the other processes in order: threads of theirs would else be cut off."""
+    if dist.is_initialized():
+        dist.barrier(group=_host)
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 

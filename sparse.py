@@ -128,6 +128,51 @@ def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (f.to(dtype) @ rows.flatten(1).to(dtype)).to(f.dtype).unflatten(1, rows.shape[1:])
 
 
+class _Dense(torch.autograd.Function):
+    """Encode, keep, decode. Kept for the backward pass is one [batch, d_hidden] matrix, the codes in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, weight, count):
+        x, W_dec = x.flatten(1).to(dtype), W_dec.flatten(1).to(dtype)
+        product = x @ rows.flatten(1).to(dtype).T
+        f = torch.add(product, b_enc).relu_()  # [batch, d_hidden], in the type of b_enc
+        smallest = torch.full((), torch.inf, device=f.device)
+        if count is not None:
+            score = f * weight
+            kept = keep_largest(score, count)
+            f.mul_(kept)
+            smallest = score.masked_fill_(~kept, torch.inf).amin().float()
+        total, codes = f.sum(0), f.to(dtype)
+        times = (f.sign() if codes is f else f.sign_()).sum(0)  # [d_hidden] tokens at which each latent is active
+        ctx.save_for_backward(x, codes, W_dec)
+        ctx.shape = rows.shape
+        ctx.mark_non_differentiable(times, smallest, product)
+        return (codes @ W_dec).to(f.dtype), total, times, smallest, product
+
+    @staticmethod
+    def backward(ctx, d_decoded, d_total, *_):
+        x, codes, W_dec = ctx.saved_tensors
+        d_decoded = d_decoded.to(codes.dtype)
+        d_pre = (d_decoded @ W_dec.T).add_(d_total).masked_fill_(codes == 0, 0)  # [batch, d_hidden]
+        d_rows, d_W_dec = ((a.T @ b).to(d_total.dtype).unflatten(1, ctx.shape[1:]) for a, b in ((d_pre, x), (codes, d_decoded)))
+        return None, d_rows, d_pre.sum(0, dtype=d_total.dtype), d_W_dec, None, None, None
+
+
+def dense_codes(
+    x: Tensor, rows: Tensor, b_enc: Tensor, W_dec: Tensor, dtype: torch.dtype, weight: Tensor, count: int | None
+) -> tuple[Tensor, ...]:
+    """Everything that `losses` needs of the codes relu(<x, row> + b_enc), of all or of the `count` of largest code * weight.
+
+    Args: as for `active_codes`; W_dec: [d_hidden, n_models, d_model].
+
+    Returns:
+        decoded [batch, n_models, d_model] without bias, the sum of each latent's codes [d_hidden], both with gradients; the
+        number of tokens at which it is active [d_hidden], the smallest kept score [], `encode`'s product [batch, d_hidden].
+    """
+    decoded, *rest = _Dense.apply(x, rows, b_enc, W_dec, dtype, weight, count)
+    return decoded.unflatten(1, W_dec.shape[1:]), *rest
+
+
 # --- sparse
 
 
@@ -243,13 +288,14 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
                 floor = lowest_of_largest(sample, expected)
             # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
             least = (floor if weight is None else floor / weight) - b_enc  # [d_hidden]
-            entries = true_entries(product > (least - least.abs() / 64).to(dtype))
+            mask = product > (least - least.abs() / 64).to(dtype)
+            if count is None and total + int(mask.sum()) > limit:
+                return None
+            entries = true_entries(mask)
             pre, score = measure(product, entries)
             kept = score > floor
             found.append((entries[kept] + first * d_hidden, pre[kept], score[kept]))
             total += len(found[-1][0])
-            if total > limit and count is None:
-                return None
         if count is None or floor == 0 or parallel.all_sum(torch.tensor(total)) >= count:
             break
         floor = torch.zeros(())  # the sample misjudged: look at every positive score

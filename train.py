@@ -220,7 +220,8 @@ def main(given: TrainConfig) -> int:
     if live:
         source.finish()
 
-    # --- the result: an inference threshold and metrics from rows that were never trained on
+    # --- the result: an inference threshold and metrics from rows that were never trained on, in float32 as it will be used
+    crosscoder.compute_dtype = torch.float32
     if config.variant == "batch_topk":
         crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
     final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
@@ -372,9 +373,13 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(CONFIG))
+        status = main(CONFIG)
+        parallel.stop()
+        sys.exit(status)
     except (ValueError, OSError) as error:
-        # what all processes find before they start is said once
-        sys.exit(f"train.py: error: {error}" if parallel.rank() == 0 or parallel.sent else 1)
+        if parallel.rank() > 0 and not parallel.sent:  # what all processes find before they start, the first one says
+            time.sleep(5)  # torchrun ends the others with the first that leaves
+            sys.exit(1)
+        sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:  # before the loop, or a second time
         sys.exit(130)

@@ -24,7 +24,6 @@ from config import AnalyzeConfig
 from crosscoder import CrossCoder
 from measure import COLUMNS
 
-pytestmark = pytest.mark.xdist_group("analyze")  # one process makes the models and the run, once
 HOOK = "model.layers.2"  # the residual stream after three of four blocks
 
 

@@ -11,7 +11,6 @@ import pytest
 import report
 from measure import COLUMNS
 
-pytestmark = pytest.mark.xdist_group("report")  # one process starts the browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>", "<!--", "&lt;", "<img src=x onerror=alert(1)>"]
 

@@ -265,14 +265,14 @@ def wait_for_step(process, run: Path, step: int) -> None:
 )
 def test_killed_three_times_and_resumed_ends_with_the_same_bits(pair, tmp_path, recipe, monkeypatch):
     recipe = [
-        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 50_000, "--val-tokens", 512, "--k", 4],
-        *["--save-every", 40, "--log-every", 5, "--val-every", 100, *recipe],
+        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 25_600, "--val-tokens", 512, "--k", 4],
+        *["--save-every", 40, "--log-every", 5, "--val-every", 50, *recipe],
     ]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # several threads must not cost exactness
     straight = train(tmp_path, "straight", *recipe)
     run = tmp_path / "killed"
     process = start(tmp_path, "killed", *recipe)
-    for step in (45, 150, 300):
+    for step in (45, 90, 145):
         wait_for_step(process, run, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
