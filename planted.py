@@ -89,7 +89,7 @@ class PlantedConcepts:
         return np.arange(position, position + count)
 
     def sample_rows(self, count: int) -> np.ndarray:
-        """At most `count` training rows to estimate statistics on; all rows are alike, so the first ones do, and not too many."""
+        """At most `count` training rows to estimate statistics on; all rows are alike, so the first ones do, and few."""
         return np.arange(min(count, 16_384))
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
