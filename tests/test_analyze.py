@@ -409,4 +409,4 @@ def test_the_pass_over_all_latents_takes_memory_for_the_dictionary_alone():
         )
         assert done.returncode == 0, done.stderr
         used.append(json.loads(done.stdout)["above_weights_gb"])
-    assert used[1] < 2 and used[1] < used[0] + 0.15, used  # both about 0.4
+    assert used[1] < 2 and used[1] < used[0] + 0.3, used  # both about 0.4

@@ -71,13 +71,13 @@ PLANTED += ["--val-tokens", 2000, "--compute-dtype", "float32", "--dead-window",
 
 def test_train_under_torchrun(tmp_path):
     """The command line: metrics as with one process, one whole crosscoder, one line a logged step, one summary."""
-    flags = [*PLANTED, "--variant", "batch_topk", "--k", 8, "--output-dir", tmp_path]
+    flags = [*PLANTED, "--output-dir", tmp_path]  # vanilla: in float32 a selection flips a code now and then
     launch(1, "train.py", *flags, "--run-name", "one")
     launch(2, "train.py", *flags, "--run-name", "two")
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for mine, other in zip(one, two, strict=True):
-        if mine["step"] > 50:  # further on a code flips now and then, in float32, and the runs part
+        if mine["step"] > 50:  # further on rounding drives them apart
             break
         for name in ("loss", "l2_loss", "l1_loss", "l0_loss", "grad_norm", "explained_variance", "threshold", "dead_fraction"):
             assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), (mine["step"], name)
@@ -86,7 +86,7 @@ def test_train_under_torchrun(tmp_path):
 
 
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
-    flags = [*PLANTED, "--output-dir", tmp_path, "--run-name", "a", "--save-every", 40]
+    flags = [*PLANTED, "--variant", "batch_topk", "--k", 8, "--output-dir", tmp_path, "--run-name", "a", "--save-every", 40]
     launch(2, "train.py", *flags, "--num-tokens", 8_000)
     result = launch(1, "train.py", "--resume", tmp_path / "a", "--num-tokens", 16_000)
     assert "resumed" in result.stdout and metrics(tmp_path / "a")[-1]["step"] == 100
