@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)  # after which a process that hears nothing from the others gives up
+WHILE_ONE_WRITES = timedelta(hours=1)  # the same on the host, where the others wait for one that writes, hashes or uploads
 sent = 0  # bytes this process has put into collectives
 _host = None  # a gloo group
 
@@ -32,7 +33,7 @@ def start(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    _host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    _host = dist.new_group(backend="gloo", timeout=WHILE_ONE_WRITES)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
     return device
@@ -41,7 +42,6 @@ def start(device: torch.device) -> torch.device:
 def stop() -> None:
     """Leave the other processes in order: threads of theirs would else be cut off."""
     if dist.is_initialized():
-        dist.barrier(group=_host)
         dist.destroy_process_group()
 
 
