@@ -68,7 +68,8 @@ def main(config: AnalyzeConfig) -> None:
     tokenizer = open_tokenizer(config, data, notes) if data.text else None
 
     # --- every latent, in one pass
-    print(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
+    size = f"{crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows"
+    print(f"measuring {size}", flush=True)
     sums, metrics = measure(crosscoder, data)
     table = latent_table(crosscoder, sums, data)
     metrics = overview(crosscoder, table, metrics) | {"threshold_curve": threshold_curve(crosscoder, data)}

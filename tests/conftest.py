@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -38,10 +39,15 @@ def pair(tiny, tmp_path_factory) -> Path:
     return out
 
 
-def run_script(script: str, *flags, check: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run an entry as a user does, and return its output."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+def run_script(
+    script: str, *flags, check=False, env: dict | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run an entry as a user does, and return its output; with an environment of its own Python starts anew."""
+    if env is None:
+        result = processes.finished(ROOT / script, *flags, cwd=cwd)
+    else:
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=cwd)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, one_line_error, run_script
 from datasets import Dataset, load_from_disk
+from processes import Started
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import analyze
@@ -388,12 +389,11 @@ def test_a_dataset_without_texts_is_analysed_without_examples(capitals, tmp_path
 
 
 def test_ctrl_c_leaves_cleanly(capitals):
-    command = [sys.executable, str(ROOT / "analyze.py"), str(capitals["run"]), *capitals["models"], "--patch-tokens", "80000"]
-    process = subprocess.Popen(
-        [*command, "--output", str(capitals["out"] / "stopped")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not process.stdout.readline().startswith("measuring"):
+    flags = [capitals["run"], *capitals["models"], "--patch-tokens", 80_000, "--output", capitals["out"] / "stopped"]
+    process = Started(ROOT / "analyze.py", *flags)
+    while "measuring" not in process.output()[0]:
         assert process.poll() is None
+        time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

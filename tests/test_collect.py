@@ -7,8 +7,6 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from datasets import Dataset, DatasetDict, load_from_disk
+from processes import Started, finished
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,12 +32,12 @@ def command(tiny, out, *flags, **options) -> list[str]:
     if "--text" not in flags:
         flags = ("--text", f"{tiny['code']}=3", "--text", f"{tiny['prose']}=1", *flags)
     given = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    return [sys.executable, str(ROOT / "collect.py"), *given, *map(str, flags)]
+    return [str(ROOT / "collect.py"), *given, *map(str, flags)]
 
 
 def collect(tiny, out, *flags, **options) -> str:
     """Run to the end; returns what was printed."""
-    done = subprocess.run(command(tiny, out, *flags, **options), capture_output=True, text=True)
+    done = finished(*command(tiny, out, *flags, **options))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -212,10 +211,10 @@ def test_same_command_on_a_complete_folder_says_so(tiny, packed):
     assert before == {file: file.read_bytes() for file in packed.rglob("*") if file.is_file()}
 
 
-def start_and_wait_for_a_shard(tiny, out) -> subprocess.Popen:
-    process = subprocess.Popen(command(tiny, out, **RECIPE), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def start_and_wait_for_a_shard(tiny, out) -> Started:
+    process = Started(*command(tiny, out, **RECIPE))
     while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["shards"]["train"]:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.output()
         time.sleep(0.002)
     return process
 
@@ -227,7 +226,7 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
         if kill != signal.SIGKILL:  # past the imports, which a restart has to do again
             done = json.loads((out / "progress.json").read_text())["shards"]["train"]
             while json.loads((out / "progress.json").read_text())["shards"]["train"] == done:
-                assert process.poll() is None, process.stderr.read()
+                assert process.poll() is None, process.output()
                 time.sleep(0.002)
         process.send_signal(kill)
         errors = process.communicate()[1]
@@ -250,33 +249,12 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
     assert read_pair(out) == read_pair(packed)
 
 
-def failure(argv: list[str]) -> str:
+def failure(argv: list) -> str:
     """The one line that a command with bad input ends with."""
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = finished(*argv)
     assert done.returncode == 1, (argv, done.stdout, done.stderr)
-    assert done.stderr.startswith("collect.py: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"{Path(argv[0]).name}: error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr.strip()
-
-
-RUN_EACH = """
-import json, runpy, sys
-for sys.argv in json.load(sys.stdin):
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        print(json.dumps("no error"), file=sys.stderr)
-    except SystemExit as stop:
-        print(json.dumps(stop.code), file=sys.stderr)
-"""
-
-
-def failures(commands: list[list[str]]) -> list[str]:
-    """What each command exits with; all in one process, so that the libraries are imported once."""
-    given = json.dumps([argv[1:] for argv in commands])
-    done = subprocess.run([sys.executable, "-c", RUN_EACH], input=given, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(commands), done.stderr  # nothing beside the errors
-    return [json.loads(line) for line in lines]
 
 
 def swapped_tokens(model: str, folder: Path, a: str, b: str) -> Path:
@@ -323,11 +301,8 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(output=packed, seed=5), "num-tokens 50000 and not 1000000"),
         ((), dict(val_tokens=10**7), "--val-tokens 10000000: must lie between"),
     ]  # fmt: skip
-    lines = failures([command(tiny, out, *flags, **options) for flags, options, _ in cases])
-    for line, (_, _, want) in zip(lines, cases, strict=True):
-        assert line.startswith("collect.py: error: ") and "\n" not in line
-        assert want in line, line
-    assert "--hook model.layers.9.mlp" in failure(command(tiny, out, hook="model.layers.9.mlp"))  # as its user sees it
+    for flags, options, want in cases:
+        assert want in failure(command(tiny, out, *flags, **options))
     assert not out.exists()
     assert (tmp_path / "full" / "thesis.tex").read_text() == "keep me"
 
@@ -341,11 +316,11 @@ def test_activation_beyond_float16_is_refused(tiny, tmp_path):
     (tmp_path / "rare.txt").write_text("x = 1\n" * 40_000 + "\x01")
     argv = command(tiny, tmp_path / "pair", "--text", tmp_path / "rare.txt", base_model=huge, hook="model.embed_tokens",
                    max_norm_ratio="inf", num_tokens=200_000, seq_len=1024)  # fmt: skip
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = finished(*argv)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("collect.py: error: --dtype float16: an activation is too large")
     shutil.rmtree(tmp_path / "pair")
-    subprocess.run([*argv, "--dtype", "float32"], check=True, capture_output=True)
+    assert finished(*argv, "--dtype", "float32").returncode == 0
     assert np.isfinite(read_rows(tmp_path / "pair", "base")["activation"]).all()
 
 

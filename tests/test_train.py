@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics, one_line_error, run_script
 from datasets import Dataset, load_from_disk
+from processes import Started
 from safetensors.torch import load_file
 
 import checkpoint
@@ -252,9 +251,8 @@ def test_a_model_paired_with_itself_has_no_exclusive_latents_and_with_shuffled_r
 # --- stopping and going on
 
 
-def start(tmp_path, name, *flags) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(tmp_path), "--run-name", name, *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(tmp_path, name, *flags) -> Started:
+    return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
 
 
 def wait_for_step(process, run: Path, step: int) -> None:
