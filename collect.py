@@ -66,7 +66,7 @@ def main(config: CollectConfig) -> None:
     print(f"median norm: base {base:.4g}, ft {ft:.4g}; rows above {config.max_norm_ratio:g} times are left out")
 
     # --- held-out rows, then those to train on
-    capacity = min(config.shard_rows + config.batch_size * config.seq_len, rows_left)
+    capacity = min(config.shard_rows + models.drawn * config.seq_len, rows_left)
     fill = Fill(torch.empty(capacity, 2, models.d_model, dtype=getattr(torch, config.dtype)))
     bar = tqdm(
         total=config.num_tokens,

@@ -98,7 +98,8 @@ class ModelFlags:
     # Tokens per sequence.
     seq_len: int = 1024
 
-    # Join documents until a sequence is full. --no-pack: one document a sequence, cut or padded to --seq-len.
+    # Join documents until a sequence is full. --no-pack: one document a sequence, cut to --seq-len; those of similar length
+    # share a forward pass, so that little is padding.
     pack: bool = True
 
     # Precision in which the models run.

@@ -46,7 +46,7 @@ class LiveActivations:
         known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
         self.models, self.keep, self.seed, self.d_model = models, keep, models.seed, models.d_model
-        self.fill_rows = rows_of_a_fill(buffer_tokens, models.batch_size, models.seq_len)
+        self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = 0.0  # spent in filling the buffer
         models.start()
         if known is None:
@@ -221,14 +221,14 @@ class LiveActivations:
             tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
 
 
-def rows_of_a_fill(buffer_tokens: int, batch_size: int, seq_len: int) -> int:
-    """Rows that end a fill, so that two fills, each with its last forward batch, stay within --buffer-tokens."""
-    if buffer_tokens < 4 * batch_size * seq_len:
+def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
+    """Rows that end a fill, so that two fills, each with the last sequences drawn together, stay within --buffer-tokens."""
+    if buffer_tokens < 4 * drawn * seq_len:
         raise ValueError(
-            f"--buffer-tokens {buffer_tokens}: must be at least {4 * batch_size * seq_len}, four forward batches; "
-            "raise it, or lower --model-batch-size or --seq-len"
+            f"--buffer-tokens {buffer_tokens}: must be at least {4 * drawn * seq_len}, four times the {drawn} sequences that "
+            "are drawn together; raise it, or lower --model-batch-size or --seq-len"
         )
-    return buffer_tokens // 2 - batch_size * seq_len
+    return buffer_tokens // 2 - drawn * seq_len
 
 
 def place_buffer(

@@ -21,6 +21,7 @@ import language_model as lm
 import text as texts
 
 CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
+BUCKET = 8  # forward batches of unpacked texts that are sorted by length together, so that little is padding
 HELD_OUT_STRETCH = 4  # one of so many sequences is held out, until there are enough
 REASONS = ("padding", "first_positions", "norm", "non_finite", "beyond_num_tokens")  # why a position gives no row
 
@@ -60,6 +61,7 @@ class PairedModels:
     ):  # fmt: skip
         self.seq_len, self.skip_first, self.max_norm_ratio, self.seed = seq_len, skip_first, max_norm_ratio, seed
         self.batch_size, self.dtype, self.live = batch_size, dtype, live
+        self.drawn = drawn_together(batch_size, pack)
         self.ft_hook = ft_hook or hook
         self.batch_flag = "--model-batch-size" if live else "--batch-size"
         if seq_len < 2:
@@ -154,20 +156,27 @@ class PairedModels:
                 return
 
     def training_rows(self) -> Iterator[Rows]:
-        """The rows of all sequences that are not held out, in reading order, one forward batch at a time."""
+        """The rows of all sequences that are not held out, in reading order, `drawn` sequences at a time."""
         batch, passed = [], []
         for sequence in self.stream:
             passed.append(sequence)
             if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
                 batch.append(sequence)
-            if len(batch) == self.batch_size:
-                yield self.rows(batch, self.activations(batch))._replace(passed=passed)
+            if len(batch) == self.drawn:
+                yield self.rows_by_length(batch)._replace(passed=passed)
                 batch, passed = [], []
         if batch:
-            yield self.rows(batch, self.activations(batch))._replace(passed=passed)
+            yield self.rows_by_length(batch)._replace(passed=passed)
         elif passed:  # the texts ended with held-out sequences
             nothing = torch.empty(0, self.d_model)
             yield Rows(nothing, nothing, np.empty((3, 0), np.int32), passed, Counter())
+
+    def rows_by_length(self, drawn: list[Sequence]) -> Rows:
+        """The rows of the sequences, the longest first; sequences of similar length share a forward batch."""
+        drawn = sorted(drawn, key=lambda s: -len(s.tokens))
+        batches = [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
+        base, ft, columns, _, left_out = zip(*(self.rows(b, self.activations(b)) for b in batches), strict=True)
+        return Rows(torch.cat(base), torch.cat(ft), np.concatenate(columns, axis=1), [], sum(left_out, Counter()))
 
     def activations(self, batch: list[Sequence]) -> lm.PairedRows:
         indices, sequences = [s.index for s in batch], [s.tokens for s in batch]
@@ -178,7 +187,7 @@ class PairedModels:
         lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
         longest, taken = lengths.max(), len(batch) if taken is None else taken
         good, finite = lm.survivors(lm.row_norms(acts), self.median, self.max_norm_ratio)
-        ours = acts.sequence <= batch[taken - 1].index  # [rows]
+        ours = np.isin(acts.sequence, [s.index for s in batch[:taken]])  # [rows]
         keep = np.flatnonzero(good & ours)  # [kept]
         left_out = Counter(
             padding=int((longest - lengths[:taken]).sum()),
@@ -234,6 +243,11 @@ def is_candidate(sequence: int, seed: int) -> bool:
     """Whether a sequence may be held out: one of every HELD_OUT_STRETCH in a row, at a random place among them."""
     stretch, place = divmod(sequence, HELD_OUT_STRETCH)
     return place == np.random.default_rng([seed, stretch]).integers(HELD_OUT_STRETCH)
+
+
+def drawn_together(batch_size: int, pack: bool) -> int:
+    """Sequences whose rows come at once. Packed ones are of one length, so there is nothing to sort."""
+    return batch_size * (1 if pack else BUCKET)
 
 
 def usable_device(name: str, flag: str) -> str:

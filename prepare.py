@@ -94,13 +94,14 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
     """The two models as a source of rows; `known` is what a resumed run began with. Fills in the sizes left open."""
     from live import LiveActivations, place_buffer, rows_of_a_fill
     from paired_dataset import PairedDataset
-    from paired_rows import PairedModels, usable_device
+    from paired_rows import PairedModels, drawn_together, usable_device
 
+    drawn = drawn_together(config.model_batch_size, config.pack)
     if known is None:
-        for name, least in (("val_tokens", 1), ("buffer_tokens", 4 * config.model_batch_size * config.seq_len)):
+        for name, least in (("val_tokens", 1), ("buffer_tokens", 4 * drawn * config.seq_len)):
             if getattr(given, name) is None:
                 setattr(config, name, max(least, min(getattr(config, name), config.num_tokens // 10)))
-    fill_rows = rows_of_a_fill(config.buffer_tokens, config.model_batch_size, config.seq_len)
+    fill_rows = rows_of_a_fill(config.buffer_tokens, drawn, config.seq_len)
     keep = None
     if given.keep_activations:  # under collect.py's names for the same things
         recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}

@@ -19,6 +19,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on CPU tensors; read when triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sizes here are so small that threads would only wait for each other
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch is here already
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +40,13 @@ def pair(tiny, tmp_path_factory) -> Path:
     return out
 
 
-def run_script(
-    script: str, *flags, check=False, env: dict | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess:
-    """Run an entry as a user does, and return its output; with an environment of its own Python starts anew."""
-    if env is None:
-        result = processes.finished(ROOT / script, *flags, cwd=cwd)
-    else:
+def run_script(script: str, *flags, check=False, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
+    """Run an entry as a user does, and return its output; with `options` of subprocess.run Python starts anew."""
+    if options:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=cwd)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, **options)
+    else:
+        result = processes.finished(ROOT / script, *flags, cwd=cwd)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -158,6 +158,8 @@ def test_statistics_and_counts_equal_numpy(which, request):
         candidates = [i for i in range(len(lengths)) if is_candidate(i, 0)]
         assert held_out == candidates[: len(held_out)]
         held_out = candidates[: -(-len(held_out) // 8) * 8]
+    together = 64 if which == "padded" else 8  # unpacked sequences are sorted by length, 64 at a time
+    rest = [n for i in range(0, len(rest), together) for n in sorted(rest[i : i + together], reverse=True)]
     batches = [rest[i : i + 8] for i in range(0, len(rest), 8)]
     taken = len(lengths) - len(rest)
     batches += [[lengths[j] for j in held_out[i : i + 8]] for i in range(0, len(held_out), 8)]
@@ -247,6 +249,26 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
     for file in files:
         assert (out / file).read_bytes() == (packed / file).read_bytes(), file
     assert read_pair(out) == read_pair(packed)
+
+
+def test_unpacked_texts_are_sorted_by_length_and_a_kill_changes_nothing(tiny, tmp_path):
+    """Eight forward batches at a time, so that a batch pads little; a restart sorts the same sequences together."""
+    lengths = np.random.default_rng(0).integers(1, 120, 2000)
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": "a " * n + f"{i}."}) for i, n in enumerate(lengths)))
+    flags = ["--text", tmp_path / "docs.jsonl", "--no-pack", "--shard-rows", 8192, "--num-tokens", 80_000, "--val-tokens", 0]
+    process = Started(*command(tiny, tmp_path / "killed", *flags))
+    while not (tmp_path / "killed" / "base" / "train" / "data-00001.arrow").exists():
+        assert process.poll() is None, process.output()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for out in (tmp_path / "straight", tmp_path / "killed"):
+        collect(tiny, out, *flags)
+    straight, killed = (sorted((tmp_path / name).rglob("*.arrow")) for name in ("straight", "killed"))
+    assert len(straight) >= 24 and [f.read_bytes() for f in straight] == [f.read_bytes() for f in killed]
+    pair = read_pair(tmp_path / "straight")
+    tokens = load_from_disk(str(tmp_path / "straight" / "tokens"))["input_ids"]
+    assert pair["left_out"]["padding"] < 0.1 * sum(map(len, tokens))  # in the order of the texts about .7 of it
 
 
 def failure(argv: list) -> str:

@@ -194,7 +194,7 @@ def test_bad_input_gives_one_line(flags, collected, straight, tiny, tmp_path):
         (["--keep-activations", tmp_path / "kept"], "--keep-activations is given without --base-model"),
         ([*run, "--dataset", collected], "--base-model trains straight from two models and --dataset from stored"),
         ([*flags, "--epochs", 2], "--epochs: the length of streamed texts is not known"),
-        ([*run, "--buffer-tokens", 2047], "--buffer-tokens 2047: must be at least 2048, four forward batches"),
+        ([*run, "--buffer-tokens", 2047], "--buffer-tokens 2047: must be at least 2048, four times the 8 sequences"),
         ([*run, "--buffer-tokens", 10**13], "lower --buffer-tokens, --d-hidden or --batch-size"),
         ([*run, "--hook", "model.layers.9.mlp"], "model.layers has 4 entries, 0 to 3"),
         ([*run, "--skip-first", 64], "--skip-first 64: must be at least 0 and below --seq-len 64"),
