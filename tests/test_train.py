@@ -378,10 +378,10 @@ def test_resume_from_another_folder_with_relative_paths(pair, tmp_path):
     assert metrics(tmp_path / "runs" / "a")[-1]["step"] == 32
 
 
-def test_home_folder_is_understood(tmp_path):
-    env = os.environ | {"HOME": str(tmp_path)}
-    run_script("train.py", "--output-dir=~/runs", "--run-name", "a", *SMALL, env=env, cwd=tmp_path, check=True)
-    run_script("train.py", "--resume=~/runs/a", env=env, cwd=tmp_path, check=True)
+def test_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_script("train.py", "--output-dir=~/runs", "--run-name", "a", *SMALL, cwd=tmp_path, check=True)
+    run_script("train.py", "--resume=~/runs/a", cwd=tmp_path, check=True)
     assert (tmp_path / "runs" / "a" / "summary.json").exists() and not (tmp_path / "~").exists()
 
 
