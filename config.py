@@ -133,7 +133,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     model_batch_size: int = 8
 
     # Most rows that the buffer holds, from which batches are drawn mixed: half of them stay while the other half is
-    # replaced. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of --num-tokens if that is less.
+    # replaced; also with --streaming. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of the
+    # run if that is less.
     buffer_tokens: int | None = None
 
     # Folder that keeps the activations of the first pass over the texts, as the paired dataset that collect.py would write.
@@ -145,6 +146,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # the same order, as for --base-dataset. Metrics of the third model end in _C, and so on.
     model_dataset: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
 
+    # Read the datasets over the network while training instead of downloading them first, through a buffer (--buffer-tokens).
+    # Goes with datasets on the Hub, or folders of .parquet files. Held-out rows and mean and scale come from their first rows.
+    streaming: bool = False
+
     # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
     # of the dataset or the end of the texts they come again in another order.
     num_tokens: int | None = None
@@ -152,8 +157,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Length of the run in passes over the dataset, instead of --num-tokens.
     epochs: int | None = None
 
-    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows,
-    # texts give whole sequences. None: the size in REAL, at most a tenth of the rows or of --num-tokens.
+    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows, with
+    # --streaming its first, texts give whole sequences. None: the size in REAL, at most a tenth of the rows or of --num-tokens.
     val_tokens: int | None = None
 
     # Subtract each model's mean activation before scaling its mean norm to sqrt(d_model). Uncentred outlier dimensions
