@@ -101,8 +101,9 @@ class ModelFlags:
     # Join documents until a sequence is full. --no-pack: one document a sequence, cut or padded to --seq-len.
     pack: bool = True
 
-    # Precision in which the models run.
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # Precision in which the models run. int8 and nf4: weights of 1 or half a byte each, made by bitsandbytes when a model is
+    # loaded (`pip install bitsandbytes accelerate`), the rest bfloat16. A model that was saved quantised loads as it is.
+    model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25). With
     # --no-pack also the opening of a chat template, which a base model never saw.
@@ -369,8 +370,9 @@ class AnalyzeConfig(DatasetFlags):
     # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
     ft_hook: str | None = None
 
-    # Precision in which the models run.
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # Precision in which the models run. int8 and nf4: weights of 1 or half a byte each, made by bitsandbytes when a model is
+    # loaded (`pip install bitsandbytes accelerate`), the rest bfloat16. A model that was saved quantised loads as it is.
+    model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Sequences per forward pass of the models.
     model_batch_size: int = 4
