@@ -2,7 +2,8 @@
 
 All models' datasets are read in lockstep, and rows are checked as they pass: widths, token columns, lengths. A fill has as
 many rows as half of the buffer. `datasets` tells where in a stream it stands, by shard and row; a resumed run goes there and
-reads two fills again. While the loop uses one window, a thread reads ahead as much as another fill.
+reads two fills again. While the loop uses one window, a thread reads ahead as much as another fill. Of several processes each
+reads the whole stream.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run_script
+from conftest import ROOT, metrics, one_line_error, run_script
 from processes import Started
 from safetensors.torch import load_file
+from test_parallel import launch
 
 import checkpoint
 from stored import hold_out_first, open_single
@@ -126,6 +127,15 @@ def test_killed_twice_then_resumed_to_the_same_weights(data, tmp_path):
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("straight", "killed")]
     losses = [[json.loads(line).get("loss") for line in of_run] for of_run in lines]
     assert losses[0] == losses[1]
+
+
+def test_two_processes_train_on_the_same_rows_as_one(data, tmp_path):
+    flags = ["--base-dataset", data[0], "--ft-dataset", data[1], *RUN, "--num-tokens", 6000, "--log-every", 1, "--lr", 1e-3]
+    for n in (1, 2):
+        launch(n, "train.py", *flags, "--output-dir", tmp_path, "--run-name", n)
+    one, two = (metrics(tmp_path / n) for n in "12")
+    assert [line["tokens"] for line in one[:-1]] == [line["tokens"] for line in two[:-1]]
+    assert [line["loss"] for line in one[:60]] == pytest.approx([line["loss"] for line in two[:60]], rel=1e-3)
 
 
 def test_held_out_rows_come_from_the_validation_split_and_analysis_finds_them(data, tmp_path):
