@@ -1,7 +1,7 @@
 """Batches of activations from any source, filled ahead of the training loop, and what is estimated over them.
 
 A *source* (`stored.PairedActivations`, `planted.PlantedConcepts`) says how many rows it has and writes chosen rows into a
-given tensor. `live.py` makes its batches itself.
+given tensor. `streamed.StreamedActivations` does so for rows in the order they come, `live.py` makes its batches itself.
 """
 
 from __future__ import annotations

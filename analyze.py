@@ -46,7 +46,7 @@ from measure import (
 )  # fmt: skip
 from paired_rows import progress_bar, usable_device
 from planted import PlantedConcepts
-from stored import open_pair, open_single
+from stored import hold_out_first, open_pair, open_single
 
 VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
@@ -189,7 +189,8 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
                 "the same models and hook, and name them"
             )
     columns = (wanted.get("base_column"), wanted.get("ft_column"))
-    rest = (columns, None, VAL_ROWS, 0) if named else (columns, given.get("val_tokens"), resolved.get("val_tokens"), 0)
+    asked = resolved if given.get("streaming") else given  # of rows that were not counted before they had passed
+    rest = (columns, None, VAL_ROWS, 0) if named else (columns, asked.get("val_tokens"), resolved.get("val_tokens"), 0)
     pair = text = None
     if dataset:
         source, name = open_pair(dataset, *rest), dataset
@@ -201,6 +202,8 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
             notes.append(f"no examples and no patching: {error}")
     elif singles[0]:
         source, name = open_single(*singles, *rest), f"{singles[0]} and {singles[1]}"
+        if given.get("streaming") and not named:
+            hold_out_first(source)
         notes.append("no examples and no patching: two single datasets have no texts; give a paired one with --dataset")
     elif record:
         source, name = PlantedConcepts(resolved["seed"], resolved["val_tokens"]), "planted concepts"

@@ -102,8 +102,9 @@ class ModelFlags:
     # share a forward pass, so that little is padding.
     pack: bool = True
 
-    # Precision in which the models run.
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # Precision in which the models run. int8 and nf4: weights of 1 or half a byte each, made by bitsandbytes when a model is
+    # loaded (`pip install bitsandbytes accelerate`), the rest bfloat16. A model that was saved quantised loads as it is.
+    model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25). With
     # --no-pack also the opening of a chat template, which a base model never saw.
@@ -134,7 +135,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     model_batch_size: int = 8
 
     # Most rows that the buffer holds, from which batches are drawn mixed: half of them stay while the other half is
-    # replaced. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of --num-tokens if that is less.
+    # replaced; also with --streaming. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of the
+    # run if that is less.
     buffer_tokens: int | None = None
 
     # Folder that keeps the activations of the first pass over the texts, as the paired dataset that collect.py would write.
@@ -146,6 +148,10 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # the same order, as for --base-dataset. Metrics of the third model end in _C, and so on.
     model_dataset: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
 
+    # Read the datasets over the network while training instead of downloading them first, through a buffer (--buffer-tokens).
+    # Goes with datasets on the Hub, or folders of .parquet files. Held-out rows and mean and scale come from their first rows.
+    streaming: bool = False
+
     # Length of the run in tokens (paired rows). None: one epoch (planted concepts: the size in PLANTED). Beyond the rows
     # of the dataset or the end of the texts they come again in another order.
     num_tokens: int | None = None
@@ -153,8 +159,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Length of the run in passes over the dataset, instead of --num-tokens.
     epochs: int | None = None
 
-    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows,
-    # texts give whole sequences. None: the size in REAL, at most a tenth of the rows or of --num-tokens.
+    # Held-out rows, never trained on, behind every val_ metric. A dataset without a validation split gives its last rows, with
+    # --streaming its first, texts give whole sequences. None: the size in REAL, at most a tenth of the rows or of --num-tokens.
     val_tokens: int | None = None
 
     # Subtract each model's mean activation before scaling its mean norm to sqrt(d_model). Uncentred outlier dimensions
@@ -365,8 +371,9 @@ class AnalyzeConfig(DatasetFlags):
     # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
     ft_hook: str | None = None
 
-    # Precision in which the models run.
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # Precision in which the models run. int8 and nf4: weights of 1 or half a byte each, made by bitsandbytes when a model is
+    # loaded (`pip install bitsandbytes accelerate`), the rest bfloat16. A model that was saved quantised loads as it is.
+    model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Sequences per forward pass of the models.
     model_batch_size: int = 4

@@ -19,6 +19,7 @@ import transformers
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+QUANTIZED = ("int8", "nf4")  # of --model-dtype
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -54,8 +55,9 @@ def load_model(
 ) -> nnsight.NNsight:
     """A frozen causal language model, wrapped for `capture`. The plain model is its attribute `_module`.
 
-    name: Hugging Face id or folder. dtype: float32, bfloat16 or float16. revision: branch, tag or commit on the Hub. adapter:
-    peft adapter (id or folder) that is merged into the weights. ValueError (naming `flag`) if it cannot be loaded.
+    name: Hugging Face id or folder; one that was saved quantised loads so. dtype: float32, bfloat16 or float16; int8 or nf4
+    quantise the weights by bitsandbytes, the rest is bfloat16. revision: branch, tag or commit on the Hub. adapter: peft
+    adapter (id or folder) that is merged into the weights. ValueError (naming `flag`) if it cannot be loaded.
     """
     path = model_name(name, flag)
     if revision and os.path.isdir(path):
@@ -65,18 +67,30 @@ def load_model(
             f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter and leave --ft-model out"
         )
     try:
-        # no device_map: that would need accelerate
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), revision=revision or "main"
-        )
-    except (OSError, ValueError, ImportError) as error:
+        options = {"dtype": getattr(torch, "bfloat16" if dtype in QUANTIZED else dtype), "revision": revision or "main"}
+        config = transformers.AutoConfig.from_pretrained(path, revision=options["revision"])
+        if dtype in QUANTIZED:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )  # fmt: skip
+        quantized = dtype in QUANTIZED or hasattr(config, "quantization_config")
+        if quantized:
+            options["device_map"] = device  # it cannot be moved later; needs accelerate, as quantisation does anyway
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except ImportError as error:  # a quantised model names the package that it needs
+        raise ValueError(f"{flag} {name}: {first_line(error)}") from None
+    except (OSError, ValueError) as error:
         hint = "give a causal language model's Hugging Face id or folder"
         raise ValueError(f"{flag} {name}: cannot be loaded ({first_line(error)}); {hint}") from None
+    if adapter and quantized:
+        raise ValueError(f"--ft-adapter {adapter}: is merged into unquantised weights; give --model-dtype bfloat16")
     if adapter:
         model = merge_adapter(model, adapter)
     model.requires_grad_(False)
     try:
-        model.to(device)
+        if not quantized:
+            model.to(device)
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{flag} {name}: does not fit into the memory of {device}; "

@@ -1,14 +1,10 @@
-"""Live activations: train straight from the two models, through a buffer that is refilled and mixed.
+"""Live activations: train straight from the two models, through a buffer that is refilled and mixed as `windows.py` says.
 
-The rows come in *fills*, each of as many forward batches as half of the buffer holds. Window k of the stream serves, shuffled,
-a random half of fill k and the half of fill k - 1 that stayed behind; after the last fill comes an empty one, whose window
-serves the rest. So every row is served once an epoch, and a window is a function of the seed and two fills: a resumed run
-lets the models read these two again instead of finding the buffer in its checkpoint.
+A fill is as many forward batches as half of the buffer holds. A resumed run lets the models read two of them again.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 
@@ -21,12 +17,13 @@ import language_model as lm
 from activations import Batch
 from paired_dataset import PairedDataset, size
 from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
+from windows import Windows, host_memory
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
 
 
-class LiveActivations:
-    """A source of paired activations that no disk holds. Stands beside `activations.PairedActivations`.
+class LiveActivations(Windows):
+    """A source of paired activations that no disk holds. Stands beside `stored.PairedActivations`.
 
     Args:
         buffer_tokens: most rows in the buffer, both fills together.
@@ -40,12 +37,13 @@ class LiveActivations:
     n_models = 2
     dtype = torch.float16
     train_rows = None  # not known before the texts have run out
+    what = "the texts"
 
     def __init__(
         self, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
         known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
-        self.models, self.keep, self.seed, self.d_model = models, keep, models.seed, models.d_model
+        self.models, self.keep, self.d_model = models, keep, models.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = 0.0  # spent in filling the buffer
         models.start()
@@ -61,7 +59,7 @@ class LiveActivations:
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
         if keep is not None and not keep.pair:
             keep.begin(models)
-        self.capacity = buffer_tokens // 2  # rows of a fill, at most
+        self.begin(models.seed, buffer_tokens)
         shape = (2 * self.capacity, 2, self.d_model)
         pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
         self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
@@ -72,9 +70,7 @@ class LiveActivations:
         self.record = {"median_norm": models.median.tolist(), "revisions": models.revisions}
         self.record["held_out_until"] = models.held_out_until
 
-        self.ahead = models.training_rows()
-        self.epoch, self.window, self.starts = 0, None, [0, 0]  # starts: the first sequence of each fill
-        self.rows, self.served = torch.empty(0, dtype=torch.int64), 0  # of the window: places in the buffer, how many are used
+        self.sequence, self.ahead = 0, models.training_rows()  # as seek(None), but the texts stand there already
 
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
@@ -101,65 +97,36 @@ class LiveActivations:
 
     # --- the stream
 
-    def batches(self, batch_size: int, stop: int, device: torch.device, position=0, standing=None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None
+    ) -> Iterator[Batch]:
         """Batches of the rows from `position` to `stop` of the stream; the last one may be shorter.
 
-        standing: what `standing()` said at that position; None at the beginning.
+        dropped: handed on; the filter of the models' rows leaves no non-finite ones.
+        standing: what `standing(position)` said; None at the beginning.
         """
         if standing is not None and position < stop:
-            self.go_to(standing)
+            self.go_to(standing, position)
         while position < stop:
             wanted, parts = min(batch_size, stop - position), []
             while wanted:
-                while self.served == len(self.rows):
-                    self.next_window(position)
-                places = self.rows[self.served : self.served + wanted]
+                places = torch.from_numpy(self.take(position, wanted)).to(self.buffer.device)
                 parts.append(self.buffer[places].to(device))  # [rows, 2, d_model]; before a refill takes their place
-                self.served += len(places)
                 position += len(places)
                 wanted -= len(places)
             x = torch.cat(parts) if len(parts) > 1 else parts[0]
-            yield Batch(x, position, 0, position - len(x), position - 1)
+            yield Batch(x, position, dropped, position - len(x), position - 1)
 
-    def standing(self) -> dict:
-        """Where the stream stands: what `batches` needs to go on from here, in another process."""
-        start = self.starts[(self.window - 1) % 2] if self.window else 0
-        return {"epoch": self.epoch, "window": self.window, "served": self.served, "start": start}
-
-    def go_to(self, standing: dict) -> None:
-        """Read the two fills of a window again, and pass over the rows it has served."""
-        self.epoch, window = standing["epoch"], standing["window"]
-        self.models.start(standing["start"])
+    def seek(self, start: int | None) -> None:
+        """Go to the given sequence of the texts."""
+        self.sequence = start or 0
+        self.models.start(self.sequence)
         self.ahead = self.models.training_rows()
-        if window:
-            self.refill(window - 1, standing["start"])
-        self.refill(window, self.end_of(window - 1) if window else 0)
-        self.open_window(window)
-        self.served = standing["served"]
 
-    def next_window(self, position: int) -> None:
-        if self.window is None:
-            window, start = 0, 0
-        elif self.fills[self.window % 2].n:
-            window, start = self.window + 1, self.end_of(self.window)
-        else:  # that window served the rest
-            self.epoch += 1
-            window, start = 0, 0
-            tqdm.write(
-                f"the texts ran out after {position // self.epoch:,} rows: "
-                f"epoch {self.epoch + 1} goes through them again, in another order"
-            )
-            self.finish()
-            self.models.start()
-            self.ahead = self.models.training_rows()
-        self.refill(window, start)
-        self.open_window(window)
-
-    def refill(self, number: int, start: int) -> None:
-        """Let the models read fill `number` of the epoch, which begins with the sequence `start`, into its half."""
+    def read(self, number: int) -> tuple[int, int]:
+        """Let the models read fill `number` of the epoch into its half. Its rows, and the sequence after its last one."""
         began, fill = time.perf_counter(), self.fills[number % 2]
         fill.clear()
-        self.starts[number % 2] = start
         with progress_bar("both models", self.fill_rows) as bar:
             while fill.n < self.fill_rows and (rows := next(self.ahead, None)):
                 bar.update(fill.add(rows))
@@ -170,23 +137,11 @@ class LiveActivations:
         self.model_seconds += time.perf_counter() - began
         if self.epoch == 0 and fill.passed:
             self.store("train", number, fill)
+        self.sequence += len(fill.passed)
+        return fill.n, self.sequence
 
-    def end_of(self, number: int) -> int:
-        """The sequence after the last one of a fill that lies in the buffer."""
-        return self.starts[number % 2] + len(self.fills[number % 2].passed)
-
-    def open_window(self, number: int) -> None:
-        """Shuffle half of fill `number` and what is left of the one before."""
-        fresh, _ = self.halves(number)
-        stayed = self.halves(number - 1)[1] if number else fresh[:0]
-        order = np.random.default_rng([self.seed, self.epoch, number, 1]).permutation(np.concatenate([fresh, stayed]))
-        self.rows, self.served, self.window = torch.from_numpy(order).to(self.buffer.device), 0, number
-
-    def halves(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the buffer of the rows of a fill: those that its own window serves, and those that stay for the next."""
-        n = self.fills[number % 2].n
-        places = np.random.default_rng([self.seed, self.epoch, number, 0]).permutation(n) + number % 2 * self.capacity
-        return places[: n // 2], places[n // 2 :]
+    def end_epoch(self) -> None:
+        self.finish()
 
     # --- single rows, for the normalisation and the held-out metrics
 
@@ -261,12 +216,3 @@ def place_buffer(
             f"{size(host)} that are free on the host; lower it or --val-tokens"
         )
     return place
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are free or can be freed."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -35,6 +35,8 @@ def say(text: str, file=None) -> None:
 
 def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int, usual_k: int) -> None:
     rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
+    if config.streaming:
+        rows = f"{'' if source.train_rows is None else rows + ' '}streamed in fills of {source.capacity:,} rows"
     single = f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts"
     what = config.dataset or " + ".join(config.model_dataset) or single
     if config.base_model:

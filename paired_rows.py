@@ -70,8 +70,8 @@ class PairedModels:
             raise ValueError(f"{self.batch_flag} {batch_size}: must be at least 1")
         if not 0 <= skip_first < seq_len:
             raise ValueError(f"--skip-first {skip_first}: must be at least 0 and below --seq-len {seq_len}")
-        if not max_norm_ratio > 1:
-            raise ValueError(f"--max-norm-ratio {max_norm_ratio:g}: must be above 1; inf stores rows of every norm")
+        if not 1 < max_norm_ratio < float("inf"):  # which JSON cannot hold
+            raise ValueError(f"--max-norm-ratio {max_norm_ratio:g}: must be above 1 and finite; 1e9 keeps rows of every norm")
         if not text:
             raise ValueError("--text is missing: give at least one source of text")
         if not ft_model:

@@ -43,6 +43,11 @@ def check(config: TrainConfig) -> None:
     if config.epochs is not None and config.num_tokens is not None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
     check_live(config)
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):  # config.json could not hold it
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be finite; give a large number instead")
+    if config.streaming and not (config.dataset or config.base_dataset or config.model_dataset):
+        raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
@@ -71,8 +76,8 @@ def check(config: TrainConfig) -> None:
 def check_live(config: TrainConfig) -> None:
     """ValueError, naming the flag, if training straight from the models is asked for by halves."""
     wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
-    alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "buffer_tokens", "base_device", "ft_device")
-    alone += ("base_revision", "ft_revision", "ft_adapter")
+    alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "base_device", "ft_device")
+    alone += ("base_revision", "ft_revision", "ft_adapter", *(() if config.streaming else ("buffer_tokens",)))
     asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
     if not asked:
         return
@@ -122,6 +127,26 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
         keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
     place = place_buffer(models, config.buffer_tokens, config.val_tokens, config.d_hidden, config.batch_size, device)
     return LiveActivations(models, config.buffer_tokens, config.val_tokens, config.num_tokens, place, known, keep)
+
+
+def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None):
+    """Datasets read over the network as a source of rows; arguments as for `open_live`. Fills in the sizes left open."""
+    from streamed import StreamedActivations, open_streams
+
+    named = (given.dataset, given.base_dataset, given.ft_dataset, given.model_dataset)
+    *streams, rows, revisions = open_streams(*named, (given.base_column, given.ft_column), known and known["revisions"])
+    length = config.num_tokens or rows.get("train", 0) * (config.epochs or 1)
+    if not length or (given.epochs and "train" not in rows):
+        raise ValueError("--streaming: the length of the streams is not known before their end, give --num-tokens")
+    if known is None:
+        for name, least in (("val_tokens", 1), ("buffer_tokens", 2)):
+            if getattr(given, name) is None:
+                setattr(config, name, max(least, min(getattr(config, name), length // 10)))
+    if config.buffer_tokens < 2:
+        raise ValueError(f"--buffer-tokens {config.buffer_tokens}: must be at least 2")
+    source = StreamedActivations(*streams, rows, config.val_tokens, config.buffer_tokens, config.seed)
+    source.record = {"revisions": revisions}
+    return source
 
 
 def open_source(given: TrainConfig, config: TrainConfig):

@@ -22,13 +22,10 @@ class Column:
     """A column of float lists as zero-copy tensors, one [rows, d_model] for each Arrow chunk.
 
     A row is one token, or one sequence of them (lists of lists, Array2D). Arrow has no bfloat16: int16 lists in a column
-    whose name ends in `bfloat16` hold its bits.
+    whose name ends in `bfloat16` hold its bits. first_row: number of the table's first row, for errors.
     """
 
-    def __init__(self, dataset, name: str | None, flag: str):
-        if dataset._indices is not None:
-            dataset = dataset.flatten_indices()
-        table = dataset.data.table
+    def __init__(self, table, name: str | None, flag: str, first_row: int = 0):
         name = pick_column(table.schema, name, flag)
         chunks, starts, self.d_model = [], [0], None
         for array in table.column(name).chunks:
@@ -38,12 +35,12 @@ class Column:
                 array.validate()  # hostile offsets must not point outside the buffer
             except ValueError as error:
                 raise ValueError(
-                    f"{flag}: column {name!r} is damaged after row {starts[-1]} ({error}); copy it again"
+                    f"{flag}: column {name!r} is damaged after row {first_row + starts[-1]} ({error}); copy it again"
                 ) from None
             nulls, array = array.null_count, token_rows(array)
             values = array.flatten()
             if nulls or array.null_count or values.null_count:
-                low, high = starts[-1], starts[-1] + len(array)
+                low, high = first_row + starts[-1], first_row + starts[-1] + len(array)
                 raise ValueError(f"{flag}: column {name!r} has empty entries between rows {low} and {high}; fill or drop them")
             lengths = np.full(len(array), array.type.list_size) if hasattr(array.type, "list_size") else np.diff(array.offsets)
             if self.d_model is None:
@@ -53,8 +50,8 @@ class Column:
             if (lengths != self.d_model).any():
                 row = int(np.argmax(lengths != self.d_model))
                 raise ValueError(
-                    f"{flag}: column {name!r} has rows of unequal width: row {starts[-1] + row} has {lengths[row]} values, "
-                    f"the first row {self.d_model}; every row must be one token's activation"
+                    f"{flag}: column {name!r} has rows of unequal width: row {first_row + starts[-1] + row} has {lengths[row]} "
+                    f"values, the first row {self.d_model}; every row must be one token's activation"
                 )
             numbers = values.to_numpy(zero_copy_only=True).reshape(-1, self.d_model)
             with warnings.catch_warnings():
@@ -204,14 +201,7 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
     else:
         base, ft = (open_dataset(f"{dataset}:{part}", "--dataset") for part in ("base", "ft"))
         pair_file = hub_pair_file(dataset)
-    try:
-        pair = json.loads(Path(pair_file).read_text())
-        stored_scale, shuffled = torch.tensor(pair["stored_scale"], dtype=torch.float64), bool(pair.get("shuffled"))
-        if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
-            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
-        written = dict(pair.get("rows", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
+    stored_scale, shuffled, written = read_pair(dataset, pair_file)
     for split, part in base.items():
         if len(part) != written.get(split, len(part)):
             raise ValueError(
@@ -220,6 +210,18 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
             )
     splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
     return PairedActivations(splits, stored_scale, shuffled, seed)
+
+
+def read_pair(dataset: str, pair_file) -> tuple[Tensor, bool, dict[str, int]]:
+    """What a pair.json says: stored_scale [2] float64, whether the rows are shuffled, and how many each split has."""
+    try:
+        pair = json.loads(Path(pair_file).read_text())
+        stored_scale, shuffled = torch.tensor(pair["stored_scale"], dtype=torch.float64), bool(pair.get("shuffled"))
+        if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
+            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
+        return stored_scale, shuffled, dict(pair.get("rows", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
 
 
 def open_single(base_dataset: str, ft_dataset: str, columns, val_tokens: int | None, default_val: int, seed: int):
@@ -244,9 +246,11 @@ def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val
         if missing := set(base) ^ set(part):
             raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
     for split in base:
-        columns = [Column(part[split], name, flag) for part, name, flag in zip(parts, names, flags, strict=True)]
-        for part, column, flag in list(zip(parts, columns, flags, strict=True))[1:]:
-            check_alignment(base[split], part[split], [columns[0], column], (flags[0], flag), split)
+        whole = [d if d._indices is None else d.flatten_indices() for d in (part[split] for part in parts)]
+        tables = [dataset.data.table for dataset in whole]
+        columns = [Column(table, name, flag) for table, name, flag in zip(tables, names, flags, strict=True)]
+        for table, column, flag in list(zip(tables, columns, flags, strict=True))[1:]:
+            check_alignment(tables[0], table, [columns[0], column], (flags[0], flag), split)
         splits[split] = (columns, 0, len(columns[0]))
     rows = splits["train"][2]
     if "validation" in splits:
@@ -260,8 +264,19 @@ def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val
     return splits
 
 
-def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
-    """ValueError that names the first difference unless both datasets hold the same tokens in the same order."""
+def hold_out_first(source: PairedActivations) -> None:
+    """Let the held-out rows be the first ones, as when they were streamed, unless there is a validation split of its own."""
+    columns, first, held_out = source.splits["validation"]
+    if first:
+        source.splits["validation"] = (columns, 0, held_out)
+        source.splits["train"] = (columns, held_out, source.train_rows)
+
+
+def check_alignment(base, ft, columns: list[Column], flags, split: str, first_row: int = 0) -> None:
+    """ValueError that names the first difference unless two tables hold the same tokens in the same order.
+
+    first_row: number of their first row, for errors.
+    """
     if columns[0].d_model != columns[1].d_model:
         raise ValueError(
             f"{flags[0]} has activations of width {columns[0].d_model} and {flags[1]} of width {columns[1].d_model}: "
@@ -274,13 +289,14 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
         )
     for name in ("sequence", "position", "token", "token_ids", "input_ids"):
         if name in base.column_names and name in ft.column_names:
-            mine, other = (flat(part.data.table.column(name)).cast("int64") for part in (base, ft))
+            mine, other = (flat(table.column(name)).cast("int64") for table in (base, ft))
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
                 whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
                 raise ValueError(
-                    f"{flags[0]} and {flags[1]} are not aligned: {name} of row {row} (split {split}) is {mine[row]} in the "
-                    f"base model's and {other[row]} in the {whose} model's dataset; write both in the same order"
+                    f"{flags[0]} and {flags[1]} are not aligned: {name} of row {first_row + row} (split {split}) is "
+                    f"{mine[row]} in the base model's and {other[row]} in the {whose} model's dataset; "
+                    "write both in the same order"
                 )
 
 
@@ -293,10 +309,11 @@ def flat(column):
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], type=column.type.value_type)
 
 
-def open_dataset(name: str, flag: str) -> dict:
+def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
     """A folder, file or Hub id (`id`, `id:config`, `id:config:split`) -> {"train": Dataset, perhaps "validation": Dataset}.
 
-    A folder may also be a memmap cache of crosscoder_learning.
+    A folder may also be a memmap cache of crosscoder_learning. With `streaming` an IterableDataset each; a folder then holds
+    .parquet files. revision: commit of a dataset on the Hub, None: its newest.
     """
     import datasets
 
@@ -306,6 +323,8 @@ def open_dataset(name: str, flag: str) -> dict:
             raise ValueError(f"{flag} {name}: belongs to the paired dataset {folder}, which has its own scales; use --dataset")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError(f"{flag} {name}: no such file or folder")
+    if streaming and path.exists() and path.suffix != ".parquet" and not any(path.glob("**/*.parquet")):
+        raise ValueError(f"{flag} {name}: lies on this disk, where it is read in place; leave out --streaming")
     if (path / "shard_0.memmap").is_file():
         return {"train": open_memmaps(path, f"{flag} {name}")}
     if hooks := sorted(file.parent.name for file in path.glob("*/shard_0.memmap")):
@@ -314,16 +333,16 @@ def open_dataset(name: str, flag: str) -> dict:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path), streaming=streaming)
         elif path.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=str(path))
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
         elif path.suffix == ".arrow":
             loaded = datasets.Dataset.from_file(str(path))
         elif path.exists():
             raise ValueError(f"a file of kind {path.suffix or 'without suffix'} is not read; give a folder, .parquet or .arrow")
         else:
             identifier, config, split = (name.split(":") + [None, None])[:3]
-            loaded = datasets.load_dataset(identifier, config or None, split=split)
+            loaded = datasets.load_dataset(identifier, config or None, split=split, streaming=streaming, revision=revision)
     except IndexError:  # how the library meets a folder without a single row
         raise ValueError(f"{flag} {name}: the dataset is empty") from None
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; all mean that this argument cannot be read
@@ -332,13 +351,13 @@ def open_dataset(name: str, flag: str) -> dict:
             raise ValueError(f"{flag}: {file} is truncated or damaged ({reason}); copy or collect it again") from None
         hub = "" if path.exists() else " (no such folder here, so it was taken for a Hub id, which needs network)"
         raise ValueError(f"{flag} {name}: cannot be opened: {reason}{hub}") from None
-    if isinstance(loaded, datasets.Dataset):
+    if not isinstance(loaded, dict):  # of splits
         return {"train": loaded}
     if "train" not in loaded and len(loaded) > 1:
         raise ValueError(f"{flag} {name}: has the splits {', '.join(loaded)}; choose one with {name}:CONFIG:SPLIT")
     if "train" not in loaded:
         return {"train": next(iter(loaded.values()))}
-    empty = len(loaded.get("validation", ())) == 0  # a small collection may have held no sequence out
+    empty = next(iter(loaded.get("validation", ())), None) is None  # a small collection may have held no sequence out
     return {"train": loaded["train"]} | ({} if empty else {"validation": loaded["validation"]})
 
 
@@ -394,12 +413,12 @@ def damaged_file(path: Path) -> Path | None:
     return None
 
 
-def hub_pair_file(dataset: str) -> str | os.PathLike:
+def hub_pair_file(dataset: str, revision: str | None = None) -> str | os.PathLike:
     """Local copy of the pair.json of a paired dataset on the Hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return hf_hub_download(dataset, "pair.json", repo_type="dataset")
+        return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision)
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"--dataset {dataset}: its pair.json cannot be fetched ({type(error).__name__})") from None

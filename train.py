@@ -51,6 +51,7 @@ def main(given: TrainConfig) -> int:
 
     # --- data, and what follows from it
     live = given.base_model is not None  # straight from the two models
+    streams = live or given.streaming  # through a buffer, each row once an epoch
     usual = REAL if live or given.dataset or given.base_dataset or given.model_dataset else PLANTED
     warm = read_warm_start(given.init_from, given.variant, given.d_hidden) if given.init_from and not saved else None
     if warm:
@@ -64,7 +65,12 @@ def main(given: TrainConfig) -> int:
         raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {parallel.size()}")
     if config.variant == "batch_topk" and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
-    source = prepare.open_live(given, config, device, saved_data) if live else prepare.open_source(given, config)
+    if live:
+        source = prepare.open_live(given, config, device, saved_data)
+    elif given.streaming:
+        source = prepare.open_streamed(given, config, saved_data)
+    else:
+        source = prepare.open_source(given, config)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
     config.k_aux = config.k_aux or max(1, source.d_model // 2)
@@ -85,7 +91,7 @@ def main(given: TrainConfig) -> int:
         hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
-    data |= source.record if live else {}
+    data |= source.record if streams else {}
     if saved:
         prepare.refuse_other_data(data, saved_data)
     locked = None
@@ -135,7 +141,7 @@ def main(given: TrainConfig) -> int:
             scheduler.load_state_dict(state["scheduler"])
             step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
             seconds, wandb_id = state["seconds"], state["wandb_id"]
-            standing = state["live"] if live else None
+            standing = state["stream"] if streams else None
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
@@ -151,8 +157,8 @@ def main(given: TrainConfig) -> int:
     watched = watch(steps, step, quiet=parallel.rank() > 0)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
-    if live:
-        stream = source.batches(config.batch_size, stop, device, position, standing)
+    if streams:
+        stream = source.batches(config.batch_size, stop, device, position, dropped, standing)
     else:
         stream = batches(source, config.batch_size, stop, device, position, dropped)
     with closing(stream):
@@ -200,7 +206,7 @@ def main(given: TrainConfig) -> int:
                 require_finite(bad_step, recent, run)
                 state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
                 state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
-                state |= {"live": source.standing()} if live else {}
+                state |= {"stream": source.standing(position)} if streams else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)

@@ -2,14 +2,20 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, one_line_error, run_script
 from hub_server import serve
+from safetensors.torch import load_file
 
 from activations import estimate_normalization
+from checkpoint import complete
 from crosscoder import CrossCoder
 from formats import read_crosscoder
 from hub import open_repository
@@ -85,6 +91,26 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
     mean, _ = estimate_normalization(here, center=True)
     crosscoder = CrossCoder.from_pretrained(tmp_path / "hub" / "crosscoder")
     torch.testing.assert_close(crosscoder.mean, (mean / here.stored_scale[:, None]).float())  # the same rows
+
+    # --streaming: nothing but pair.json lands in the cache; killed and resumed it ends with the same weights
+    fresh = env | {"HF_HOME": str(tmp_path / "home")}
+    flags = ["--dataset", "me/acts", "--streaming", "--buffer-tokens", 1000, "--epochs", 2, "--save-every", 5, *small]
+    out = run_script("train.py", *flags, "--run-name", "straight", check=True, env=fresh).stdout
+    assert f"me/acts: {here.train_rows:,} rows streamed in fills of 500 rows" in out
+    big = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 50_000]
+    assert not big, big
+    record = json.loads((tmp_path / "straight" / "config.json").read_text())
+    assert record["data"]["stored_scale"] == data["stored_scale"] and record["data"]["train_rows"] == here.train_rows
+    assert len(record["data"]["revisions"]) == 1 and record["resolved"]["num_tokens"] == 2 * here.train_rows
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--run-name", "killed"]
+    process = subprocess.Popen(command, env=fresh, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(complete(tmp_path / "killed")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    run_script("train.py", "--resume", tmp_path / "killed", check=True, env=fresh)
+    first, second = (load_file(tmp_path / run / "crosscoder" / "model.safetensors") for run in ("straight", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_what_the_hub_refuses_is_said_before_the_work_starts(tmp_path, online):

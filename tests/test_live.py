@@ -75,10 +75,10 @@ source = prepare.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"
 stop, size, rows, standings = given.num_tokens, 300, [], [None]
 for batch in source.batches(size, stop, torch.device("cpu")):
     rows.append(batch.x.numpy().copy())
-    standings.append(source.standing())
+    standings.append(source.standing(batch.position))
 for i in list(range(0, len(rows), 61)) + [len(rows) - 1]:  # from any place of the stream, both epochs
-    again = [b.x.numpy().copy() for b, _ in zip(source.batches(size, stop, torch.device("cpu"), i * size, standings[i] or
-             {"epoch": 0, "window": 0, "served": 0, "start": 0}), range(3))]
+    again = [b.x.numpy().copy() for b, _ in zip(source.batches(size, stop, torch.device("cpu"), i * size, 0, standings[i] or
+             {"epoch": 0, "window": 0, "served": 0, "start": None}), range(3))]
     assert all(np.array_equal(a, b) for a, b in zip(again, rows[i:])), i
 np.save(sys.argv[1], np.concatenate(rows))
 """
@@ -154,7 +154,7 @@ def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(straight, fla
         process.send_signal(kill)
         errors = process.communicate()[1]
         assert process.returncode == code and "Traceback" not in errors, errors
-        standing = checkpoint.load(checkpoint.find(run))[1]["live"]
+        standing = checkpoint.load(checkpoint.find(run))[1]["stream"]
         assert standing["served"] % FILL > 0 and standing["window"] > 0 or kill == signal.SIGTERM
         assert standing["epoch"] == (0 if kill == signal.SIGKILL else 1)
     run_script("train.py", "--resume", run, check=True)
@@ -200,6 +200,8 @@ def test_bad_input_gives_one_line(flags, collected, straight, tiny, tmp_path):
         ([*run, "--skip-first", 64], "--skip-first 64: must be at least 0 and below --seq-len 64"),
         ([*run, "--model-batch-size", 0], "--model-batch-size 0: must be above 0"),
         ([*run, "--max-norm-ratio", 1], "--max-norm-ratio 1: must be above 1"),
+        ([*run, "--max-norm-ratio", "inf"], "--max-norm-ratio inf: must be finite"),  # its resume could not read it
+        ([*run, "--grad-clip", "nan"], "--grad-clip nan: must be finite"),
         ([*run, "--ft-device", "quantum"], "--ft-device quantum: is not a device of this machine"),
         ([*run, "--keep-activations", tmp_path / "full"], "is not empty and holds no collection"),
         ([*run, "--keep-activations", collected], "was begun with"),

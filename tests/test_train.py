@@ -160,6 +160,17 @@ def test_config_of_a_run_can_be_given_back(tmp_path):
 # --- real activations of two real models
 
 
+def test_a_batch_in_parts_takes_the_same_steps(tmp_path):
+    """Parts of unequal size; with a rate that falls from the first step to the last."""
+    flags = [*QUICK, "--num-tokens", 1280, "--log-every", 1, "--compute-dtype", "float32", "--lr-decay", 1, "--lr-warmup", 0]
+    whole, parts = (metrics(train(tmp_path, str(n), *flags, "--micro-batch-size", n)) for n in (64, 24))
+    for a, b in zip(whole[:-1], parts[:-1], strict=True):
+        for name in ("loss", "grad_norm", "explained_variance", "l0_loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+    rates = [line["lr"] for line in whole[:-1]]
+    assert rates == pytest.approx([rates[0] * (1 - step / 20) for step in range(20)])
+
+
 @pytest.fixture(scope="module")
 def trained(pair, tmp_path_factory):
     """The three recipes on the tiny Llama pair, one with wandb offline."""
