@@ -274,7 +274,9 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str) -> None:
         )
     for name in ("sequence", "position", "token", "token_ids", "input_ids"):
         if name in base.column_names and name in ft.column_names:
-            mine, other = (flat(part.data.table.column(name)).cast("int64") for part in (base, ft))
+            mine, other = (flat(part.data.table.column(name)) for part in (base, ft))
+            if mine.type != other.type:  # a cast is a copy that grows with the dataset
+                mine, other = mine.cast("int64"), other.cast("int64")
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
                 whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"

@@ -1,10 +1,10 @@
 """How much memory of its own a training takes while its dataset is far larger: peak RssAnon of train.py against bytes on disk.
 
-    python benchmarks/memory.py                     6 GB of rows, one epoch; needs the disk for them
+    python benchmarks/memory.py                     8 GB of rows, one epoch; needs the disk for them
     python benchmarks/memory.py --gigabytes 100
 
 Writes a paired dataset as collect.py does (2 x d_model float16 values a row and the columns of tokens, shuffled), the same
-block of random rows again and again, and trains on it through the command line; then on 10,000 rows. Sampled is
+block of random rows again and again, and trains on it through the command line; then as many steps on 12,288 rows. Sampled is
 RssAnon of /proc/PID/status: memory that belongs to no file. Pages of a mapped dataset do not count, as the kernel drops them
 when it needs room. Exit status 1 unless the files are ten times larger than all of it.
 """
@@ -26,8 +26,8 @@ from datasets.table import InMemoryTable
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("sequence", "position", "token")
-BLOCK = 4096  # rows that are written again and again
-SMALL = 10_000  # rows: enough for every buffer to reach its full size
+BLOCK = 4096  # rows that are written again and again, and held out
+SMALL = 3 * BLOCK  # rows: enough for every buffer to reach its full size
 BATCH = 1000  # rows of a record batch, as the datasets library writes them
 
 
@@ -69,21 +69,22 @@ def peak_of(process) -> int:
 def main() -> int:
     disable_progress_bars()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6)
+    parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--d-model", type=int, default=1152)
-    parser.add_argument("--d-hidden", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--d-hidden", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="where the rows are written and removed again; default: the system's own")
     args = parser.parse_args()
     peaks, sizes = [], []
-    for rows in (int(args.gigabytes * 1e9 / (4 * args.d_model)), SMALL):
+    large = int(args.gigabytes * 1e9 / (4 * args.d_model))
+    for rows in (large, SMALL):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             sizes.append(write_pair(Path(folder) / "data", rows, args.d_model))
-            command = [sys.executable, str(ROOT / "train.py"), "--dataset", f"{folder}/data", "--output-dir", f"{folder}/runs"]
-            command += ["--d-hidden", str(args.d_hidden), "--batch-size", str(args.batch_size), "--val-tokens", "2000"]
-            command += ["--wandb", "disabled", "--device", "cpu"]
+            flags = ["--dataset", f"{folder}/data", "--output-dir", f"{folder}/runs", "--wandb", "disabled", "--device", "cpu"]
+            flags += ["--d-hidden", args.d_hidden, "--batch-size", args.batch_size, "--val-tokens", BLOCK]
+            flags += ["--num-tokens", large - BLOCK]
             began = time.perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.DEVNULL)
             peaks.append(peak_of(process))
             if process.returncode:
                 return 1
