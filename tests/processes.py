@@ -32,6 +32,7 @@ class Started:
             file.touch()
         self.process = SERVER.Process(target=run, args=(self.args, self.files, dict(os.environ), str(cwd or os.getcwd())))
         self.process.start()
+        atexit.register(self.process.kill)  # where a test fails, pytest would wait for it at its end
         self.pid = self.process.pid
 
     @property
