@@ -282,26 +282,32 @@ def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
     assert CrossCoder.from_pretrained(run / "crosscoder").d_hidden == 64 and (run / "summary.json").exists()
 
 
+LONG, SHORT = ["--num-tokens", 640_000], ["--num-tokens", 640, "--val-tokens", 50_000]
+
+
 @needs_mount
-def test_a_file_system_that_fills_up(tmp_path):
-    """A tmpfs of 16 MB that something else fills after the first checkpoint."""
+@pytest.mark.parametrize(("length", "what"), [(LONG, "the checkpoint of step"), (SHORT, "the crosscoder could not be written")])
+def test_a_file_system_that_fills_up(tmp_path, length, what):
+    """A tmpfs of 16 MB that something else fills after the first checkpoint, which may be the last before the final model."""
     script = f"""
         set -e
         mount -t tmpfs -o size=16m none {tmp_path}
         {sys.executable} {ROOT}/train.py --output-dir {tmp_path} --run-name a {" ".join(map(str, SMALL))} --d-hidden 512 \
-            --num-tokens 640000 --log-every 100000 --val-every 100000 & training=$!
+            {" ".join(map(str, length))} --log-every 100000 --val-every 100000 & training=$!
         until compgen -G '{tmp_path}/a/checkpoints/step_*' > /dev/null; do kill -0 $training; sleep 0.01; done
         cat /dev/zero > {tmp_path}/ballast 2> /dev/null || true
         status=0; wait $training || status=$?
         echo "status $status"
-        ls -A {tmp_path}/a/checkpoints
+        ls -A {tmp_path}/a/*
         rm {tmp_path}/ballast
         {sys.executable} {ROOT}/train.py --resume {tmp_path}/a --num-tokens 12800
     """
     result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=300)
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
-    assert "the checkpoint of step" in message and "No space left on device" in message and "make room" in message
-    assert "status 1" in result.stdout and "Traceback" not in result.stderr and ".partial" not in result.stdout
+    assert what in message and "No space left on device" in message and "make room" in message
+    assert (
+        "status 1" in result.stdout and "Traceback" not in result.stderr and ".partial" not in result.stdout.split("status")[1]
+    )
     assert result.returncode == 0 and "resumed" in result.stdout and "damaged" not in result.stderr, result.stderr
 
 
