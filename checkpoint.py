@@ -68,12 +68,13 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
                     os.rename(folder, folder.with_name(f".{folder.name}.old"))
                 os.rename(partial, folder)
                 sync(folder.parent)
-    if parallel.rank() == 0:
-        kept = complete(run)
-        kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
-        for old in set(complete(run)) - set(kept):
-            os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted checkpoint must not carry a complete one's name
-        remove_leftovers(run)
+    with parallel.together():
+        if parallel.rank() == 0:
+            kept = complete(run)
+            kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
+            for old in set(complete(run)) - set(kept):
+                os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted one must not carry a complete one's name
+            remove_leftovers(run)
     return folder
 
 
@@ -115,12 +116,18 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def remove_leftovers(run: Path) -> None:
-    """Delete what a process that was killed had half written. Only the process that holds the run's lock may do so."""
+def remove_leftovers(run: Path) -> list[str]:
+    """Delete what a process that was killed had half written. Only the process that holds the run's lock may do so.
+
+    Returns what a reader would miss: the step whose checkpoint, or the folder whose model was cut off.
+    """
+    cut_off = [path.name.split(".")[1] for path in sorted((run / "checkpoints").glob(".step_*.partial"))]
+    cut_off += ["crosscoder"] * any((run / "crosscoder").glob("*.partial"))
     for leftover in (run / "checkpoints").glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in [*run.glob(".*.partial"), *(run / "crosscoder").glob("*.partial")]:
         leftover.unlink(missing_ok=True)
+    return cut_off
 
 
 def complete(run: Path) -> list[Path]:
@@ -140,7 +147,8 @@ def find(resume: Path) -> Path:
     for folder in reversed(complete(resume)):
         if not (why := damage(folder)):
             return folder
-        print(f"damaged  {folder} ({why}): passed over for the one before it", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"damaged  {folder} ({why}): passed over for the one before it", file=sys.stderr)
     if why:
         raise ValueError(
             f"--resume {resume}: all its checkpoints are damaged ({why}); put a copy of one back, or begin again with "

@@ -305,6 +305,8 @@ class CrossCoder(nn.Module):
         with parallel.together():
             if parallel.size() > 1:
                 self._fill_in(partial, tensors)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())  # a power cut must not leave the name without the values
         with parallel.together():
             if parallel.rank() == 0:
                 os.replace(partial, folder / "model.safetensors")

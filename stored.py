@@ -289,7 +289,9 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str, first_ro
         )
     for name in ("sequence", "position", "token", "token_ids", "input_ids"):
         if name in base.column_names and name in ft.column_names:
-            mine, other = (flat(table.column(name)).cast("int64") for table in (base, ft))
+            mine, other = (flat(table.column(name)) for table in (base, ft))
+            if mine.type != other.type:  # a cast is a copy that grows with the dataset
+                mine, other = mine.cast("int64"), other.cast("int64")
             if not mine.equals(other):
                 row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
                 whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"

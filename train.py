@@ -35,6 +35,7 @@ from monitor import count_exclusive, finish_wandb, log, print_plan, print_summar
 from planted import PlantedConcepts
 from sparse import fast_dtype
 
+ONE_SIGNAL = 3.0  # seconds: a terminal or a scheduler that signals torchrun and its processes alike means it once
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 
 
@@ -98,7 +99,8 @@ def main(given: TrainConfig) -> int:
     if parallel.rank() == 0:
         run = run if saved else prepare.make_folder(run, given)
         locked = checkpoint.lock(run)
-        checkpoint.remove_leftovers(run)
+        if cut_off := checkpoint.remove_leftovers(run):
+            say(f"cut off  {', '.join(cut_off)} in {run}: the run was killed while writing it; removed")
         if not saved:
             record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
             record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
@@ -149,7 +151,10 @@ def main(given: TrainConfig) -> int:
     if parallel.rank() == 0:
         checkpoint.cut_metrics(run, step)
     print_plan(config, source, run, start_from, device, steps, usual["k"])
-    tracker, wandb_id = start_wandb(config, run, wandb_id) if parallel.rank() == 0 else (None, None)
+    tracker = None
+    with parallel.together():  # the last wait that may be long: in the loop all answer within a minute
+        if parallel.rank() == 0:
+            tracker, wandb_id = start_wandb(config, run, wandb_id)
 
     # --- the loop
     signals = catch_signals()
@@ -157,6 +162,7 @@ def main(given: TrainConfig) -> int:
     watched = watch(steps, step, quiet=parallel.rank() > 0)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
+    last_save = "a first save"
     if streams:
         stream = source.batches(config.batch_size, stop, device, position, dropped, standing)
     else:
@@ -184,7 +190,8 @@ def main(given: TrainConfig) -> int:
             tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
             bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
-            last = position >= stop or parallel.any_process(bool(signals))
+            stopping = parallel.any_process(bool(signals))
+            last = position >= stop or stopping
             validate = step % config.val_every == 0 and not last
             if step == 1 or step % config.log_every == 0 or validate or last:
                 require_finite(bad_step, recent, run)
@@ -204,12 +211,17 @@ def main(given: TrainConfig) -> int:
                 logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
             if step % config.save_every == 0 or last:
                 require_finite(bad_step, recent, run)
+                if stopping:  # at once: whoever sent the signal may not wait for the save
+                    say(f"{name_of(signals)}: saving step {step} ({last_save}), then leaving; killed before that, the run "
+                        f"goes on from {kept[-1].name if (kept := checkpoint.complete(run)) else 'its beginning'}")  # fmt: skip
+                saving_since = time.perf_counter()
                 state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
                 state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
                 state |= {"stream": source.standing(position)} if streams else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)
+                last_save = f"the last save took {time.perf_counter() - saving_since:.1f} s"
             watched.bar.update()
             if last or (step % config.save_every == 0 and parallel.any_process(bool(signals))):
                 break  # a signal that came in after a save is saved by the next step
@@ -217,11 +229,10 @@ def main(given: TrainConfig) -> int:
     watched.bar.close()
     seconds += time.perf_counter() - started
     if parallel.any_process(bool(signals)):
-        signals = signals or [signal.SIGTERM]  # another process got it
-        say(f"stopped by {signal.Signals(signals[0]).name}, saved at step {step}. Go on with:")
+        say(f"stopped by {name_of(signals)}, saved at step {step}. Go on with:")
         say(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
-        return 128 + signals[0]
+        return 128 + signal.Signals[name_of(signals)]
 
     if live:
         source.finish()
@@ -272,17 +283,25 @@ def annealed_k(step: int, steps: int, config: TrainConfig) -> int:
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM append to; the loop saves and leaves at the next step. A second one interrupts at once."""
+    """A list that Ctrl-C and SIGTERM append to; the loop saves and leaves at the next step. A later one interrupts at once."""
     caught: list[int] = []
+    since = time.monotonic()
 
     def note(number, frame):
-        if caught:
+        nonlocal since
+        if caught and time.monotonic() - since > ONE_SIGNAL:
             raise KeyboardInterrupt
+        since = since if caught else time.monotonic()
         caught.append(number)
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return caught
+
+
+def name_of(signals: list[int]) -> str:
+    """The signal that stops the run; SIGTERM where another process got it."""
+    return signal.Signals(signals[0]).name if signals else "SIGTERM"
 
 
 # --- measuring
@@ -383,9 +402,12 @@ if __name__ == "__main__":
         parallel.stop()
         sys.exit(status)
     except (ValueError, OSError) as error:
-        if parallel.rank() > 0 and not parallel.sent:  # what all processes find before they start, the first one says
-            time.sleep(5)  # torchrun ends the others with the first that leaves
-            sys.exit(1)
+        if parallel.rank() > 0:  # what all processes find, the first one says, and torchrun ends the others as it leaves
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+            if not parallel.sent:
+                sys.exit(1)
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:  # before the loop, or a second time
+        say("interrupted: what was not yet saved is left out, what was saved before is whole", sys.stderr)
         sys.exit(130)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ class Started:
             file.touch()
         self.process = SERVER.Process(target=run, args=(self.args, self.files, dict(os.environ), str(cwd or os.getcwd())))
         self.process.start()
+        atexit.register(self.process.kill)  # where a test fails, pytest would wait for it at its end
         self.pid = self.process.pid
 
     @property
@@ -66,6 +68,22 @@ def finished(script, *flags, cwd: Path | None = None) -> subprocess.CompletedPro
         if process.poll() is None:
             process.process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def several(n: int, script, *flags) -> list[Started]:
+    """n processes of one run, with the environment that torchrun would give them; nothing watches over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    before, processes = dict(os.environ), []
+    try:
+        for rank in range(n):
+            os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(Started(script, *flags))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return processes
 
 
 def run(argv: list[str], outputs: list[Path], environment: dict[str, str], folder: str) -> None:

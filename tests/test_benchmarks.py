@@ -4,8 +4,10 @@ import csv
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
+from processes import Started
 
+from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
 from benchmarks.recipes import geometric_median
 
 
@@ -43,3 +45,18 @@ def test_geometric_median_is_not_moved_by_outliers():
     assert geometric_median(x).norm() < 0.5 < 90 < x.mean(0).norm()
     line = torch.tensor([[0.0], [1.0], [10.0]])
     assert geometric_median(line).item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_dataset_larger_than_the_memory_of_a_run_adds_nothing_to_it(tmp_path):
+    """300 MB of rows against 57 MB: memory that belongs to no file stays within 30 MB of each other."""
+    peaks, sizes = [], []
+    for rows in (16 * BLOCK, SMALL):
+        data = tmp_path / str(rows)
+        sizes.append(write_pair(data, rows, 1152))
+        flags = ["--dataset", data, "--output-dir", tmp_path / "runs", "--run-name", rows, "--wandb", "disabled"]
+        flags += ["--d-hidden", 8, "--batch-size", 512, "--val-tokens", BLOCK]
+        process = Started(ROOT / "train.py", *flags)
+        peaks.append(peak_of(process))
+        assert process.returncode == 0, process.output()
+    assert sizes[0] > 300e6 > 5 * sizes[1] and peaks[1] > 50e6
+    assert peaks[0] - peaks[1] < 30e6, peaks

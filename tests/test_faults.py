@@ -22,13 +22,14 @@ import pytest
 import torch
 from conftest import ROOT, metrics, one_line_error, run_script
 from test_activations import numbered, write
-from test_train import QUICK, SMALL, assert_same_weights, start, train
+from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit, wait_for_step
 
 import checkpoint
 from config import TrainConfig
 from crosscoder import CrossCoder
 from monitor import warn, watch
 from stored import open_pair, open_single
+from train import ONE_SIGNAL
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
@@ -181,7 +182,9 @@ def test_sigterm_in_the_middle_of_a_save_leaves_in_time(tmp_path):
     run = tmp_path / "a"
     wait_until(lambda: checkpoint.complete(run) and list(run.glob("checkpoints/.*.partial")), process)
     sent = time.time()
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # a scheduler that signals torchrun and its processes alike means it once
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and time.time() - sent < 30, errors
     newest = checkpoint.find(run)
@@ -189,18 +192,78 @@ def test_sigterm_in_the_middle_of_a_save_leaves_in_time(tmp_path):
     assert f"saved at step {int(newest.name.removeprefix('step_'))}" in printed and "damaged" not in errors
 
 
+def test_sigterm_on_a_machine_that_does_not_wait_for_the_save(tmp_path):
+    """Killed in the middle of its last save of 100 MB, a run goes on from the checkpoint before and says what happened."""
+    flags = [*QUICK, "--d-hidden", 16_384, "--num-tokens", 64_000, "--save-every", 3]
+    process, run = start(tmp_path, "a", *flags), tmp_path / "a"
+    wait_until(lambda: checkpoint.complete(run), process)
+    time.sleep(0.3)  # steps take as long: the signal comes in the first or second after the save
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SIGTERM: saving" in process.output()[0], process)
+    before = checkpoint.complete(run)[-1]
+    wait_until(lambda: list(run.glob("checkpoints/.*.partial")), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    (partial,) = run.glob("checkpoints/.*.partial")
+    cut_off = partial.name.split(".")[1]
+    printed = process.output()[0]
+    assert f"SIGTERM: saving step {int(cut_off.removeprefix('step_'))} (the last save took " in printed
+    assert f" s), then leaving; killed before that, the run goes on from {before.name}" in printed
+    assert checkpoint.complete(run)[-1] == before and checkpoint.damage(before) is None
+    shorter = ["--num-tokens", 64 * (int(before.name.removeprefix("step_")) + 1)]
+    result = run_script("train.py", "--resume", run, *shorter, check=True)
+    assert f"cut off  {cut_off} in {run}: the run was killed while writing it; removed" in result.stdout
+    assert f"resumed  {before}" in result.stdout and "damaged" not in result.stderr
+    assert not list(run.rglob("*.partial")) and (run / "summary.json").exists()
+
+
+def test_killed_in_the_middle_of_writing_the_final_model(tmp_path):
+    """32 MB; the next start finishes it with the weights of the last checkpoint."""
+    process, run = start(tmp_path, "a", *QUICK, "--d-hidden", 16_384, "--num-tokens", 128), tmp_path / "a"
+    wait_until(lambda: list(run.glob("crosscoder/*.partial")), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL and list(run.glob("crosscoder/*.partial"))
+    assert not (run / "crosscoder" / "model.safetensors").exists() and not (run / "summary.json").exists()
+    result = run_script("train.py", "--resume", run, check=True)
+    assert f"cut off  crosscoder in {run}: " in result.stdout
+    tensors, _ = checkpoint.load(checkpoint.find(run))
+    assert torch.equal(CrossCoder.from_pretrained(run / "crosscoder").W_dec, tensors["W_dec"])
+    assert not list(run.rglob("*.partial")) and (run / "summary.json").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_says_so(tmp_path):
+    """The first one waits for a validation that takes half a minute."""
+    flags = [
+        *QUICK,
+        "--num-tokens",
+        640_000,
+        "--val-every",
+        30,
+        "--val-tokens",
+        3_000_000,
+        "--log-every",
+        29,
+        "--save-every",
+        20,
+    ]
+    process = start(tmp_path, "a", *flags)
+    wait_for_step(process, tmp_path / "a", 29)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(ONE_SIGNAL + 0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130 and errors.splitlines()[-1].startswith("interrupted: "), errors
+    assert "Traceback" not in errors and [path.name for path in checkpoint.complete(tmp_path / "a")] == ["step_00000020"]
+
+
 # --- full and read-only disks
 
 
 def test_a_full_disk_at_a_line_of_metrics(tmp_path):
     """No file may exceed 60 KB; checkpoints of 8 latents are smaller, and 200 lines of metrics larger."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
     flags = [*QUICK, "--d-hidden", 8, "--num-tokens", 12_800, "--log-every", 1, "--save-every", 50]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, preexec_fn=limit)
-    message = one_line_error(result, "train.py")
+    message = one_line_error(train_with_a_limit(tmp_path, "a", 60_000, *flags), "train.py")
     assert "metrics.jsonl could not be written" in message and "make room" in message and "checkpoints are untouched" in message
     assert checkpoint.damage(checkpoint.find(tmp_path / "a")) is None
 
@@ -219,26 +282,32 @@ def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
     assert CrossCoder.from_pretrained(run / "crosscoder").d_hidden == 64 and (run / "summary.json").exists()
 
 
+LONG, SHORT = ["--num-tokens", 640_000], ["--num-tokens", 640, "--val-tokens", 50_000]
+
+
 @needs_mount
-def test_a_file_system_that_fills_up(tmp_path):
-    """A tmpfs of 16 MB that something else fills after the first checkpoint."""
+@pytest.mark.parametrize(("length", "what"), [(LONG, "the checkpoint of step"), (SHORT, "the crosscoder could not be written")])
+def test_a_file_system_that_fills_up(tmp_path, length, what):
+    """A tmpfs of 16 MB that something else fills after the first checkpoint, which may be the last before the final model."""
     script = f"""
         set -e
         mount -t tmpfs -o size=16m none {tmp_path}
         {sys.executable} {ROOT}/train.py --output-dir {tmp_path} --run-name a {" ".join(map(str, SMALL))} --d-hidden 512 \
-            --num-tokens 640000 --log-every 100000 --val-every 100000 & training=$!
+            {" ".join(map(str, length))} --log-every 100000 --val-every 100000 & training=$!
         until compgen -G '{tmp_path}/a/checkpoints/step_*' > /dev/null; do kill -0 $training; sleep 0.01; done
         cat /dev/zero > {tmp_path}/ballast 2> /dev/null || true
         status=0; wait $training || status=$?
         echo "status $status"
-        ls -A {tmp_path}/a/checkpoints
+        ls -A {tmp_path}/a/*
         rm {tmp_path}/ballast
         {sys.executable} {ROOT}/train.py --resume {tmp_path}/a --num-tokens 12800
     """
     result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=300)
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
-    assert "the checkpoint of step" in message and "No space left on device" in message and "make room" in message
-    assert "status 1" in result.stdout and "Traceback" not in result.stderr and ".partial" not in result.stdout
+    assert what in message and "No space left on device" in message and "make room" in message
+    assert (
+        "status 1" in result.stdout and "Traceback" not in result.stderr and ".partial" not in result.stdout.split("status")[1]
+    )
     assert result.returncode == 0 and "resumed" in result.stdout and "damaged" not in result.stderr, result.stderr
 
 

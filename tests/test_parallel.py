@@ -1,15 +1,26 @@
 """Real processes over gloo: training with several gives what training with one gives."""
 
+import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics
+from processes import several
 from safetensors.torch import load_file
+from test_activations import numbered, write
 
 import checkpoint
+from activations import STATISTICS_ROWS
+from crosscoder import CrossCoder
+from stored import open_single
 
 
 def launch(n, script, *args, check=True, **options):
@@ -120,16 +131,126 @@ def test_live_training_by_several_processes_is_refused(tmp_path):
     assert len(errors) == 1 and "collect.py" in errors[0], result.stderr  # torchrun itself says more
 
 
-def test_a_lost_process_ends_the_others_within_a_minute(tmp_path):
-    import signal
-    import time
+# --- faults; without torchrun nothing ends a process but what it finds out itself
 
+
+def ends(processes) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each process."""
+    return [(process.wait(timeout=120), *process.output()) for process in processes]
+
+
+def logged(run, processes) -> None:
+    """Waits for the first line of metrics."""
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.02)
+
+
+IMPATIENT = """
+import runpy, sys
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import parallel
+assert parallel.TIMEOUT <= timedelta(seconds=60)
+parallel.TIMEOUT = timedelta(seconds=6)
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path, how):
+    """One that is killed, and one that falls silent: the minute after which the other gives up is 6 seconds here."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT.format(root=str(ROOT)))
+    flags = [*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a"]
+    first, other = several(2, tmp_path / "impatient.py", *flags)
+    try:
+        logged(tmp_path / "a", [first, other])
+        other.send_signal(how)
+        ((status, _, errors),) = ends([first])
+    finally:
+        other.process.kill()
+    (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert status == 1 and "Traceback" not in errors
+    assert "another process of this run has ended, or has not answered" in message and "--resume" in message
+
+
+def pair_with_nan(folder, bad: int):
+    """140,000 rows of which `bad` hold NaN in one of the models, none of them among the rows behind mean and scale."""
+    for model in ("base", "ft"):
+        write(folder / model, numbered(140_000))
+    files = [str(folder / model) for model in ("base", "ft")]
+    source = open_single(*files, (None, None), 1000, 0, seed=0)
+    rows = np.setdiff1d(np.arange(139_000), source.sample_rows(STATISTICS_ROWS))[:: 139_000 // 2 // bad][:bad]
+    for model, mine in zip(("base", "ft"), (rows[::2], rows[1::2]), strict=True):
+        x = numbered(140_000)
+        x[mine, 2] = np.nan
+        shutil.rmtree(folder / model)
+        write(folder / model, x)
+    return ["--base-dataset", files[0], "--ft-dataset", files[1], "--val-tokens", 1000, "--wandb", "disabled"]
+
+
+def test_rows_with_nan_are_counted_once_by_several_processes(tmp_path):
+    flags = [*pair_with_nan(tmp_path, 100), "--d-hidden", 8, "--batch-size", 4096, "--output-dir", tmp_path]
+    (status, _, errors), (other, _, _) = ends(several(2, ROOT / "train.py", *flags, "--run-name", "a"))
+    assert (status, other) == (0, 0), errors
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["rows_dropped"] == 100 and summary["tokens"] == 138_900
+
+
+def test_too_many_rows_with_nan_end_all_processes_with_one_sentence(tmp_path):
+    flags = [*pair_with_nan(tmp_path, 200), "--d-hidden", 8, "--batch-size", 4096, "--output-dir", tmp_path]
+    processes = several(2, ROOT / "train.py", *flags, "--run-name", "a")
+    (status, _, errors), (other, _, _) = ends(processes)
+    (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert status == other == 1 and "Traceback" not in errors
+    dropped, read = map(
+        int, re.search(r"error: (\d+) of the (\d+) rows read hold NaN or inf in one of the models", message).groups()
+    )
+    assert 140 <= dropped <= 150 and dropped / read == pytest.approx(200 / 139_000, rel=0.1)  # twice as many if both counted
+    assert "collect them again with --dtype float32" in message
+
+
+def test_a_truncated_slice_of_two_processes_is_passed_over_by_both(tmp_path):
+    flags = [*PLANTED, "--num-tokens", 6400, "--output-dir", tmp_path, "--run-name", "a", "--save-every", 20]
+    assert [status for status, _, _ in ends(several(2, ROOT / "train.py", *flags))] == [0, 0]
+    older, newer = checkpoint.complete(tmp_path / "a")
+    slice_ = newer / "latents_128_256.safetensors"
+    os.truncate(slice_, slice_.stat().st_size - 1)
+    shutil.rmtree(tmp_path / "a" / "crosscoder")
+    (status, printed, errors), (other, _, more) = ends(several(2, ROOT / "train.py", "--resume", tmp_path / "a"))
+    assert (status, other) == (0, 0), errors
+    (line,) = [line for line in (errors + more).splitlines() if line.startswith("damaged")]
+    assert f"{newer} (latents_128_256.safetensors is not what was written): passed over for the one before it" in line
+    assert f"resumed  {older}" in printed and checkpoint.damage(newer) is None
+    assert CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder").d_hidden == 256
+
+
+def torchrun(*flags) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-    command += [*map(str, PLANTED), "--num-tokens", "100_000_000", "--output-dir", str(tmp_path), "--run-name", "a"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "a" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.2)
+    command += map(str, flags)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
+    """It passes the signal on and waits 30 seconds."""
+    process = torchrun(*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
+    logged(tmp_path / "a", [])
+    sent = time.time()
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - sent < 30
+    (folder,) = checkpoint.complete(tmp_path / "a")
+    assert checkpoint.damage(folder) is None and len(list(folder.glob("latents_*"))) == 2
+    step = int(folder.name.removeprefix("step_"))
+    assert f"SIGTERM: saving step {step} (a first save), then leaving" in printed, errors
+    assert f"stopped by SIGTERM, saved at step {step}. Go on with:" in printed
+    assert not list((tmp_path / "a").rglob("*.partial"))
+    assert not [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+
+
+def test_torchrun_ends_with_a_lost_process(tmp_path):
+    process = torchrun(*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
+    logged(tmp_path / "a", [])
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     started = time.time()

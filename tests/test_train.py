@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -266,6 +267,14 @@ def start(tmp_path, name, *flags) -> Started:
     return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
 
 
+def train_with_a_limit(tmp_path, name, most: int, *flags) -> subprocess.CompletedProcess:
+    """A run whose files may have at most that many bytes: what is longer meets a full disk."""
+    process = start(tmp_path, name, *flags)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def wait_for_step(process, run: Path, step: int) -> None:
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
@@ -467,11 +476,7 @@ def test_nan_loss_stops_with_the_step_the_rows_and_the_last_good_checkpoint(pair
 
 
 def test_full_disk_ends_the_run_with_a_sentence(tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes a file
-
-    result = run_script("train.py", "--output-dir", tmp_path, *SMALL, preexec_fn=limit)
-    assert "could not be written" in one_line_error(result, "train.py")
+    assert "could not be written" in one_line_error(train_with_a_limit(tmp_path, "a", 50_000, *SMALL), "train.py")
 
 
 def test_held_out_rows_without_a_number_are_refused(tmp_path):

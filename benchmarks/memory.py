@@ -1,0 +1,100 @@
+"""How much memory of its own a training takes while its dataset is far larger: peak RssAnon of train.py against bytes on disk.
+
+    python benchmarks/memory.py                     8 GB of rows, one epoch; needs the disk for them
+    python benchmarks/memory.py --gigabytes 100
+
+Writes a paired dataset as collect.py does (2 x d_model float16 values a row and the columns of tokens, shuffled), the same
+block of random rows again and again, and trains on it through the command line; then as many steps on 12,288 rows. Sampled is
+RssAnon of /proc/PID/status: memory that belongs to no file. Pages of a mapped dataset do not count, as the kernel drops them
+when it needs room. Exit status 1 unless the files are ten times larger than what the run takes above its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets.table import InMemoryTable
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("sequence", "position", "token")
+BLOCK = 4096  # rows that are written again and again, and held out
+SMALL = 3 * BLOCK  # rows: enough for every buffer to reach its full size
+BATCH = 1000  # rows of a record batch, as the datasets library writes them
+
+
+def write_pair(folder: Path, rows: int, d_model: int) -> int:
+    """A paired dataset of at least that many rows in `folder`, a whole number of blocks. Returns its bytes."""
+    for seed, model in enumerate(("base", "ft")):
+        values = np.random.default_rng(seed).standard_normal(BLOCK * d_model, dtype=np.float32).astype(np.float16)
+        features = Features({"activation": List(Value("float16"), length=d_model)} | {name: Value("int32") for name in COLUMNS})
+        arrays = [pa.FixedSizeListArray.from_arrays(pa.array(values), d_model)]
+        arrays += [pa.array(np.arange(BLOCK, dtype=np.int32))] * len(COLUMNS)
+        table = pa.table(dict(zip(features, arrays, strict=True))).replace_schema_metadata(features.arrow_schema.metadata)
+        Dataset(InMemoryTable(table)).save_to_disk(str(folder / model))
+        (file,) = (folder / model).glob("*.arrow")
+        with pa.ipc.new_stream(file, table.schema) as out:
+            for _ in range(-(-rows // BLOCK)):
+                out.write_table(table, max_chunksize=BATCH)
+    (folder / "pair.json").write_text(json.dumps({"stored_scale": [1, 1], "shuffled": True}))
+    return sum(file.stat().st_size for file in folder.rglob("*.arrow"))
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process's memory that belong to no file; 0 once it has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def peak_of(process) -> int:
+    """The peak of RssAnon until the process ends."""
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.02)
+    return peak
+
+
+def main() -> int:
+    disable_progress_bars()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--d-model", type=int, default=1152)
+    parser.add_argument("--d-hidden", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--folder", type=Path, help="where the rows are written and removed again; default: the system's own")
+    args = parser.parse_args()
+    peaks, sizes = [], []
+    large = int(args.gigabytes * 1e9 / (4 * args.d_model))
+    for rows in (large, SMALL):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            sizes.append(write_pair(Path(folder) / "data", rows, args.d_model))
+            flags = ["--dataset", f"{folder}/data", "--output-dir", f"{folder}/runs", "--wandb", "disabled", "--device", "cpu"]
+            flags += ["--d-hidden", args.d_hidden, "--batch-size", args.batch_size, "--val-tokens", BLOCK]
+            flags += ["--num-tokens", large - BLOCK]
+            began = time.perf_counter()
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.DEVNULL)
+            peaks.append(peak_of(process))
+            if process.returncode:
+                return 1
+            seconds = time.perf_counter() - began
+            print(f"{sizes[-1] / 1e9:.3f} GB of rows: peak RssAnon {peaks[-1] / 1e9:.3f} GB, {seconds:.0f} s", flush=True)
+    imports = peak_of(subprocess.Popen([sys.executable, "-c", "import time, train; time.sleep(2)"], cwd=ROOT))
+    whole, above = sizes[0] / peaks[0], sizes[0] / (peaks[0] - imports)
+    print(f"the files are {whole:.1f} times that, and {above:.1f} times what it has above its imports ({imports / 1e9:.2f} GB)")
+    return 0 if above >= 10 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
