@@ -225,6 +225,17 @@ def test_a_truncated_slice_of_two_processes_is_passed_over_by_both(tmp_path):
     assert CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder").d_hidden == 256
 
 
+def test_a_signal_to_one_process_saves_and_ends_all(tmp_path):
+    flags = [*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a"]
+    processes = several(2, ROOT / "train.py", *flags)
+    logged(tmp_path / "a", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (status, printed, errors), (other, _, _) = ends(processes)
+    assert status == other == 128 + signal.SIGTERM and "Traceback" not in errors
+    (folder,) = checkpoint.complete(tmp_path / "a")
+    assert checkpoint.damage(folder) is None and "stopped by SIGTERM, saved at step" in printed
+
+
 def torchrun(*flags) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
     command += map(str, flags)
