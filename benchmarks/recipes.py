@@ -49,14 +49,14 @@ class World(NamedTuple):
 
 
 EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
-HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.5}
+HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.0}
 WORLDS = {
     "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
     "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),
     # Two equal models span half as many dimensions: the same concepts overlap more, and vanilla uses 78 latents a token.
     "null": World(EASY | {"null": True}, 3_000_000, 2048, 2048, EASY_DIALS | {"k": 80}),
-    "hard": World(HARD, 6_000_000, 4096, 2048, HARD_DIALS),
-    "hard, none to spare": World(HARD, 6_000_000, 2048, 2048, HARD_DIALS),
+    "hard": World(HARD, 6_000_000, 4096, 512, HARD_DIALS),
+    "hard, none to spare": World(HARD, 6_000_000, 2048, 512, HARD_DIALS),
     "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
     "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "l1_topk": 0.0}),
 }
