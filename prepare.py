@@ -45,7 +45,7 @@ def check(config: TrainConfig) -> None:
     check_live(config)
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):  # config.json could not hold it
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be finite; give a large number instead")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number")
     if config.streaming and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):

@@ -517,7 +517,7 @@ BAD = [
     (["--epochs", "2", "--num-tokens", "5"], "--epochs and --num-tokens both"),
     (["--epochs", "2"], "planted concepts are endless"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
-    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be a finite number"),
     (["--batch-size", "-3"], "--batch-size -3: must be above 0"),
     (["--l1-coeff", "-1"], "--l1-coeff -1.0: must lie between"),
     (["--seed", "-1"], "--seed -1: must lie between"),
