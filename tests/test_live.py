@@ -200,8 +200,8 @@ def test_bad_input_gives_one_line(flags, collected, straight, tiny, tmp_path):
         ([*run, "--skip-first", 64], "--skip-first 64: must be at least 0 and below --seq-len 64"),
         ([*run, "--model-batch-size", 0], "--model-batch-size 0: must be above 0"),
         ([*run, "--max-norm-ratio", 1], "--max-norm-ratio 1: must be above 1"),
-        ([*run, "--max-norm-ratio", "inf"], "--max-norm-ratio inf: must be finite"),  # its resume could not read it
-        ([*run, "--grad-clip", "nan"], "--grad-clip nan: must be finite"),
+        ([*run, "--max-norm-ratio", "inf"], "--max-norm-ratio inf: must be a finite number"),  # its resume could not read it
+        ([*run, "--grad-clip", "nan"], "--grad-clip nan: must be a finite number"),
         ([*run, "--ft-device", "quantum"], "--ft-device quantum: is not a device of this machine"),
         ([*run, "--keep-activations", tmp_path / "full"], "is not empty and holds no collection"),
         ([*run, "--keep-activations", collected], "was begun with"),
