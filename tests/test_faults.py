@@ -194,10 +194,9 @@ def test_sigterm_in_the_middle_of_a_save_leaves_in_time(tmp_path):
 
 def test_sigterm_on_a_machine_that_does_not_wait_for_the_save(tmp_path):
     """Killed in the middle of its last save of 100 MB, a run goes on from the checkpoint before and says what happened."""
-    flags = [*QUICK, "--d-hidden", 16_384, "--num-tokens", 64_000, "--save-every", 3]
+    flags = [*QUICK, "--d-hidden", 16_384, "--num-tokens", 64_000, "--save-every", 8, "--log-every", 1]
     process, run = start(tmp_path, "a", *flags), tmp_path / "a"
-    wait_until(lambda: checkpoint.complete(run), process)
-    time.sleep(0.3)  # steps take as long: the signal comes in the first or second after the save
+    wait_for_step(process, run, 9)  # after the save of step 8, long before that of step 16
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: "SIGTERM: saving" in process.output()[0], process)
     before = checkpoint.complete(run)[-1]
