@@ -82,7 +82,7 @@ def main() -> int:
             sizes.append(write_pair(Path(folder) / "data", rows, args.d_model))
             flags = ["--dataset", f"{folder}/data", "--output-dir", f"{folder}/runs", "--wandb", "disabled", "--device", "cpu"]
             flags += ["--d-hidden", args.d_hidden, "--batch-size", args.batch_size, "--val-tokens", BLOCK]
-            flags += ["--num-tokens", large - BLOCK]
+            flags += ["--num-tokens", large - BLOCK, "--l1-coeff", 0]  # nothing to find: a penalty would kill every latent
             began = time.perf_counter()
             process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.DEVNULL)
             peaks.append(peak_of(process))
