@@ -25,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from step import machine
 from tiny_models import standard_library_code, train_tokenizer
 
+from paired_rows import CALIBRATION_ROWS
+
 BATCH, LENGTH, LAYER = 64, 128, 6
 
 
@@ -81,10 +83,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = make_models(folder, device)
-        few = BATCH * LENGTH
-        short = collect(folder, few, device)
-        long = collect(folder, few * (1 + args.batches), device)
-        ours = few * args.batches / (long - short)
+        more = args.batches * BATCH * LENGTH  # rows; both collections look at the norms of as many first rows
+        short = collect(folder, CALIBRATION_ROWS, device)
+        long = collect(folder, CALIBRATION_ROWS + more, device)
+        ours = more / (long - short)
         rate = bare(models, device, args.batches)
     print(f"{machine(device)}: two Llamas of 12 layers, 768 wide, {BATCH} x {LENGTH} tokens, up to layer {LAYER}\n")
     print("| way | tokens/s | of the bare pass |\n|---|---:|---:|")

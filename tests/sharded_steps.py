@@ -68,3 +68,4 @@ if __name__ == "__main__":
         train(folder / variant, variant, None)
         if other:
             train(folder / f"{variant}-resumed", variant, other[0] / variant / "checkpoints" / "step_00000020")
+    parallel.stop()
