@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         measure(args.measure, args.steps)
-        return
+        return parallel.stop()
     print(
         f"{machine(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}; 2 x {D_MODEL}, batches of {BATCH}, k {K}\n"
     )
