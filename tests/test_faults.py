@@ -232,19 +232,8 @@ def test_killed_in_the_middle_of_writing_the_final_model(tmp_path):
 
 def test_a_second_ctrl_c_leaves_at_once_and_says_so(tmp_path):
     """The first one waits for a validation that takes half a minute."""
-    flags = [
-        *QUICK,
-        "--num-tokens",
-        640_000,
-        "--val-every",
-        30,
-        "--val-tokens",
-        3_000_000,
-        "--log-every",
-        29,
-        "--save-every",
-        20,
-    ]
+    flags = [*QUICK, "--num-tokens", 640_000, "--val-every", 30]
+    flags += ["--val-tokens", 3_000_000, "--log-every", 29, "--save-every", 20]
     process = start(tmp_path, "a", *flags)
     wait_for_step(process, tmp_path / "a", 29)
     time.sleep(0.3)

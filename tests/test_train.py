@@ -335,19 +335,8 @@ def test_ctrl_c_and_sigterm_save_and_leave(tmp_path, number):
 
 
 def test_a_signal_during_validation_is_saved_too(tmp_path):
-    flags = [
-        *QUICK,
-        "--num-tokens",
-        32_000,
-        "--save-every",
-        10_000,
-        "--val-every",
-        30,
-        "--val-tokens",
-        100_000,
-        "--log-every",
-        29,
-    ]
+    flags = [*QUICK, "--num-tokens", 32_000, "--save-every", 10_000]
+    flags += ["--val-every", 30, "--val-tokens", 100_000, "--log-every", 29]
     process = start(tmp_path, "a", *flags)
     wait_for_step(process, tmp_path / "a", 29)
     time.sleep(0.3)  # the next step validates on 1,563 batches
