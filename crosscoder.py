@@ -177,7 +177,8 @@ class CrossCoder(nn.Module):
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
         product, codes = None, None
-        if sparse.worth_it(x_n, self.d_hidden, count):  # asked of the whole dictionary: alike in every process
+        # Asked of the whole dictionary: alike in every process.
+        if sparse.worth_it(x_n, self.d_hidden, count, self.compute_dtype):
             with torch.no_grad():
                 product = sparse.encode(x_n, self.enc_rows, self.compute_dtype) if sparse.on_cuda(x_n) else None
             codes = self._active_codes(x_n, norm_sum.detach(), count, product)

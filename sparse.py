@@ -20,7 +20,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
-DENSE_ABOVE = 1 / 8  # share of active entries above which the dense form is faster
+PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so that they stay in its cache
+DENSE_ABOVE = {torch.float32: 1 / 16, torch.bfloat16: 1 / 80}  # share of active entries above which the dense form is faster
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
@@ -129,33 +130,51 @@ def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Dense(torch.autograd.Function):
-    """Encode, keep, decode. Kept for the backward pass is one [batch, d_hidden] matrix, the codes in `dtype`."""
+    """Encode, keep, decode, on a CPU so many latents at a time that what is computed of them stays in its cache.
+
+    Kept for the backward pass are the codes in `dtype`.
+    """
 
     @staticmethod
     def forward(ctx, x, rows, b_enc, W_dec, dtype, weight, count):
-        x, W_dec = x.flatten(1).to(dtype), W_dec.flatten(1).to(dtype)
-        product = x @ rows.flatten(1).to(dtype).T
-        f = torch.add(product, b_enc).relu_()  # [batch, d_hidden], in the type of b_enc
-        smallest = torch.full((), torch.inf, device=f.device)
-        if count is not None:
-            score = f * weight
-            kept = keep_largest(score, count)
-            f.mul_(kept)
-            smallest = score.masked_fill_(~kept, torch.inf).amin().float()
-        total, codes = f.sum(0), f.to(dtype)
-        times = (f.sign() if codes is f else f.sign_()).sum(0)  # [d_hidden] tokens at which each latent is active
-        ctx.save_for_backward(x, codes, W_dec)
         ctx.shape = rows.shape
-        ctx.mark_non_differentiable(times, smallest, product)
-        return (codes @ W_dec).to(f.dtype), total, times, smallest, product
+        x, rows, W_dec = (t.flatten(1).to(dtype) for t in (x, rows, W_dec))
+        product, kept, smallest = None, None, b_enc.new_full((), torch.inf)
+        if count is not None or on_cuda(x):
+            product = x @ rows.T  # [batch, d_hidden]
+        if count is not None:
+            score = torch.add(product, b_enc).relu_().mul_(weight)
+            kept = keep_largest(score, count)
+            smallest = score.masked_fill_(~kept, torch.inf).amin().float()
+        decoded = b_enc.new_zeros(len(x), W_dec.shape[1])
+        total, times, codes = torch.empty_like(b_enc), torch.empty_like(b_enc), []
+        size = len(rows) if on_cuda(x) else max(1, PART // len(x))
+        ctx.parts = [slice(first, first + size) for first in range(0, len(rows), size)]
+        for part in ctx.parts:
+            here = x @ rows[part].T if product is None else product[:, part]
+            f = torch.add(here, b_enc[part]).relu_()  # [batch, part], in the type of b_enc
+            if kept is not None:
+                f.mul_(kept[:, part])
+            total[part] = f.sum(0)
+            codes.append(f.to(dtype, copy=True))
+            decoded += codes[-1] @ W_dec[part]
+            times[part] = f.sign_().sum(0)  # tokens at which each latent is active
+        ctx.save_for_backward(x, W_dec, *codes)
+        product = product if on_cuda(x) else None
+        ctx.mark_non_differentiable(times, smallest, *([] if product is None else [product]))
+        return decoded, total, times, smallest, product
 
     @staticmethod
     def backward(ctx, d_decoded, d_total, *_):
-        x, codes, W_dec = ctx.saved_tensors
-        d_decoded = d_decoded.to(codes.dtype)
-        d_pre = (d_decoded @ W_dec.T).add_(d_total).masked_fill_(codes == 0, 0)  # [batch, d_hidden]
-        d_rows, d_W_dec = ((a.T @ b).to(d_total.dtype).unflatten(1, ctx.shape[1:]) for a, b in ((d_pre, x), (codes, d_decoded)))
-        return None, d_rows, d_pre.sum(0, dtype=d_total.dtype), d_W_dec, None, None, None
+        x, W_dec, *all_codes = ctx.saved_tensors
+        d_decoded = d_decoded.to(x.dtype)
+        d_rows, d_W_dec = (d_total.new_empty(W_dec.shape) for _ in range(2))
+        d_bias = torch.empty_like(d_total)
+        for part, codes in zip(ctx.parts, all_codes, strict=True):
+            d_codes = (d_decoded @ W_dec[part].T).add_(d_total[part])  # [batch, part]
+            d_pre = torch.ops.aten.threshold_backward(d_codes, codes, 0)  # relu's: several times as fast as masked_fill
+            d_rows[part], d_W_dec[part], d_bias[part] = d_pre.T @ x, codes.T @ d_decoded, d_pre.sum(0, dtype=d_bias.dtype)
+        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None, None
 
 
 def dense_codes(
@@ -167,7 +186,7 @@ def dense_codes(
 
     Returns:
         decoded [batch, n_models, d_model] without bias, the sum of each latent's codes [d_hidden], both with gradients; the
-        number of tokens at which it is active [d_hidden], the smallest kept score [], `encode`'s product [batch, d_hidden].
+        number of tokens at which it is active [d_hidden], the smallest kept score []; on CUDA `encode`'s product, else None.
     """
     decoded, *rest = _Dense.apply(x, rows, b_enc, W_dec, dtype, weight, count)
     return decoded.unflatten(1, W_dec.shape[1:]), *rest
@@ -200,11 +219,16 @@ def fast_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def worth_it(x: Tensor, d_hidden: int, count: int | None) -> bool:
+def worth_it(x: Tensor, d_hidden: int, count: int | None, dtype: torch.dtype) -> bool:
     """Whether the sparse form could be the faster one for `count` active entries (None: not known before)."""
     if on_cuda(x):
         return count is not None and count < DENSE_ABOVE_CUDA * len(x) * d_hidden
-    return count is None or count <= DENSE_ABOVE * len(x) * d_hidden
+    return count is None or count <= most_sparse(len(x) * d_hidden, dtype)
+
+
+def most_sparse(entries: int, dtype: torch.dtype) -> int:
+    """Of so many entries, how many may be active for the sparse form to be the faster one on a CPU."""
+    return int(entries * DENSE_ABOVE.get(dtype, DENSE_ABOVE[torch.float32]))
 
 
 def active_codes(
@@ -236,8 +260,7 @@ def active_codes(
 
             latents, values, token_starts = kernels.largest(product, b_enc, weight, count)
         else:
-            limit = int(DENSE_ABOVE * len(x) * len(rows))
-            found = _largest(x, rows, b_enc, dtype, weight, count, limit)
+            found = _largest(x, rows, b_enc, dtype, weight, count, most_sparse(len(x) * len(rows), dtype))
             if found is None:
                 return None
             latents, values, token_starts = found

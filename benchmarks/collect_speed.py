@@ -70,6 +70,7 @@ def collect(folder: Path, rows: int, device: torch.device) -> float:
     command = [sys.executable, str(ROOT / "collect.py"), "--base-model", str(folder / "base"), "--ft-model", str(folder / "ft")]
     command += ["--hook", f"model.layers.{LAYER}.mlp", "--text", str(folder / "text.txt"), "--pack", "--seq-len", str(LENGTH)]
     command += ["--batch-size", str(BATCH), "--num-tokens", str(rows), "--model-dtype", "float32", "--device", str(device)]
+    command += ["--skip-first", "0", "--val-tokens", "0"]  # so that a row is a token and no forward batch is cut
     started = time.perf_counter()
     subprocess.run([*command, "--output", str(folder / f"rows-{rows}")], check=True, capture_output=True)
     return time.perf_counter() - started
