@@ -21,7 +21,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
 PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so that they stay in its cache
-DENSE_ABOVE = {torch.float32: 1 / 16, torch.bfloat16: 1 / 80}  # share of active entries above which the dense form is faster
+DENSE_ABOVE = 1 / 14  # share of active entries above which the dense form is faster
+DENSE_ABOVE_BF16 = 14  # the same in bfloat16, over n_models * d_model: with AMX a product grows less than gathering rows does
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
@@ -223,12 +224,13 @@ def worth_it(x: Tensor, d_hidden: int, count: int | None, dtype: torch.dtype) ->
     """Whether the sparse form could be the faster one for `count` active entries (None: not known before)."""
     if on_cuda(x):
         return count is not None and count < DENSE_ABOVE_CUDA * len(x) * d_hidden
-    return count is None or count <= most_sparse(len(x) * d_hidden, dtype)
+    return count is None or count <= most_sparse(x, d_hidden, dtype)
 
 
-def most_sparse(entries: int, dtype: torch.dtype) -> int:
-    """Of so many entries, how many may be active for the sparse form to be the faster one on a CPU."""
-    return int(entries * DENSE_ABOVE.get(dtype, DENSE_ABOVE[torch.float32]))
+def most_sparse(x: Tensor, d_hidden: int, dtype: torch.dtype) -> int:
+    """Active entries up to which the sparse form is the faster one on a CPU, for x [batch, n_models, d_model]."""
+    share = min(DENSE_ABOVE, DENSE_ABOVE_BF16 / x[0].numel()) if dtype == torch.bfloat16 else DENSE_ABOVE
+    return int(share * len(x) * d_hidden)
 
 
 def active_codes(
@@ -260,7 +262,7 @@ def active_codes(
 
             latents, values, token_starts = kernels.largest(product, b_enc, weight, count)
         else:
-            found = _largest(x, rows, b_enc, dtype, weight, count, most_sparse(len(x) * len(rows), dtype))
+            found = _largest(x, rows, b_enc, dtype, weight, count, most_sparse(x, len(rows), dtype))
             if found is None:
                 return None
             latents, values, token_starts = found

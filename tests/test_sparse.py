@@ -57,7 +57,7 @@ def draw_layer(seed, batch, d_hidden, ties):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("batch, d_hidden, count", [(1, 1, 1), (7, 5, 3), (130, 96, 800), (500, 300, 7), (300, 40, 10**6)])
 def test_active_codes_are_the_dense_codes_that_keep_largest_keeps(batch, d_hidden, count, ties, monkeypatch):
-    monkeypatch.setitem(sparse.DENSE_ABOVE, torch.float32, 10**6)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", 10**6)
     x, rows, b_enc, weight = draw_layer(count, batch, d_hidden, ties)
     f = (sparse.encode(x, rows, torch.float32) + b_enc).relu()
     score = f * weight
@@ -78,7 +78,7 @@ def test_active_codes_are_the_dense_codes_that_keep_largest_keeps(batch, d_hidde
 
 
 def test_active_codes_without_a_count_are_all_positive_ones(monkeypatch):
-    monkeypatch.setitem(sparse.DENSE_ABOVE, torch.float32, 1.0)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
     x, rows, b_enc, _ = draw_layer(0, 200, 30, ties=False)
     codes, _ = sparse.active_codes(x, rows, b_enc, torch.float32)
     f = (sparse.encode(x, rows, torch.float32) + b_enc).relu()
@@ -86,7 +86,7 @@ def test_active_codes_without_a_count_are_all_positive_ones(monkeypatch):
 
 
 def test_equal_scores_at_the_cut_are_kept_in_order_of_tokens(monkeypatch):
-    monkeypatch.setitem(sparse.DENSE_ABOVE, torch.float32, 1.0)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
     x, rows = torch.ones(6, 1, 2), torch.ones(4, 1, 2)
     _, active = sparse.active_codes(x, rows, torch.zeros(4), torch.float32, torch.ones(4), 10)
     assert active.latents.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
@@ -102,7 +102,7 @@ def test_nothing_active_gives_no_codes_and_zero_gradients():
 
 def test_a_sample_of_unlike_tokens_does_not_change_what_is_kept(monkeypatch):
     """The cut is guessed from the first tokens; here their scores are far above, then far below all others."""
-    monkeypatch.setitem(sparse.DENSE_ABOVE, torch.float32, 1.0)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
     x, rows, b_enc, weight = draw_layer(3, 1000, 64, ties=False)
     monkeypatch.setattr(sparse, "CHUNK", 128 * 64)
     for factor in (100.0, 0.01):
