@@ -152,8 +152,8 @@ class CrossCoder(nn.Module):
     def folded(self) -> bool:
         return self.threshold.ndim == 1
 
-    def _pre(self, x_n: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        return sparse.encode(x_n, self.enc_rows[latents], self.compute_dtype).to(x_n.dtype) + self.b_enc[latents]
+    def _pre(self, x_n: Tensor) -> Tensor:
+        return sparse.encode(x_n, self.enc_rows, self.compute_dtype).to(x_n.dtype) + self.b_enc
 
     # --- training: normalised activations in
 
@@ -181,7 +181,7 @@ class CrossCoder(nn.Module):
         if sparse.worth_it(x_n, self.d_hidden, count, self.compute_dtype):
             with torch.no_grad():
                 product = sparse.encode(x_n, self.enc_rows, self.compute_dtype) if sparse.on_cuda(x_n) else None
-            codes = self._active_codes(x_n, norm_sum.detach(), count, product)
+            codes = self._active_codes(x_n, self.b_enc, norm_sum.detach(), count, product)
         if codes is not None:
             values, active = codes  # [active]
             weighted = values * norm_sum[active.latents]
@@ -210,8 +210,8 @@ class CrossCoder(nn.Module):
             loss = loss + aux_coeff * aux_loss
         return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, fired, x_hat)
 
-    def _active_codes(self, x_n: Tensor, weight: Tensor, count: int | None, product: Tensor | None):
-        return sparse.active_codes(x_n, self.enc_rows, self.b_enc, self.compute_dtype, weight, count, product)
+    def _active_codes(self, x_n: Tensor, bias: Tensor, weight: Tensor, count: int | None, product: Tensor | None):
+        return sparse.active_codes(x_n, self.enc_rows, bias, self.compute_dtype, weight, count, product)
 
     def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor, product: Tensor | None) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
@@ -221,11 +221,14 @@ class CrossCoder(nn.Module):
         product: on CUDA, what sparse.encode gave for these rows.
         """
         count = self.k_aux * len(x_n)
+        # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
+        # which still gets its gradient.
+        bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
         if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            predicted = sparse.decode_active(*self._active_codes(x_n, norm_sum * dead, count, product), self.W_dec)
+            predicted = sparse.decode_active(*self._active_codes(x_n, bias, norm_sum * dead, count, product), self.W_dec)
         else:
             some = dead.nonzero()[:, 0]
-            a = self._pre(x_n, some).relu()  # [batch, dead]
+            a = (sparse.encode(x_n, self.enc_rows[some], self.compute_dtype).to(x_n.dtype) + bias[some]).relu()  # [batch, dead]
             kept = sparse.keep_largest((a * norm_sum[some]).detach(), count)
             predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
         predicted, some_dead = parallel.all_sum(predicted), parallel.all_sum(dead.sum()) > 0

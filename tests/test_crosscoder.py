@@ -47,7 +47,7 @@ def reference_losses(crosscoder, x, l1_coeff, aux_coeff, dead):
     l1 = (f * norm_sum).sum(-1).mean()
     aux = torch.zeros(())
     if dead is not None:
-        a = pre.clamp_min(0)[:, dead]
+        a = (pre - b_enc.detach() if crosscoder.variant == "vanilla" else pre).clamp_min(0)[:, dead]
         a = a * largest((a * norm_sum[dead]).detach(), crosscoder.k_aux * len(x))
         r = (x - x_hat).detach().flatten(1)
         aux = ((r - a @ W_dec[dead].flatten(1)) ** 2).sum(-1).mean() / ((r - r.mean(0)) ** 2).sum(-1).mean()
@@ -305,8 +305,8 @@ def test_initial_weights():
     assert not torch.equal(other.W_dec, crosscoder.W_dec)
 
 
-def aux_gradients(dead, **options):
-    crosscoder, x = make("batch_topk", **options), rows()
+def aux_gradients(dead, variant="batch_topk", **options):
+    crosscoder, x = make(variant, **options), rows()
     with torch.no_grad():
         crosscoder.b_enc[1] = -1e3  # latent 1 is below zero on every token
     out = crosscoder.losses(x, 0.0, aux_coeff=1.0, dead=dead)
@@ -324,6 +324,12 @@ def test_auxiliary_loss_reaches_dead_latents_only():
     reached[1] = False  # no gradient leaks through a winner that is not positive
     assert (grad["enc_rows"].abs().sum((1, 2))[reached] > 0).all() and (grad["W_dec"].abs().sum((1, 2))[reached] > 0).all()
     assert (grad["enc_rows"][1] == 0).all() and (grad["W_dec"][1] == 0).all()
+
+
+def test_auxiliary_loss_reaches_vanilla_latents_that_are_active_nowhere():
+    grad, out = aux_gradients(torch.arange(F) == 1, "vanilla", k_aux=2)
+    assert not out.fired[1]
+    assert grad["enc_rows"][1].any() and grad["W_dec"][1].any() and grad["b_enc"][1] != 0
 
 
 def test_auxiliary_loss_is_zero_when_nothing_is_dead_or_nothing_is_left_to_explain():
