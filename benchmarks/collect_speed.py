@@ -2,16 +2,15 @@
 
     python benchmarks/collect_speed.py
 
-Two Llamas of random weights (12 layers, 768 wide), batches of 64 sequences of 128 tokens, MLP output in the middle layer. The
-bare pass runs both models' lower layers over ready token ids and throws the activations away; collect.py also reads text,
-filters, scales, shuffles and writes. Its rate comes from two collections of unlike length, so that starting up and the first
-look at the norms do not count.
+Two Llamas of random weights (12 layers, 768 wide), batches of 64 sequences of 128 tokens, MLP output in the middle layer. A
+collection runs, and before each of its forward batches the bare pass runs both models' lower layers over ready token ids and
+throws the activations away: the two take turns, so that a machine that is faster now and slower then is so for both. What lies
+between two bare passes is the collection's: text, both models, filters, scales, shuffling and writing.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from step import machine
 from tiny_models import standard_library_code, train_tokenizer
 
-from paired_rows import CALIBRATION_ROWS
+import collect
+import language_model
+from config import CollectConfig
 
 BATCH, LENGTH, LAYER = 64, 128, 6
 
@@ -50,48 +51,51 @@ def make_models(folder: Path, device: torch.device) -> list[LlamaForCausalLM]:
 
 
 @torch.no_grad()
-def bare(models: list, device: torch.device, batches: int) -> float:
-    """Tokens a second of both models' lower layers."""
+def bare(models: list, device: torch.device) -> float:
+    """Seconds of one batch through both models' lower layers."""
     ids = torch.randint(3, 1024, (BATCH, LENGTH), device=device)
-    mask = torch.ones_like(ids)
-    for n in (1, batches):  # the first time to warm up
-        started = time.perf_counter()
-        for _ in range(n):
-            for model in models:
-                out = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    del out
-    return batches * BATCH * LENGTH / (time.perf_counter() - started)
-
-
-def collect(folder: Path, rows: int, device: torch.device) -> float:
-    """Seconds of a collection."""
-    command = [sys.executable, str(ROOT / "collect.py"), "--base-model", str(folder / "base"), "--ft-model", str(folder / "ft")]
-    command += ["--hook", f"model.layers.{LAYER}.mlp", "--text", str(folder / "text.txt"), "--pack", "--seq-len", str(LENGTH)]
-    command += ["--batch-size", str(BATCH), "--num-tokens", str(rows), "--model-dtype", "float32", "--device", str(device)]
-    command += ["--skip-first", "0", "--val-tokens", "0"]  # so that a row is a token and no forward batch is cut
     started = time.perf_counter()
-    subprocess.run([*command, "--output", str(folder / f"rows-{rows}")], check=True, capture_output=True)
+    for model in models:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def take_turns(models: list, folder: Path, batches: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a batch, the bare pass's and the collection's, each over so many."""
+    original, bare_seconds, began = language_model.paired_activations, [], []
+
+    def after_a_bare_pass(*args):
+        bare_seconds.append(bare(models, device))
+        began.append(time.perf_counter())
+        return original(*args)
+
+    language_model.paired_activations = after_a_bare_pass
+    rows = (batches + 1) * BATCH * LENGTH  # the last batch is not counted: what follows it is the end of the collection
+    config = CollectConfig(
+        base_model=str(folder / "base"), ft_model=str(folder / "ft"), hook=f"model.layers.{LAYER}.mlp", model_dtype="float32",
+        text=[str(folder / "text.txt")], pack=True, seq_len=LENGTH, batch_size=BATCH, num_tokens=rows, device=str(device),
+        shard_rows=2 * BATCH * LENGTH, skip_first=0, val_tokens=0, output=str(folder / "rows"),
+    )  # fmt: skip
+    collect.main(config)
+    bare_seconds, began = bare_seconds[-batches - 1 :], began[-batches - 1 :]  # before these, the first look at the norms
+    ours = began[-1] - bare_seconds[-1] - began[0] - sum(bare_seconds[1:-1])
+    return sum(bare_seconds[:-1]) / batches, ours / batches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=6, help="by which the collections differ, and of the bare pass")
+    parser.add_argument("--batches", type=int, default=8, help="of each way")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = make_models(folder, device)
-        more = args.batches * BATCH * LENGTH  # rows; both collections look at the norms of as many first rows
-        short = collect(folder, CALIBRATION_ROWS, device)
-        long = collect(folder, CALIBRATION_ROWS + more, device)
-        ours = more / (long - short)
-        rate = bare(models, device, args.batches)
+        plain, ours = take_turns(make_models(folder, device), folder, args.batches, device)
+    tokens = BATCH * LENGTH
     print(f"{machine(device)}: two Llamas of 12 layers, 768 wide, {BATCH} x {LENGTH} tokens, up to layer {LAYER}\n")
     print("| way | tokens/s | of the bare pass |\n|---|---:|---:|")
-    print(f"| bare forward pass | {rate:,.0f} | |\n| collect.py | {ours:,.0f} | {ours / rate:.0%} |")
+    print(f"| bare forward pass | {tokens / plain:,.0f} | |\n| collect.py | {tokens / ours:,.0f} | {plain / ours:.0%} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -228,6 +228,11 @@ def by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
     return groups
 
 
+def spread(values: list[float]) -> float:
+    """Standard deviation; NaN where a value is missing."""
+    return torch.tensor(values).std(correction=0).item()
+
+
 def table(rows: list[dict]) -> None:
     """Mean and, over several seeds, spread (standard deviation) of each world and recipe."""
     names = ["right_shared", "base_only_norm", "ft_only_norm", "false_norm", "base_only_both", "ft_only_both", "false_both"]
@@ -240,7 +245,7 @@ def table(rows: list[dict]) -> None:
         for name in names:
             values = [float(row[name] or "nan") for row in group]  # nothing is planted in the tiny pair
             digits = 1 if name == "l0_loss" else 2
-            cells.append(f"{mean(values):.{digits}f}" + (f" ± {pstdev(values):.{digits}f}" if len(values) > 1 else ""))
+            cells.append(f"{mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""))
         print(f"| {world} | {recipe} | {lr} | {len(group)} | {' | '.join(cells)} |")
 
 
@@ -258,9 +263,9 @@ def draw(rows: list[dict], path: Path) -> None:
             for i, ((_, recipe, lr), group) in enumerate(groups.items()):
                 places = [j + 0.8 * (i + 0.5) / len(groups) - 0.4 for j in range(len(column))]
                 values = [[float(row[name]) for row in group] for name in column]
-                spread = [pstdev(v) if len(v) > 1 else 0 for v in values]
+                errors = [spread(v) for v in values]
                 label = f"{recipe}, lr {lr}, L0 {mean(float(row['l0_loss']) for row in group):.0f}"
-                axis.bar(places, [mean(v) for v in values], 0.8 / len(groups), yerr=spread, label=label, color=f"C{i}")
+                axis.bar(places, [mean(v) for v in values], 0.8 / len(groups), yerr=errors, label=label, color=f"C{i}")
             axis.set(title=f"{world}: {title}", xticks=range(len(column)), ylim=(0, 1.02))
             axis.set_xticklabels(column.values())
             axis.spines[["top", "right"]].set_visible(False)
