@@ -200,6 +200,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     l1_warmup: float | None = None
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
+    # Vanilla's leave their bias out there: it keeps them silent at every token, where no gradient would reach them.
     # 0 turns it off; it costs nothing until a latent can be dead.
     aux_coeff: float = 1 / 32
 
