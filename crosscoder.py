@@ -189,7 +189,7 @@ class CrossCoder(nn.Module):
             smallest = pad(weighted.detach().where(values > 0, torch.inf), (0, 1), value=torch.inf).amin()
             fired = active.latent_starts.diff() > 0
             l0_loss = active.token_starts[-1] / len(x_n)
-            decoded = sparse.decode_active(values, active, self.W_dec)
+            decoded = sparse.decode_active(values, active, self.W_dec, self.compute_dtype)
         else:
             decoded, total, times, smallest, product = sparse.dense_codes(
                 x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count
@@ -225,7 +225,8 @@ class CrossCoder(nn.Module):
         # which still gets its gradient.
         bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
         if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            predicted = sparse.decode_active(*self._active_codes(x_n, bias, norm_sum * dead, count, product), self.W_dec)
+            codes = self._active_codes(x_n, bias, norm_sum * dead, count, product)
+            predicted = sparse.decode_active(*codes, self.W_dec, self.compute_dtype)
         else:
             some = dead.nonzero()[:, 0]
             a = (sparse.encode(x_n, self.enc_rows[some], self.compute_dtype).to(x_n.dtype) + bias[some]).relu()  # [batch, dead]

@@ -22,7 +22,9 @@ SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden h
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
 PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so that they stay in its cache
 DENSE_ABOVE = 1 / 14  # share of active entries above which the dense form is faster
-DENSE_ABOVE_BF16 = 14  # the same in bfloat16, over n_models * d_model: with AMX a product grows less than gathering rows does
+DENSE_ABOVE_BF16 = 1 / 80  # the same in bfloat16, where products are several times as fast (AMX)
+DENSE_ABOVE_CHOSEN = 90  # the same for the largest codes alone, which take longer to find there; over n_models * d_model
+PICKED_ABOVE = 1 / 100  # share above which, in bfloat16, it is faster to compute all inner products than to leave any out
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
@@ -224,12 +226,17 @@ def worth_it(x: Tensor, d_hidden: int, count: int | None, dtype: torch.dtype) ->
     """Whether the sparse form could be the faster one for `count` active entries (None: not known before)."""
     if on_cuda(x):
         return count is not None and count < DENSE_ABOVE_CUDA * len(x) * d_hidden
-    return count is None or count <= most_sparse(x, d_hidden, dtype)
+    return count is None or count <= most_sparse(x, d_hidden, dtype, chosen=True)
 
 
-def most_sparse(x: Tensor, d_hidden: int, dtype: torch.dtype) -> int:
-    """Active entries up to which the sparse form is the faster one on a CPU, for x [batch, n_models, d_model]."""
-    share = min(DENSE_ABOVE, DENSE_ABOVE_BF16 / x[0].numel()) if dtype == torch.bfloat16 else DENSE_ABOVE
+def most_sparse(x: Tensor, d_hidden: int, dtype: torch.dtype, chosen: bool) -> int:
+    """Active entries up to which the sparse form is the faster one on a CPU, for x [batch, n_models, d_model].
+
+    chosen: whether they are the largest, not all positive ones.
+    """
+    share = DENSE_ABOVE
+    if dtype == torch.bfloat16:
+        share = min(share, DENSE_ABOVE_CHOSEN / x[0].numel() if chosen else DENSE_ABOVE_BF16)
     return int(share * len(x) * d_hidden)
 
 
@@ -262,7 +269,7 @@ def active_codes(
 
             latents, values, token_starts = kernels.largest(product, b_enc, weight, count)
         else:
-            found = _largest(x, rows, b_enc, dtype, weight, count, most_sparse(x, len(rows), dtype))
+            found = _largest(x, rows, b_enc, dtype, weight, count, most_sparse(x, len(rows), dtype, count is not None))
             if found is None:
                 return None
             latents, values, token_starts = found
@@ -349,22 +356,25 @@ class _Decode(torch.autograd.Function):
     """x_hat = sum over a token's active latents of code * decoder row; with g = dL/dx_hat, dL/dcode = <g, row>."""
 
     @staticmethod
-    def forward(ctx, values, rows, active):
+    def forward(ctx, values, rows, active, dtype):
         ctx.save_for_backward(values, rows)
-        ctx.active = active
+        ctx.active, ctx.dtype = active, dtype
         return weighted_sums(rows, active.latents, values, active.token_starts)
 
     @staticmethod
     def backward(ctx, grad):
         (values, rows), active = ctx.saved_tensors, ctx.active
-        d_values = dots(grad, rows, active)
+        d_values = dots(grad, rows, active, ctx.dtype)
         d_rows = weighted_sums(grad, active.tokens_by_latent, values[active.by_latent], active.latent_starts)
-        return d_values, d_rows, None
+        return d_values, d_rows, None, None
 
 
-def decode_active(codes: Tensor, active: Active, rows: Tensor) -> Tensor:
-    """Codes of active entries times rows [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias."""
-    return _Decode.apply(codes, rows.flatten(1), active).unflatten(1, rows.shape[1:])
+def decode_active(codes: Tensor, active: Active, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of active entries times rows [d_hidden, n_models, d_model] -> float32 [batch, n_models, d_model]. No bias.
+
+    dtype: of the products, where all of them are computed for the few that are asked for.
+    """
+    return _Decode.apply(codes, rows.flatten(1), active, dtype).unflatten(1, rows.shape[1:])
 
 
 def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
@@ -376,12 +386,19 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) 
     return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def dots(a: Tensor, b: Tensor, active: Active) -> Tensor:
+def dots(a: Tensor, b: Tensor, active: Active, dtype: torch.dtype) -> Tensor:
     """[active] inner product of each entry's token row of a [batch, width] and latent row of b [d_hidden, width]."""
     if on_cuda(a):
         import kernels
 
         return kernels.dots(a, b, active.tokens, active.latents, active.token_starts[-1])
+    if dtype == torch.bfloat16 and len(active.latents) > PICKED_ABOVE * len(a) * len(b):
+        a, b, found, size = a.to(dtype), b.to(dtype), [], max(1, CHUNK // len(b))
+        for first in range(0, len(a), size):
+            product = (a[first : first + size] @ b.T).flatten()  # [size * d_hidden]
+            entries = slice(*active.token_starts[[first, min(first + size, len(a))]].tolist())
+            found.append(product[(active.tokens[entries] - first) * len(b) + active.latents[entries]])
+        return torch.cat(found).float()
     places = torch.sparse_csr_tensor(
         active.token_starts, active.latents, a.new_zeros(len(active.latents)), (len(a), len(b)), check_invariants=False
     )

@@ -65,7 +65,8 @@ def choose_form(form: str, monkeypatch) -> str:
         monkeypatch.setattr(sparse, "on_cuda", lambda x: True)
     share = 0.0 if form.endswith("dense") else 1.01
     monkeypatch.setattr(sparse, "DENSE_ABOVE", share)
-    monkeypatch.setattr(sparse, "DENSE_ABOVE_BF16", share * 10**6)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE_BF16", share)
+    monkeypatch.setattr(sparse, "DENSE_ABOVE_CHOSEN", share * 10**6)
     monkeypatch.setattr(sparse, "PART", 7 * B)
     monkeypatch.setattr(sparse, "DENSE_ABOVE_CUDA", share)
     monkeypatch.setattr(sparse, "CHUNK", 3 * F)

@@ -95,7 +95,7 @@ def test_equal_scores_at_the_cut_are_kept_in_order_of_tokens(monkeypatch):
 def test_nothing_active_gives_no_codes_and_zero_gradients():
     x, rows, W_dec = torch.ones(6, 2, 3), torch.zeros(4, 2, 3, requires_grad=True), torch.ones(4, 2, 3, requires_grad=True)
     codes, active = sparse.active_codes(x, rows, -torch.ones(4), torch.float32, torch.ones(4), 1)
-    x_hat = sparse.decode_active(codes, active, W_dec)
+    x_hat = sparse.decode_active(codes, active, W_dec, torch.float32)
     (x_hat + 1).pow(2).sum().backward()
     assert len(codes) == 0 and not x_hat.any() and not rows.grad.any() and not W_dec.grad.any()
 
