@@ -184,7 +184,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     k: int | None = None
 
     # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from
-    # k alone, concepts that occur together share one and are never told apart. None: 16, or 1 with --init-from.
+    # k alone, concepts that occur together share one and are never told apart. Rare ones want more: of the shared concepts of
+    # the hard planted world 8 found .77, 16 .95 and, falling to the end, 16 .96 and 32 .98 (one seed, lr 2e-3, l1 1.5).
+    # None: 16, or 1 with --init-from.
     k_start: float | None = None
 
     # Share of the run over which k falls to its final value, by equal factors.
@@ -207,7 +209,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Dead latents per token that the auxiliary loss uses. None: d_model / 2.
     k_aux: int | None = None
 
-    # A latent is dead when it has not fired for this share of the run, at most 10 million tokens.
+    # A latent is dead when it has not fired for this share of the run, at most 10 million tokens. A small share gives the
+    # auxiliary loss more latents: 0.01 found up to a hundredth more on the hard planted world (one seed), and calls more dead.
     dead_window: float = 0.1
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose. With the selection, smaller rows
@@ -225,7 +228,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # keeps its own k * tokens scores. None: the whole batch.
     micro_batch_size: int | None = None
 
-    # Peak learning rate of Adam. None: 2 / sqrt(d_model * d_hidden).
+    # Peak learning rate of Adam. None: 2 / sqrt(d_model * d_hidden). On the hard planted world a lower one tells more of the
+    # rare shared concepts apart and finds fewer of the exclusive ones (vanilla: .98 and .95 at 2e-3, .97 and .99 at 2.8e-3).
     lr: float | None = None
 
     # Share of the run over which the learning rate rises from 0.

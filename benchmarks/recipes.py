@@ -46,17 +46,20 @@ class World(NamedTuple):
     d_hidden: int
     batch_size: int
     dials: dict  # of sparsity, for our recipes; k for the published one as well
+    flags: list[str] = []  # of our recipes here, in place of defaults
 
 
 EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
-HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 2.0, "k": 40, "l1_topk": 1.0}
+HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 1.5, "k": 40, "l1_topk": 1.5}
+# Many rare concepts that occur together come apart slowly: sparsity grows to the end, and k starts where it cuts nothing off.
+HARD_FLAGS = ["--l1-warmup", "0.95", "--k-start", "32", "--k-anneal", "0.95", "--dead-window", "0.01"]
 WORLDS = {
     "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
     "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),
     # Two equal models span half as many dimensions: the same concepts overlap more, and vanilla uses 78 latents a token.
     "null": World(EASY | {"null": True}, 3_000_000, 2048, 2048, EASY_DIALS | {"k": 80}),
-    "hard": World(HARD, 6_000_000, 4096, 512, HARD_DIALS),
-    "hard, none to spare": World(HARD, 6_000_000, 2048, 512, HARD_DIALS),
+    "hard": World(HARD, 6_000_000, 4096, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2e-3"]),
+    "hard, none to spare": World(HARD, 6_000_000, 2048, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2.8e-3"]),
     "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
     "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "l1_topk": 0.0}),
 }
@@ -137,6 +140,7 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
         command += ["--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size), "--log-every", "100"]
         command += ["--compute-dtype", "bfloat16"]
         command += [part.format(**world.dials) for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
+        command += world.flags if recipe.startswith("ours") else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
