@@ -139,8 +139,8 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
         command += ["--seed", str(seed), "--num-tokens", str(tokens), "--val-tokens", str(HELD_OUT), "--wandb", "disabled"]
         command += ["--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size), "--log-every", "100"]
         command += ["--compute-dtype", "bfloat16"]
-        command += [part.format(**world.dials) for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
-        command += world.flags if recipe.startswith("ours") else []
+        command += [part.format(**world.dials) for part in RECIPES[recipe]]
+        command += (world.flags if recipe.startswith("ours") else []) + (["--lr", lr] if lr else [])
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
