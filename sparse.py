@@ -6,6 +6,8 @@ entries. Both give the same numbers up to rounding; the sparse one is several ti
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from torch.nn.functional import embedding_bag
 
 import parallel
 
+# Large tensors in pages of 2 MB instead of 4 kB: a step on a CPU takes a quarter less time. torch looks when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only sampled_addmm is used
 
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
@@ -51,12 +55,17 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
         return mask.index_put_((tokens, latents), torch.ones((), dtype=torch.bool, device=score.device))[:-1]
     flat = score.flatten()
     # Most scores are far below the cut. A sample tells a value that about twice `count` of them exceed; only those are counted.
-    floor = lowest_of_largest(flat[::SAMPLED], 2 * count // (SAMPLED * parallel.size()) + 32)
+    floor = lowest_of_largest(flat[::SAMPLED], some_more(count / (SAMPLED * parallel.size())))
     candidates = true_entries(flat > floor)
     if parallel.all_sum(torch.tensor(len(candidates))) < count:  # the sample misjudged, or fewer are positive
         candidates = true_entries(flat > 0)
     kept = candidates[largest(flat[candidates], count)]
     return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, kept, True).view_as(score)
+
+
+def some_more(expected: float) -> int:
+    """How many of a sample's largest to take where so many are expected, so that hardly ever too few exceed the last of them."""
+    return math.ceil(1.1 * expected + 6 * expected**0.5) + 32
 
 
 def lowest_of_largest(sample: Tensor, count: int) -> Tensor:
@@ -293,9 +302,8 @@ def _largest(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tenso
     if found is None:
         return None
     entries, values, score = found
-    if count is not None:
-        kept = largest(score, count)
-        entries, values = entries[kept], values[kept]
+    kept = (largest(score, count) if count is not None else score > 0).nonzero()[:, 0]
+    entries, values = entries[kept], values[kept]
     return entries % len(rows), values, torch.searchsorted(entries, torch.arange(len(x) + 1) * len(rows))
 
 
@@ -316,8 +324,7 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
             product = flat[first : first + size] @ casted.T  # [size, d_hidden]
             if floor is None:  # from a sample of the first tokens: about twice `count` scores exceed it
                 sample = measure(product, torch.arange(0, product.numel(), SAMPLED))[1]
-                expected = 2 * count * len(sample) // (len(x) * d_hidden * parallel.size()) + 32
-                floor = lowest_of_largest(sample, expected)
+                floor = lowest_of_largest(sample, some_more(count * len(sample) / (len(x) * d_hidden * parallel.size())))
             # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
             least = (floor if weight is None else floor / weight) - b_enc  # [d_hidden]
             mask = product > (least - least.abs() / 64).to(dtype)
@@ -325,9 +332,8 @@ def _above(x, rows, b_enc, dtype, weight, count, limit) -> tuple[Tensor, Tensor,
                 return None
             entries = true_entries(mask)
             pre, score = measure(product, entries)
-            kept = score > floor
-            found.append((entries[kept] + first * d_hidden, pre[kept], score[kept]))
-            total += len(found[-1][0])
+            found.append((entries + first * d_hidden, pre, score))
+            total += int((score > floor).sum())
         if count is None or floor == 0 or parallel.all_sum(torch.tensor(total)) >= count:
             break
         floor = torch.zeros(())  # the sample misjudged: look at every positive score
@@ -357,14 +363,19 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, rows, active, dtype):
+        ctx.active = active
+        many = dtype == torch.bfloat16 and len(values) > PICKED_ABOVE * (len(active.token_starts) - 1) * len(rows)
+        if on_cuda(rows) or not many:
+            ctx.save_for_backward(values, rows)
+            return weighted_sums(rows, active.latents, values, active.token_starts)
+        halved, rows = values.to(dtype), rows.to(dtype)
         ctx.save_for_backward(values, rows)
-        ctx.active, ctx.dtype = active, dtype
-        return weighted_sums(rows, active.latents, values, active.token_starts)
+        return weighted_sums(rows, active.latents, halved, active.token_starts).float()
 
     @staticmethod
     def backward(ctx, grad):
         (values, rows), active = ctx.saved_tensors, ctx.active
-        d_values = dots(grad, rows, active, ctx.dtype)
+        d_values = dots(grad, rows, active)
         d_rows = weighted_sums(grad, active.tokens_by_latent, values[active.by_latent], active.latent_starts)
         return d_values, d_rows, None, None
 
@@ -386,14 +397,14 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) 
     return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def dots(a: Tensor, b: Tensor, active: Active, dtype: torch.dtype) -> Tensor:
+def dots(a: Tensor, b: Tensor, active: Active) -> Tensor:
     """[active] inner product of each entry's token row of a [batch, width] and latent row of b [d_hidden, width]."""
     if on_cuda(a):
         import kernels
 
         return kernels.dots(a, b, active.tokens, active.latents, active.token_starts[-1])
-    if dtype == torch.bfloat16 and len(active.latents) > PICKED_ABOVE * len(a) * len(b):
-        a, b, found, size = a.to(dtype), b.to(dtype), [], max(1, CHUNK // len(b))
+    if b.dtype != a.dtype:
+        a, found, size = a.to(b.dtype), [], max(1, CHUNK // len(b))
         for first in range(0, len(a), size):
             product = (a[first : first + size] @ b.T).flatten()  # [size * d_hidden]
             entries = slice(*active.token_starts[[first, min(first + size, len(a))]].tolist())
