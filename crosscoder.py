@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 import parallel
 import sparse
@@ -176,31 +175,15 @@ class CrossCoder(nn.Module):
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
-        product, codes = None, None
-        # Asked of the whole dictionary: alike in every process.
-        if sparse.worth_it(x_n, self.d_hidden, count, self.compute_dtype):
-            with torch.no_grad():
-                product = sparse.encode(x_n, self.enc_rows, self.compute_dtype) if sparse.on_cuda(x_n) else None
-            codes = self._active_codes(x_n, self.b_enc, norm_sum.detach(), count, product)
-        if codes is not None:
-            values, active = codes  # [active]
-            weighted = values * norm_sum[active.latents]
-            l1_loss = weighted.sum() / len(x_n)
-            smallest = pad(weighted.detach().where(values > 0, torch.inf), (0, 1), value=torch.inf).amin()
-            fired = active.latent_starts.diff() > 0
-            l0_loss = active.token_starts[-1] / len(x_n)
-            decoded = sparse.decode_active(values, active, self.W_dec, self.compute_dtype)
-        else:
-            decoded, total, times, smallest, product = sparse.dense_codes(
-                x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count
-            )
-            l1_loss = (total * norm_sum).sum() / len(x_n)
-            fired = times > 0
-            l0_loss = times.sum() / len(x_n)
+        decoded, total, times, smallest, product = sparse.reconstruct(
+            x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count
+        )
+        l1_loss = (total * norm_sum).sum() / len(x_n)
+        l0_loss = times.sum() / len(x_n)
         x_hat = parallel.all_sum(decoded) + self.b_dec
         l1_loss, l0_loss = parallel.all_sum(l1_loss), parallel.all_sum(l0_loss)
         if count is not None:
-            self._follow_threshold(parallel.all_min(smallest.float()))
+            self._follow_threshold(parallel.all_min(smallest))
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
@@ -208,30 +191,28 @@ class CrossCoder(nn.Module):
         if dead is not None and aux_coeff:
             aux_loss = self._aux_loss(x_n, norm_sum.detach(), error.detach(), dead, product)
             loss = loss + aux_coeff * aux_loss
-        return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, fired, x_hat)
-
-    def _active_codes(self, x_n: Tensor, bias: Tensor, weight: Tensor, count: int | None, product: Tensor | None):
-        return sparse.active_codes(x_n, self.enc_rows, bias, self.compute_dtype, weight, count, product)
+        return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, times > 0, x_hat)
 
     def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor, product: Tensor | None) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
 
         The batch's k_aux * batch largest dead scores are used. No decoder bias and no live latent takes part, and
         winners are positive, so gradient reaches the dead latents only. 0 when no latent is dead or the residual is constant.
-        product: on CUDA, what sparse.encode gave for these rows.
+        product: on CUDA, what sparse.reconstruct returned for these rows.
         """
         count = self.k_aux * len(x_n)
         # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
         # which still gets its gradient.
         bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
         if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            codes = self._active_codes(x_n, bias, norm_sum * dead, count, product)
-            predicted = sparse.decode_active(*codes, self.W_dec, self.compute_dtype)
+            predicted = sparse.reconstruct(
+                x_n, self.enc_rows, bias, self.W_dec, self.compute_dtype, norm_sum * dead, count, product, few=True
+            ).decoded
         else:
             some = dead.nonzero()[:, 0]
-            a = (sparse.encode(x_n, self.enc_rows[some], self.compute_dtype).to(x_n.dtype) + bias[some]).relu()  # [batch, dead]
-            kept = sparse.keep_largest((a * norm_sum[some]).detach(), count)
-            predicted = sparse.decode(a * kept, self.W_dec[some], self.compute_dtype)  # [batch, n_models, d_model]
+            predicted = sparse.reconstruct(
+                x_n, self.enc_rows[some], bias[some], self.W_dec[some], self.compute_dtype, norm_sum[some], count
+            ).decoded
         predicted, some_dead = parallel.all_sum(predicted), parallel.all_sum(dead.sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
