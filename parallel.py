@@ -42,7 +42,9 @@ def start(device: torch.device) -> torch.device:
 
 def stop() -> None:
     """Leave the other processes in order: threads of theirs would else be cut off."""
+    global _host, _patient
     if dist.is_initialized():
+        _host = _patient = None  # groups that outlive the interpreter abort the process now and then
         dist.destroy_process_group()
 
 
