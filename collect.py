@@ -20,6 +20,7 @@ import itertools
 import shlex
 import signal
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ def main(config: CollectConfig) -> None:
 
     # --- held-out rows, then those to train on
     capacity = min(config.shard_rows + models.drawn * config.seq_len, rows_left)
-    fill = Fill(torch.empty(capacity, 2, models.d_model, dtype=getattr(torch, config.dtype)))
+    shape, dtype = (capacity, 2, models.d_model), getattr(torch, config.dtype)
+    fills = [Fill(torch.empty(shape, dtype=dtype)) for _ in range(2)]  # the models fill one while the other is written
     bar = tqdm(
         total=config.num_tokens,
         initial=config.num_tokens - rows_left,
@@ -76,23 +78,31 @@ def main(config: CollectConfig) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 30,  # without a terminal (a cluster's log) a line every half minute
     )
 
+    def write(split: str) -> None:
+        nonlocal writing
+        writing.result()  # of the shard before; what went wrong with it is raised here
+        writing = writer.submit(dataset.write_shard, split, fills[0], models.held_out_until)
+        fills.reverse()
+        fills[0].clear()
+
     def write_all(split: str, batches) -> None:
         nonlocal rows_left
         while rows_left > 0 and (rows := next(batches, None)):
-            taken = fill.add(rows, most=rows_left)
+            taken = fills[0].add(rows, most=rows_left)
             rows_left -= taken
             bar.set_postfix_str(size((config.num_tokens - rows_left) * row_bytes), refresh=False)
             bar.update(taken)
-            if fill.n >= config.shard_rows:
-                dataset.write_shard(split, fill, models)
-                fill.clear()
+            if fills[0].n >= config.shard_rows:
+                write(split)
         if split == "train":  # tokens/ holds every sequence that has rows
-            fill.passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
-        if fill.n or fill.passed:
-            dataset.write_shard(split, fill, models)
-            fill.clear()
+            fills[0].passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
+        if fills[0].n or fills[0].passed:
+            write(split)
+        writing.result()
 
-    with bar:
+    writing: Future = Future()
+    writing.set_result(None)
+    with bar, ThreadPoolExecutor(1) as writer:
         models.held_out_until = progress["held_out_until"]
         if not progress["held_out_complete"]:
             write_all("validation", models.held_out(val_tokens(config), so_far=progress["rows"]["validation"]))

@@ -317,7 +317,7 @@ class CollectConfig(ModelFlags):
     # Precision of the stored activations: 2 or 4 bytes a value.
     dtype: Literal["float16", "float32"] = "float16"
 
-    # Rows shuffled together and written as one shard: more mixes better and needs more memory.
+    # Rows shuffled together and written as one shard: more mixes better and needs more memory, which holds two.
     shard_rows: int = 131_072
 
     # Decides the shuffling and the held-out sequences.

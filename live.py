@@ -167,7 +167,7 @@ class LiveActivations(Windows):
                 f"--keep-activations {self.keep.out}: holds {there} {split} shards and the run stands at {shard}; "
                 "give the folder that it began with, or --keep-activations None"
             )
-        self.keep.write_shard(split, fill, self.models)
+        self.keep.write_shard(split, fill, self.models.held_out_until)
 
     def finish(self) -> None:
         """Make what was kept a complete dataset."""

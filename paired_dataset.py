@@ -113,20 +113,22 @@ class PairedDataset:
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / "progress.json", json.dumps(self.progress, indent=2) + "\n")
 
-    def write_shard(self, split: str, fill: Fill, models: PairedModels) -> None:
+    def write_shard(self, split: str, fill: Fill, held_out_until: int) -> None:
         """Write the rows of a fill, shuffled, as the next shard of a split, and count it in progress.json.
 
-        With training rows go the sequences that the texts gave meanwhile. ValueError if the disk does not take it.
+        With training rows go the sequences that the texts gave meanwhile. held_out_until: how far the texts were read for
+        held-out rows. ValueError if the disk does not take it.
         """
         shard, progress = self.progress["shards"][split], self.progress
         order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(fill.n)
-        schema = row_features(models.d_model, self.recipe["dtype"]).arrow_schema
         values = fill.values[: fill.n].cpu().numpy()  # [rows, 2, d_model]
+        d_model = values.shape[2]
+        schema = row_features(d_model, self.recipe["dtype"]).arrow_schema
 
         def record_batches(model: int) -> Iterator:
             for start in range(0, fill.n, RECORD_BATCH_ROWS):
                 part = order[start : start + RECORD_BATCH_ROWS]  # the same for both models
-                activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), models.d_model)
+                activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), d_model)
                 yield pa.record_batch([activation, *(pa.array(column[part]) for column in fill.columns)], schema=schema)
 
         try:
@@ -141,7 +143,7 @@ class PairedDataset:
                 progress["left_out"][reason] += fill.left_out[reason]
             for sequence in fill.passed:
                 progress["source_tokens"][sequence.source] += len(sequence.tokens)
-            progress["held_out_until"] = models.held_out_until
+            progress["held_out_until"] = held_out_until
             self.save_progress()
         except OSError as error:
             raise ValueError(
