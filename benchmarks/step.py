@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,6 +32,7 @@ CPU_CASES = [  # variant, d_model, d_hidden, batch, active latents per token; th
     ("vanilla", 512, 16384, 2048, 64),
     ("batch_topk", 512, 16384, 2048, 16),
     ("batch_topk", 512, 16384, 2048, 256),
+    ("batch_topk", 512, 16384, 2048, 1024),  # where a run of k 64 begins (--k-start)
     ("batch_topk", 512, 8192, 2048, 64),
     ("batch_topk", 512, 32768, 2048, 64),
 ]
@@ -210,10 +212,11 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor()}"
 
 
-def alone(*words) -> dict:
-    """What this script measures in a process of its own."""
-    command = [sys.executable, __file__, "--alone", json.dumps(words)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def alone(what: str, way: str, *words) -> dict:
+    """What this script measures in a process of its own. The plain ways get pages of the usual size (see sparse.py)."""
+    command = [sys.executable, __file__, "--alone", json.dumps([what, way, *words])]
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(way == "ours"))}
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def main() -> None:
