@@ -20,7 +20,7 @@ import parallel
 
 # Large tensors in pages of 2 MB instead of 4 kB: a step on a CPU takes a quarter less. torch looks when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only sampled_addmm is used
+warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # in beta; places made here are in order
 
 SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
