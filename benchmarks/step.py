@@ -215,7 +215,7 @@ def machine(device: torch.device) -> str:
 def alone(what: str, way: str, *words) -> dict:
     """What this script measures in a process of its own. The plain ways get pages of the usual size (see sparse.py)."""
     command = [sys.executable, __file__, "--alone", json.dumps([what, way, *words])]
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(way == "ours"))}
+    environment = os.environ | ({} if way == "ours" else {"THP_MEM_ALLOC_ENABLE": "0"})
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
