@@ -1,6 +1,6 @@
 """What a machine does to a run: kills, full and read-only disks, damaged files, hostile files, a deaf network, a closed pipe.
 
-Real processes and real limits. More of it where it belongs: kills and signals in test_train.py, broken input in
+Real processes and real limits. More of it where it belongs: kills and signals in test_resume.py, broken input in
 test_activations.py.
 """
 
@@ -22,7 +22,8 @@ import pytest
 import torch
 from conftest import ROOT, metrics, one_line_error, run_script
 from test_activations import numbered, write
-from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit, wait_for_step
+from test_resume import wait_for_step
+from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit
 
 import checkpoint
 from config import TrainConfig

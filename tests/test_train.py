@@ -1,11 +1,9 @@
-"""End-to-end runs through the command line: every variant, every way a run can end, every input it must refuse."""
+"""End-to-end runs through the command line: every variant, what moves the weights, every input that is refused."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +41,18 @@ def train_here(folder, name, *flags) -> Path:
         for number, handler in handlers:
             signal.signal(number, handler)
     return folder / name
+
+
+def start(tmp_path, name, *flags) -> Started:
+    return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
+
+
+def train_with_a_limit(tmp_path, name, most: int, *flags) -> subprocess.CompletedProcess:
+    """A run whose files may have at most that many bytes: what is longer meets a full disk."""
+    process = start(tmp_path, name, *flags)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -258,193 +268,6 @@ def test_a_model_paired_with_itself_has_no_exclusive_latents_and_with_shuffled_r
         counts[ft] = json.loads((run / "summary.json").read_text())["latents"]
     assert counts["base"]["base_only"] == counts["base"]["ft_only"] == 0 and counts["base"]["shared"] > 200
     assert counts["shuffled"]["shared"] < 0.5 * counts["base"]["shared"]
-
-
-# --- stopping and going on
-
-
-def start(tmp_path, name, *flags) -> Started:
-    return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
-
-
-def train_with_a_limit(tmp_path, name, most: int, *flags) -> subprocess.CompletedProcess:
-    """A run whose files may have at most that many bytes: what is longer meets a full disk."""
-    process = start(tmp_path, name, *flags)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def wait_for_step(process, run: Path, step: int) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        lines = run / "metrics.jsonl"
-        complete = lines.read_text().rpartition("\n")[0].splitlines() if lines.exists() else []
-        if complete and json.loads(complete[-1])["step"] >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        ["--l1-coeff", 1],
-        ["--variant", "batch_topk", "--k-start", 2, "--d-hidden", 512, "--dec-init-norm", 0.01, "--dead-window", 0.05],
-    ],
-    ids=["vanilla", "batch_topk with aux"],
-)
-def test_killed_three_times_and_resumed_ends_with_the_same_bits(pair, tmp_path, recipe, monkeypatch):
-    recipe = [
-        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 25_600, "--val-tokens", 512, "--k", 4],
-        *["--save-every", 40, "--log-every", 5, "--val-every", 50, *recipe],
-    ]
-    if "batch_topk" not in recipe:
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # several threads must not cost exactness
-    straight = train(tmp_path, "straight", *recipe)
-    run = tmp_path / "killed"
-    process = start(tmp_path, "killed", *recipe)
-    for step in (45, 90, 145):
-        wait_for_step(process, run, step)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (run / "crosscoder").exists()
-        process = start(tmp_path, "killed", "--resume", "auto")
-    assert process.communicate()[0].count("resumed") == 1 and process.returncode == 0
-    assert_same_weights(straight, run)
-    if "batch_topk" in recipe:
-        assert any(m.get("aux_loss", 0) > 0 for m in metrics(straight))
-    kept = [
-        [(m["step"], m.get("loss"), m.get("val_loss"), m.get("dead_fraction")) for m in metrics(r)] for r in (straight, run)
-    ]
-    assert kept[0] == kept[1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_and_leave(tmp_path, number):
-    straight = train(tmp_path, "straight", *SMALL, "--num-tokens", 32_000)
-    process = start(tmp_path, "stopped", *SMALL, "--num-tokens", 32_000, "--save-every", 10_000)
-    run = tmp_path / "stopped"
-    wait_for_step(process, run, 20)
-    process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    assert f"python train.py --resume {run}" in printed and len(checkpoint.complete(run)) == 1
-    train(tmp_path, "stopped", "--resume", run)
-    assert_same_weights(straight, run)
-
-
-def test_a_signal_during_validation_is_saved_too(tmp_path):
-    flags = [*QUICK, "--num-tokens", 32_000, "--save-every", 10_000]
-    flags += ["--val-every", 30, "--val-tokens", 100_000, "--log-every", 29]
-    process = start(tmp_path, "a", *flags)
-    wait_for_step(process, tmp_path / "a", 29)
-    time.sleep(0.3)  # the next step validates on 1,563 batches
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert len(checkpoint.complete(tmp_path / "a")) == 1 and "saved at step" in printed
-
-
-def test_two_runs_of_one_name_at_once(tmp_path):
-    processes = [start(tmp_path, "same", *SMALL, "--seed", seed) for seed in (0, 1)]
-    outcomes = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
-    assert sorted(code for _, code in outcomes) == [0, 1]
-    (refused,) = (errors for errors, code in outcomes if code)
-    assert "same exists; choose another name" in refused and "Traceback" not in refused
-
-
-def test_a_run_that_another_process_writes_is_refused(tmp_path):
-    run = train(tmp_path, "a", *SMALL)
-    handle = checkpoint.lock(run)
-    result = run_script("train.py", "--resume", run, "--num-tokens", 9600)
-    os.close(handle)
-    assert "another process is writing" in one_line_error(result, "train.py")
-
-
-def test_resume_refuses_another_dataset_and_finds_a_moved_one(tmp_path):
-    def write(folder, rows):
-        for name in ("b", "f"):
-            x = np.random.default_rng(0).normal(size=(rows, 8)).astype("float32")
-            Dataset.from_dict({"x": x.tolist()}).save_to_disk(str(folder / name))
-        return ["--base-dataset", folder / "b", "--ft-dataset", folder / "f"]
-
-    run = train(tmp_path, "a", *QUICK, "--val-tokens", 100, "--epochs", 2, *write(tmp_path / "data", 1000))
-    (tmp_path / "data").rename(tmp_path / "moved")
-    moved = ["--base-dataset", tmp_path / "moved" / "b", "--ft-dataset", tmp_path / "moved" / "f"]
-    train(tmp_path, "a", "--resume", run, *moved, "--epochs", 3)
-    assert len([m for m in metrics(run) if "loss" not in m]) == 1  # one end, although the run ended twice
-    result = run_script("train.py", "--resume", run, *write(tmp_path / "data", 900))
-    assert "the data has train_rows 800 and had 900 when the run began" in one_line_error(result, "train.py")
-
-
-def test_resume_from_another_folder_with_relative_paths(pair, tmp_path):
-    (tmp_path / "pair").symlink_to(pair)
-    flags = ["--dataset", "pair", *QUICK, "--num-tokens", 1000, "--output-dir", "runs", "--run-name", "a"]
-    run_script("train.py", *flags, cwd=tmp_path, check=True)
-    (tmp_path / "elsewhere").mkdir()
-    run_script("train.py", "--resume", "../runs/a", "--num-tokens", "2000", cwd=tmp_path / "elsewhere", check=True)
-    assert metrics(tmp_path / "runs" / "a")[-1]["step"] == 32
-
-
-def test_home_folder_is_understood(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    run_script("train.py", "--output-dir=~/runs", "--run-name", "a", *SMALL, cwd=tmp_path, check=True)
-    run_script("train.py", "--resume=~/runs/a", cwd=tmp_path, check=True)
-    assert (tmp_path / "runs" / "a" / "summary.json").exists() and not (tmp_path / "~").exists()
-
-
-def test_a_run_without_its_config_is_refused(tmp_path):
-    run = train(tmp_path, "a", *SMALL)
-    (run / "config.json").write_text("{}")
-    assert "config.json is missing or broken" in one_line_error(run_script("train.py", "--resume", run), "train.py")
-
-
-def test_a_run_ends_with_a_checkpoint_of_its_last_step_even_in_the_middle_of_a_batch(pair, tmp_path):
-    run = train(tmp_path, "a", "--dataset", pair, *QUICK, "--num-tokens", 1000, "--save-every", 7)
-    assert metrics(run)[-1]["step"] == 16 and checkpoint.complete(run)[-1].name == "step_00000016"
-    assert json.loads((run / "summary.json").read_text())["tokens"] == 1000
-
-
-def test_a_finished_run_can_be_made_longer(tmp_path):
-    run = train(tmp_path, "a", *SMALL)
-    train(tmp_path, "a", "--resume", run, "--num-tokens", 9600)
-    assert metrics(run)[-1]["step"] == 150 and [p.name for p in checkpoint.complete(run)][-1] == "step_00000150"
-
-
-def test_resume_from_an_older_checkpoint(tmp_path):
-    straight = train(tmp_path, "straight", *SMALL)
-    run = train(tmp_path, "a", *SMALL, "--keep-checkpoints", 10)
-    train(tmp_path, "a", "--resume", run / "checkpoints" / "step_00000040")
-    assert_same_weights(straight, run)
-    assert [m["step"] for m in metrics(run)] == [m["step"] for m in metrics(straight)]
-
-
-def test_resume_auto_starts_fresh_when_there_is_nothing(tmp_path):
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, "--resume", "auto", check=True)
-    assert "holds no checkpoint, starting fresh" in result.stdout and (tmp_path / "a" / "summary.json").exists()
-
-
-def test_resumed_run_refuses_another_recipe(tmp_path):
-    run = train(tmp_path, "a", *SMALL, "--lr", 0.005)
-    result = run_script("train.py", "--resume", run, "--lr", "0.5")
-    assert "--lr is 0.5 and was 0.005 when the run began" in one_line_error(result, "train.py")
-
-
-def test_wandb_run_keeps_its_id(tmp_path):
-    flags = ["--num-tokens", 3200, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "offline"]
-    run = train(tmp_path, "a", *flags)
-    train(tmp_path, "a", "--resume", run, "--num-tokens", 6400)
-    ids = {p.stem for p in (run / "wandb").glob("offline-run-*/*.wandb")}
-    assert len(ids) == 1
-
-
-def test_wandb_auto_without_a_key_is_offline_and_says_so(tmp_path):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
-    assert "wandb    offline (no key found)" in result.stdout
-    assert list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 # --- what must not move the state, and what must stop the run
