@@ -93,7 +93,7 @@ def find_bin(bins: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """The highest bin with `count` values in it or above it (bin 0 if there are fewer), and how many of its own are needed."""
     at_least = bins.long().flip(0).cumsum(0).flip(0)
     chosen = ((at_least >= count).sum() - 1).clamp_min(0)
-    return chosen, count - (at_least[chosen] - bins[chosen])
+    return chosen, count - (at_least.take(chosen) - bins.take(chosen))  # at_least[chosen] would wait for the device
 
 
 def true_entries(mask: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class _Sparse(torch.autograd.Function):
             W_dec, weights = W_dec.to(dtype), codes.to(dtype)
         ctx.save_for_backward(x, W_dec, latents, tokens, token_starts, by_latent, starts, ordered)
         decoded = weighted_sums(W_dec, latents, weights, token_starts).to(codes.dtype)
-        total, times = torch.segment_reduce(ordered, "sum", offsets=starts, unsafe=True), starts.diff()
+        total, times = torch.segment_reduce(ordered, "sum", offsets=starts, unsafe=True), starts.diff().to(codes.dtype)
         ctx.mark_non_differentiable(times)
         return decoded, total, times
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse
 from crosscoder import CrossCoder, explained_variance
@@ -128,6 +129,26 @@ def test_every_form_equals_the_dense_one(form, dtype, batch, d_model, d_hidden, 
         torch.testing.assert_close(mine, theirs, rtol=bounds[0], atol=bounds[0] * (1 + theirs.float().abs().max().item()))
     for name, theirs in gradients.items():
         torch.testing.assert_close(found_gradients[name], theirs, rtol=bounds[1], atol=bounds[1] * theirs.abs().max().item())
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails where a value or a size that the data decide goes to the host: on CUDA that waits for the device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["kernels", "kernels, dense"])
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_a_step_with_kernels_never_waits_for_the_device(form, variant, monkeypatch):
+    device = choose_form(form, monkeypatch)
+    crosscoder, x = make(variant, k_aux=2).to(device), rows().to(device)
+    dead = torch.arange(F, device=device) % 3 == 0
+    with NothingWaits():
+        crosscoder.losses(x, 0.7, 0.5, dead).loss.backward()
+    with pytest.raises(AssertionError), NothingWaits():
+        x[dead[0].long()]
 
 
 def test_batch_topk_keeps_k_latents_a_token_from_the_first_step_on():

@@ -86,6 +86,7 @@ def test_nothing_active_gives_zeros_and_zero_gradients(d_hidden, few):
     out = sparse.reconstruct(x, rows, bias, W_dec, torch.float32, weight, 1, few=few)
     (out.decoded + 1).pow(2).sum().backward()
     assert out.decoded.shape == x.shape and out.smallest == torch.inf
+    assert out.times.dtype == out.total.dtype  # several processes add them up, whichever form each has
     assert not any(t.any() for t in (out.decoded, out.total, out.times, rows.grad, W_dec.grad))
 
 
