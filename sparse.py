@@ -251,7 +251,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, b_enc, W_dec, dtype, product, found):
         ctx.shape = rows.shape
-        x, rows, W_dec = (t.flatten(1).to(dtype) for t in (x, rows, W_dec))
+        x, W_dec = x.flatten(1).to(dtype), W_dec.flatten(1).to(dtype)
         if found is not None:
             kept = torch.zeros(len(x) + 1, len(rows), dtype=dtype, device=x.device)  # unused entries go to the last row
             kept[_tokens(found), found.latents] = found.codes.to(dtype)
@@ -264,7 +264,7 @@ class _Dense(torch.autograd.Function):
                 codes = kept[:-1, part].contiguous()  # [batch, part]
                 f = codes.to(b_enc.dtype, copy=True)
             else:
-                here = x @ rows[part].T if product is None else product[:, part]
+                here = encode(x, rows[part], dtype) if product is None else product[:, part]
                 f = torch.add(here, b_enc[part]).relu_()
                 codes = f.to(dtype, copy=True)
             all_codes.append(codes)
