@@ -9,7 +9,8 @@ report.html        all of it on one page that needs no network
 
 from __future__ import annotations
 
-from config import AnalyzeConfig, parse
+from command_line import parse
+from config import AnalyzeConfig
 
 if __name__ == "__main__":
     CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once

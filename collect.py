@@ -10,7 +10,8 @@ ends with the same rows.
 
 from __future__ import annotations
 
-from config import CollectConfig, model_flags, parse
+from command_line import parse
+from config import CollectConfig, model_flags
 
 if __name__ == "__main__":
     CONFIG = parse(CollectConfig)  # before torch is imported, so that --help and a wrong flag answer at once

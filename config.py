@@ -7,13 +7,7 @@ come from the block REAL (a run on your activations) or PLANTED (the demonstrati
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import sys
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -413,108 +407,10 @@ class AnalyzeConfig(DatasetFlags):
     device: str = "auto"
 
 
-REQUIRED = {
-    CollectConfig: ("base_model", "hook", "output"),
-    FormatsConfig: ("src", "dst", "to"),
-    AnalyzeConfig: ("run",),
-}
-
-
-def parse(cls: type, argv: list[str] | None = None):
-    """Command line -> config. For a TrainConfig, `--config FILE` and the config.json of a resumed run supply the defaults.
-
-    Returns the config with None where nothing was given; `resolve_sizes` fills the sizes in later.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    config = tyro.cli(cls, args=argv, default=cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
-    if cls is TrainConfig:
-        lists = {name: getattr(config, name) for name in ("text", "model_dataset")}  # tyro would append them to those of a file
-        try:
-            if config.config is not None:
-                config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
-            if saved := resumed_config_file(config):
-                config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
-            config = with_full_paths(dataclasses.replace(config, **{name: given for name, given in lists.items() if given}))
-        except ValueError as error:
-            sys.exit(f"train.py: error: {error}")
-    return config
-
-
-def with_full_paths(config: TrainConfig) -> TrainConfig:
-    """Local paths without `~`, and those of data absolute, so that a run can be resumed from any folder."""
-
-    def full(value: str) -> str:
-        return str(path.absolute()) if (path := Path(value).expanduser()).exists() else value
-
-    def full_text(spec: str) -> str:
-        name, equals, weight = spec.rpartition("=")
-        return f"{full(name)}={weight}" if equals and full(spec) == spec else full(spec)
-
-    for name in ("output_dir", "resume", "config"):
-        if (value := getattr(config, name)) is not None:
-            setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from"):
-        if value := getattr(config, name):
-            setattr(config, name, full(value))
-    if config.keep_activations:
-        config.keep_activations = str(Path(config.keep_activations).expanduser().absolute())
-    config.text = [full_text(spec) for spec in config.text]
-    config.model_dataset = [full(name) for name in config.model_dataset]
-    return config
-
-
 def model_flags(config: ModelFlags) -> dict:
     """The flags that say which models read which text, and how, without the devices: {field: value}."""
     names = [f.name for f in dataclasses.fields(ModelFlags) if f.name not in ("base_device", "ft_device")]
     return {name: getattr(config, name) for name in names}
-
-
-def resumed_config_file(config: TrainConfig) -> Path | None:
-    """The config.json of the run that `config.resume` continues, or None where there is none."""
-    if config.resume is None:
-        return None
-    if config.resume == "auto":
-        if config.run_name is None:
-            raise ValueError("--resume auto needs --run-name NAME, or give the run itself: --resume runs/NAME")
-        folders = [Path(config.output_dir).expanduser() / config.run_name]
-    else:
-        resume = Path(config.resume).expanduser().resolve()
-        folders = [resume, *resume.parents[:2]]  # a run, or a checkpoint inside it
-    return next((f / "config.json" for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
-
-
-def read_given(path: Path, flag: str) -> TrainConfig:
-    """The part `given` of a run's config.json (or a plain object of fields) as a TrainConfig, types checked."""
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{flag} {path}: is not JSON ({error})") from None
-    raw = raw.get("given", raw) if isinstance(raw, dict) else raw
-    if not isinstance(raw, dict):
-        raise ValueError(f"{flag} {path}: expected a JSON object of config fields")
-    hints, kinds = typing.get_type_hints(TrainConfig), {f.name: f.type for f in dataclasses.fields(TrainConfig)}
-    for name, value in raw.items():
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            raise ValueError(f"{flag} {path}: unknown field {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{flag} {path}: {name} = {value!r} is not of type {kinds[name]}")
-    return TrainConfig(**raw)
-
-
-def _fits(value, hint) -> bool:
-    """Whether a JSON value may stand in a field of this type; an int may stand for a float."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(part, *typing.get_args(hint)) for part in value)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def resolve_sizes(config: TrainConfig, sizes: dict) -> TrainConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, parse, resolve_sizes
+from command_line import parse
+from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, resolve_sizes
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, one_line_error, run_script
 
-from config import PLANTED, REAL, REQUIRED, CollectConfig, TrainConfig, model_flags, parse, resolve_sizes
+from command_line import REQUIRED, parse
+from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 
@@ -85,3 +86,9 @@ def test_sizes_come_from_the_block_unless_given():
     config = resolve_sizes(TrainConfig(k=3), REAL)
     assert config.k == 3 and config.d_hidden == REAL["d_hidden"] and TrainConfig(k=3).d_hidden is None
     assert resolve_sizes(TrainConfig(), PLANTED).num_tokens == PLANTED["num_tokens"]
+
+
+def test_help_into_a_pipe_that_closes_early_says_nothing_more():
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stdout.startswith("usage: train.py") and not result.stderr

@@ -68,7 +68,8 @@ def straight(flags, budget, tmp_path_factory) -> Path:
 DUMP = """
 import sys
 import numpy as np, torch
-from config import TrainConfig, REAL, parse, resolve_sizes
+from command_line import parse
+from config import TrainConfig, REAL, resolve_sizes
 given = parse(TrainConfig, sys.argv[2:])
 import prepare
 source = prepare.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"), None)

@@ -15,7 +15,8 @@ from processes import Started
 from safetensors.torch import load_file
 
 import checkpoint
-from config import TrainConfig, parse
+from command_line import parse
+from config import TrainConfig
 from crosscoder import CrossCoder
 from train import main
 
