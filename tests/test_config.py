@@ -89,6 +89,6 @@ def test_sizes_come_from_the_block_unless_given():
 
 
 def test_help_into_a_pipe_that_closes_early_says_nothing_more():
-    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    command = f"{sys.executable} train.py --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.startswith("usage: train.py") and not result.stderr
