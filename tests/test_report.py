@@ -137,6 +137,7 @@ def test_examples_show_values_and_link_from_the_table(page_of, open_page):
     assert section.locator(".peak").first.get_attribute("title") == "activation 1.50"
     assert section.locator(".missing").first.get_attribute("title") == "left out of the dataset"
     section.locator("summary").click()
+    section.locator(".example").nth(3).wait_for()  # the browser says a moment later that it was opened
     assert section.locator(".example").count() == 4
     page.get_by_label("search latents").fill("150")
     page.locator("#latents tbody a").click()
