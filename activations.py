@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import parallel
+from parallel import ALONE, Shard
 
 PREFETCH = 3  # batches filled ahead of the training loop
 MAX_NON_FINITE = 0.001  # share of rows that may hold NaN or inf before the run stops
@@ -32,7 +32,9 @@ class Batch(NamedTuple):
     last_row: int
 
 
-def batches(source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: int = 0) -> Iterator[Batch]:
+def batches(
+    source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: int = 0, shard: Shard = ALONE
+) -> Iterator[Batch]:
     """Batches of the rows at the places `position` to `stop` of the source's stream; the last one may be shorter.
 
     A background thread reads ahead; closing the generator ends it. Of several processes each reads a part of a batch, and all
@@ -44,7 +46,7 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
     closed = threading.Event()
     on_cuda = device.type == "cuda"
     uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
-    shape = (source.n_models, -(-batch_size // parallel.size()), source.d_model)
+    shape = (source.n_models, -(-batch_size // shard.size), source.d_model)
     for _ in range(PREFETCH + 3):  # two more are in the loop's hands, one in the thread's
         free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
 
@@ -57,7 +59,7 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
                 if copied is not None:
                     copied.synchronize()  # the copy to the device still reads from this buffer
                 end, passed, filled, lowest, highest = min(position + batch_size, stop), 0, 0, [], []
-                own = parallel.part(end - position)
+                own = shard.part(end - position)
                 while position < end:
                     rows = source.order(position, end - position)
                     mine = rows[max(0, own.start - passed) : max(0, own.stop - passed)]
@@ -87,7 +89,7 @@ def batches(source, batch_size: int, stop: int, device: torch.device, position: 
             if on_cuda:
                 torch.cuda.current_stream(device).wait_event(used[1])
                 x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before the step is done
-            x = parallel.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
+            x = shard.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
             dropped += places - len(x)
             if dropped > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
                 raise ValueError(too_many_non_finite(dropped, position))

@@ -29,14 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import parallel
+from parallel import ALONE, Shard
 
 # What has the latents as its first axis; Adam's moments of a parameter have its axes.
 BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")
 HASHED_TOGETHER = 1 << 24  # bytes
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int, d_hidden: int) -> Path:
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int, d_hidden: int, shard: Shard = ALONE) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder.
 
     Of several processes each writes the slice of the d_hidden latents that it owns, process 0 the rest.
@@ -45,20 +45,20 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
     folder = run / "checkpoints" / f"step_{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     by_latent = [name for name in tensors if name.split(".")[0] in BY_LATENT]
-    owned = [parallel.part(d_hidden, process) for process in range(parallel.size())]
+    owned = [shard.part(d_hidden, process) for process in range(shard.size)]
     slices = [{"file": f"latents_{s.start}_{s.stop}.safetensors", "start": s.start, "stop": s.stop} for s in owned]
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with explained(f"the checkpoint of step {step}", run):
-        with parallel.together():
-            if parallel.rank() == 0:
+        with shard.together():
+            if shard.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with parallel.together():
-            own = partial / slices[parallel.rank()]["file"]
+        with shard.together():
+            own = partial / slices[shard.rank]["file"]
             save_file({name: t for name, t in host.items() if name in by_latent}, own)
             sync(own)
-        with parallel.together():
-            if parallel.rank() == 0:
+        with shard.together():
+            if shard.rank == 0:
                 save_file({name: t for name, t in host.items() if name not in by_latent}, partial / "shared.safetensors")
                 (partial / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
                 write_index(partial, {"format": 2, "d_hidden": d_hidden, "by_latent": by_latent, "slices": slices})
@@ -68,8 +68,8 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
                     os.rename(folder, folder.with_name(f".{folder.name}.old"))
                 os.rename(partial, folder)
                 sync(folder.parent)
-    with parallel.together():
-        if parallel.rank() == 0:
+    with shard.together():
+        if shard.rank == 0:
             kept = complete(run)
             kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
             for old in set(complete(run)) - set(kept):
@@ -136,7 +136,7 @@ def complete(run: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
 
-def find(resume: Path) -> Path:
+def find(resume: Path, shard: Shard = ALONE) -> Path:
     """The checkpoint meant by a path: itself, or the newest undamaged one of that run. ValueError if there is none."""
     resume = resume.resolve()
     if (resume / "state.json").is_file():
@@ -147,7 +147,7 @@ def find(resume: Path) -> Path:
     for folder in reversed(complete(resume)):
         if not (why := damage(folder)):
             return folder
-        if parallel.rank() == 0:
+        if shard.rank == 0:
             print(f"damaged  {folder} ({why}): passed over for the one before it", file=sys.stderr)
     if why:
         raise ValueError(

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import parallel
 import sparse
+from parallel import ALONE, Shard
+from selection import find_cut
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
-LATENT_AXIS = {"W_enc": 2, "W_dec": 0, "b_enc": 0}  # in a saved crosscoder
 THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
 
 
@@ -56,8 +56,8 @@ class CrossCoder(nn.Module):
         dec_init_norm: norm of each decoder row per model at the start. A latent starts with the same direction in every
             model, and the encoder as the decoder's transpose.
         compute_dtype: of the matrix products; parameters, codes and losses are float32.
-        latents: the slice of the d_hidden latents that this process owns, of several that train together (parallel.py);
-            parameters and codes then hold these alone. None: all.
+        shard: this process's place among several that train one dictionary together (parallel.py); parameters and codes
+            then hold its slice of the latents alone, and all processes must make the same calls. None: all latents.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CrossCoder(nn.Module):
         dec_init_norm: float = 0.08,
         seed: int = 0,
         compute_dtype: torch.dtype = torch.float32,
-        latents: slice | None = None,
+        shard: Shard | None = None,
     ):
         super().__init__()
         if variant not in ("vanilla", "batch_topk"):
@@ -81,9 +81,8 @@ class CrossCoder(nn.Module):
         self.d_model, self.d_hidden, self.n_models = d_model, d_hidden, n_models
         self.variant, self.k = variant, k if variant == "batch_topk" else None
         self.k_aux = max(1, d_model // 2) if k_aux is None else k_aux
-        self.compute_dtype = compute_dtype
-
-        self.latents = slice(0, d_hidden) if latents is None else latents
+        self.compute_dtype, self.shard = compute_dtype, shard or ALONE
+        self.latents = self.shard.part(d_hidden)
 
         blocks, first = [], self.latents.start // INIT_BLOCK * INIT_BLOCK
         for start in range(first, self.latents.stop, INIT_BLOCK):
@@ -127,7 +126,7 @@ class CrossCoder(nn.Module):
 
     def decode(self, f: Tensor, normalized: bool = False) -> Tensor:
         """Reconstruction [batch, n_models, d_model] from codes f [batch, d_hidden], raw unless `normalized`."""
-        x_hat = parallel.all_sum(sparse.decode(f, self.W_dec, self.compute_dtype)) + self.b_dec
+        x_hat = self.shard.all_sum(sparse.decode(f, self.W_dec, self.compute_dtype)) + self.b_dec
         return x_hat if normalized else self.denormalize(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,14 +175,14 @@ class CrossCoder(nn.Module):
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
         decoded, total, times, smallest, product = sparse.reconstruct(
-            x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count
+            x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard
         )
         l1_loss = (total * norm_sum).sum() / len(x_n)
         l0_loss = times.sum() / len(x_n)
-        x_hat = parallel.all_sum(decoded) + self.b_dec
-        l1_loss, l0_loss = parallel.all_sum(l1_loss), parallel.all_sum(l0_loss)
+        x_hat = self.shard.all_sum(decoded) + self.b_dec
+        l1_loss, l0_loss = self.shard.all_sum(l1_loss), self.shard.all_sum(l0_loss)
         if count is not None:
-            self._follow_threshold(parallel.all_min(smallest))
+            self._follow_threshold(self.shard.all_min(smallest))
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
@@ -204,16 +203,14 @@ class CrossCoder(nn.Module):
         # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
         # which still gets its gradient.
         bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
-        if sparse.on_cuda(x_n):  # asking which latents are dead would wait for the device; the scores of live ones become 0
-            predicted = sparse.reconstruct(
-                x_n, self.enc_rows, bias, self.W_dec, self.compute_dtype, norm_sum * dead, count, product, few=True
-            ).decoded
-        else:
+        rows, W_dec, weight = self.enc_rows, self.W_dec, norm_sum * dead
+        few = True if sparse.on_cuda(x_n) else None
+        if not few:  # on CUDA asking which latents are dead would wait for the device; there the scores of live ones are 0
             some = dead.nonzero()[:, 0]
-            predicted = sparse.reconstruct(
-                x_n, self.enc_rows[some], bias[some], self.W_dec[some], self.compute_dtype, norm_sum[some], count
-            ).decoded
-        predicted, some_dead = parallel.all_sum(predicted), parallel.all_sum(dead.sum()) > 0
+            rows, bias, W_dec, weight = rows[some], bias[some], W_dec[some], weight[some]
+        args = (x_n, rows, bias, W_dec, self.compute_dtype, weight, count, product, few, self.shard)
+        predicted = sparse.reconstruct(*args).decoded
+        predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum(dead.sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
         varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
@@ -243,7 +240,7 @@ class CrossCoder(nn.Module):
         def scores():
             return (self.score(self._pre(x_n).relu()) for x_n in batches())
 
-        kept, next_one = (sparse.find_cut(scores, count)[0] for count in (self.k * rows, self.k * rows + 1))
+        kept, next_one = (find_cut(scores, count, self.shard)[0] for count in (self.k * rows, self.k * rows + 1))
         self.threshold.fill_((kept + next_one) / 2)
 
     # --- saving
@@ -254,7 +251,7 @@ class CrossCoder(nn.Module):
         Decoder norms are then in raw space: relative norms change when the models' scales differ. The threshold moves to f,
         one per latent (theta / sum_m |W_dec[j, m]|), since the norms it was measured with are gone.
         """
-        folded = CrossCoder(self.d_model, self.d_hidden, self.n_models, self.variant, self.k, self.k_aux)
+        folded = CrossCoder(self.d_model, self.d_hidden, self.n_models, self.variant, self.k, self.k_aux, shard=self.shard)
         folded.compute_dtype = self.compute_dtype
         folded.to(self.W_dec.device)
         with torch.no_grad():
@@ -271,55 +268,32 @@ class CrossCoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, float32, each file complete or absent. Raises OSError.
 
-        Several processes write one whole crosscoder together, each its own latents.
+        Of several processes the first writes the whole crosscoder.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
         partial = folder / "model.safetensors.partial"
-        tensors = self.state_dict()
-        tensors["W_enc"] = tensors.pop("enc_rows").permute(1, 2, 0)
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-        with parallel.together():
-            if parallel.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    save_file({name: self._whole(name, t) for name, t in tensors.items()}, partial)
-                except SafetensorError as error:
-                    raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
-        with parallel.together():
-            if parallel.size() > 1:
-                self._fill_in(partial, tensors)
+        tensors = {name: t.detach().float().cpu() for name, t in self.state_dict().items()}
+        for name in ("enc_rows", "W_dec", "b_enc", *["threshold"] * self.folded):
+            tensors[name] = self.shard.whole(tensors[name], self.d_hidden)
+        with self.shard.together():
+            if self.shard.rank > 0:
+                return
+            tensors["W_enc"] = tensors.pop("enc_rows").permute(1, 2, 0)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+            except SafetensorError as error:
+                raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())  # a power cut must not leave the name without the values
-        with parallel.together():
-            if parallel.rank() == 0:
-                os.replace(partial, folder / "model.safetensors")
-                names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
-                text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
-                (folder / "config.json.partial").write_text(text + "\n")
-                os.replace(folder / "config.json.partial", folder / "config.json")
-
-    def _whole(self, name: str, t: Tensor) -> Tensor:
-        """Zeros in the shape of all latents where this process has only its own. Pages of zeros take no memory."""
-        axis = LATENT_AXIS.get(name)
-        if axis is None or parallel.size() == 1:
-            return t
-        return torch.zeros(*t.shape[:axis], self.d_hidden, *t.shape[axis + 1 :])
-
-    def _fill_in(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Write this process's latents to their places in a safetensors file: 8 bytes of length, a JSON header, the values."""
-        import numpy as np
-
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, axis in LATENT_AXIS.items():
-            offset = 8 + length + header[name]["data_offsets"][0]
-            whole = np.memmap(path, np.float32, "r+", offset, tuple(header[name]["shape"]))
-            whole[(slice(None),) * axis + (self.latents,)] = tensors[name].numpy()
-            whole.flush()
+            os.replace(partial, folder / "model.safetensors")
+            names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
+            text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
+            (folder / "config.json.partial").write_text(text + "\n")
+            os.replace(folder / "config.json.partial", folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> CrossCoder:

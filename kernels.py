@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import parallel
-from sparse import find_bin
+from parallel import ALONE, Shard
+from selection import find_bin
 
 SCAN = 4096  # scores of one token that a program looks at together
 TILE = 512  # columns of a wide row that a program adds up
@@ -102,7 +102,13 @@ def _dots(a, b, i, j, n, out, width, TILE: tl.constexpr):
         tl.store(out + entry, tl.sum(total, 0))
 
 
-def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def launch(kernel, grid: tuple[int, ...], first: Tensor, *args, **constants) -> None:
+    """Run a kernel on the device of its first argument: Triton takes CUDA's current device, whatever the tensors' is."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, **constants)
+
+
+def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest positive scores relu(pre + b_enc) * weight of the whole batch, over all processes.
 
     The cut is exact: a histogram of the scores' upper 16 bits finds its bucket, one of the lower 16 bits within that bucket the
@@ -121,18 +127,18 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int) -> tuple[Ten
     for level in range(2):
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
         grid = (batch, triton.cdiv(d_hidden, SCAN))
-        _histogram[grid](*args, cut, bins, d_hidden, FIRST=level == 0, SCAN=SCAN)
-        chosen, left = find_bin(parallel.all_sum(bins), left)
+        launch(_histogram, grid, *args, cut, bins, d_hidden, FIRST=level == 0, SCAN=SCAN)
+        chosen, left = find_bin(shard.all_sum(bins), left)
         cut = chosen.int() if level == 0 else (cut << 16) | chosen.int()
     above, equal = (torch.empty(batch, dtype=torch.int64, device=pre.device) for _ in range(2))
-    _count[(batch,)](*args, cut, above, equal, d_hidden, SCAN=SCAN)
-    before = parallel.gather(equal.sum(0, keepdim=True))[: parallel.rank()].sum()  # on the cut in the processes before
+    launch(_count, (batch,), *args, cut, above, equal, d_hidden, SCAN=SCAN)
+    before = shard.gather(equal.sum(0, keepdim=True))[: shard.rank].sum()  # on the cut in the processes before
     ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # [batch] how many each token may keep there
     starts = torch.zeros(batch + 1, dtype=torch.int64, device=pre.device)
     torch.cumsum(above + ties, 0, out=starts[1:])
     latents = torch.zeros(count, dtype=torch.int64, device=pre.device)
     codes = torch.zeros(count, device=pre.device)
-    _write[(batch,)](*args, cut, ties, starts, latents, codes, d_hidden, SCAN=SCAN)
+    launch(_write, (batch,), *args, cut, ties, starts, latents, codes, d_hidden, SCAN=SCAN)
     return latents, codes, starts
 
 
@@ -141,10 +147,8 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) 
     rows, width, groups = rows.contiguous(), rows.shape[1], len(starts) - 1
     out = torch.empty(groups, width, device=rows.device)
     tile = min(TILE, triton.next_power_of_2(width))
-    grid = (groups, triton.cdiv(width, tile))
-    _weighted_sums[grid](
-        rows, index.contiguous(), weights.contiguous(), starts.contiguous(), out, width, TILE=tile, ENTRIES=ENTRIES
-    )
+    args = (rows, index.contiguous(), weights.contiguous(), starts.contiguous(), out, width)
+    launch(_weighted_sums, (groups, triton.cdiv(width, tile)), *args, TILE=tile, ENTRIES=ENTRIES)
     return out
 
 
@@ -152,8 +156,6 @@ def dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor, n: Tensor) -> Tensor:
     """[entries] float32: <a[i[e]], b[j[e]]> for the first n entries (a tensor on the device), 0 for the others."""
     out = torch.zeros(len(i), device=a.device)
     width = a.shape[1]
-    _dots[(len(i),)](
-        a.contiguous(), b.contiguous(), i.contiguous(), j.contiguous(), n, out, width,
-        TILE=min(TILE, triton.next_power_of_2(width)),
-    )  # fmt: skip
+    args = (a.contiguous(), b.contiguous(), i.contiguous(), j.contiguous(), n, out, width)
+    launch(_dots, (len(i),), *args, TILE=min(TILE, triton.next_power_of_2(width)))
     return out

@@ -17,6 +17,7 @@ import language_model as lm
 from activations import Batch
 from paired_dataset import PairedDataset, size
 from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
+from parallel import ALONE
 from windows import Windows, host_memory
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
@@ -98,12 +99,13 @@ class LiveActivations(Windows):
     # --- the stream
 
     def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None
+        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None, shard=ALONE
     ) -> Iterator[Batch]:
         """Batches of the rows from `position` to `stop` of the stream; the last one may be shorter.
 
         dropped: handed on; the filter of the models' rows leaves no non-finite ones.
         standing: what `standing(position)` said; None at the beginning.
+        shard: always ALONE, as several processes would each run both models.
         """
         if standing is not None and position < stop:
             self.go_to(standing, position)

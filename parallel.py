@@ -1,17 +1,16 @@
-"""The few collectives. With one process they do nothing, so that the training loop reads as if there were one.
+"""The collectives of processes that share one dictionary; with one process they return their argument.
 
     torchrun --nproc-per-node N train.py ...
 
 Each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they exchange
-in a step does not grow with the dictionary. NCCL between CUDA devices, gloo between CPUs; gloo groups for what the host must
-know (did someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that is killed
-or no longer answers ends the others within a minute, with a ConnectionError.
+in a step does not grow with the dictionary. NCCL between CUDA devices; gloo between CPUs, and for what the host must know (did
+someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that is killed or no
+longer answers ends the others within a minute, with a ConnectionError.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -21,45 +20,156 @@ from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)  # after which a process that hears nothing from the others gives up
 WHILE_ONE_WORKS = timedelta(hours=1)  # the same outside of a step, where the others wait for one that writes or hashes
-sent = 0  # bytes this process has put into collectives
-_host = _patient = None  # gloo groups
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the other processes that torchrun started, if any. Returns this process's own device; only process 0 prints."""
-    global _host, _patient
-    if size() == 1 or dist.is_initialized():
+class Shard:
+    """This process's place among the `size` processes that share a dictionary, and their collectives.
+
+    It is given by hand to whatever has to talk to the others: code without one never does, in whatever distributed program
+    it runs. `ALONE` is one process of one. Every collective must be called by all processes, in the same order.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.sent = 0  # bytes this process has put into collectives on the device
+        self._patient = None  # a gloo group that waits for an hour
+
+    @classmethod
+    def of_torchrun(cls) -> Shard:
+        """The place that torchrun's environment gives this process; one of one without torchrun. `join` comes next."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def join(self, device: torch.device) -> torch.device:
+        """Connect to the other processes, if any. Returns this process's own device, which is then CUDA's current one.
+
+        ValueError where a machine has fewer CUDA devices than processes.
+        """
+        if device.type == "cuda":
+            index = int(os.environ["LOCAL_RANK"]) if self.size > 1 else device.index or 0
+            if index >= (there := torch.cuda.device_count()):
+                raise ValueError(
+                    f"process {index} of this machine has no CUDA device, there are {there}: torchrun --nproc-per-node {there}"
+                )
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            self._patient = dist.new_group(backend="gloo", timeout=WHILE_ONE_WORKS)
         return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    _host, _patient = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (TIMEOUT, WHILE_ONE_WORKS))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
-    return device
+
+    def leave(self) -> None:
+        """Leave the other processes in order: threads of theirs would else be cut off."""
+        if self._patient:
+            self._patient = None  # groups that outlive the interpreter abort the process now and then
+            dist.destroy_process_group()
+
+    def part(self, n: int, of: int | None = None) -> slice:
+        """The share of n things in a row that this process (or process `of`) owns."""
+        of = self.rank if of is None else of
+        return slice(of * n // self.size, (of + 1) * n // self.size)
+
+    # --- on the device
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes. Its gradient passes unchanged: what follows is computed alike in every process."""
+        return x if self.size == 1 else _AllSum.apply(x, self)
+
+    def all_min(self, x: Tensor) -> Tensor:
+        """The least over all processes, elementwise."""
+        return x if self.size == 1 else self._reduced(x, dist.ReduceOp.MIN)
+
+    def _reduced(self, x: Tensor, how) -> Tensor:
+        x = x.clone()
+        self.sent += x.nbytes
+        with heard():
+            dist.all_reduce(x, how)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The parts of all processes, equally long, one after the other: [n, ...] -> [size * n, ...]."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        self.sent += x.nbytes
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with heard():
+            dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """Every process's rows, however many, one after the other: [its rows, ...] -> [all rows, ...]."""
+        if self.size == 1:
+            return x
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with heard():
+            dist.all_gather(counts, torch.tensor([len(x)]))
+        longest = int(max(counts))
+        padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+        return torch.cat([rows[:n] for rows, n in zip(self.gather(padded).split(longest), map(int, counts), strict=True)])
+
+    # --- on the host
+
+    def any_process(self, happened: bool, patient: bool = False) -> bool:
+        """Whether it happened in any process. patient: one of them may first work on files for up to an hour."""
+        if self.size == 1:
+            return happened
+        flag = torch.tensor([happened], dtype=torch.int32)
+        with heard():
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._patient if patient else None)
+        return bool(flag)
+
+    def from_first(self, value: str) -> str:
+        """The value that process 0 has, in all of them."""
+        values = [value]
+        if self.size > 1:
+            with heard():
+                dist.broadcast_object_list(values, group=self._patient)
+        return values[0]
+
+    def whole(self, x: Tensor, n: int) -> Tensor | None:
+        """All n rows in process 0, of which each process has its `part`: [part, ...] -> [n, ...] on the host; None elsewhere.
+
+        Process 0 holds them once, the others no more than their own.
+        """
+        if self.size == 1:
+            return x
+        x, rows = x.cpu().contiguous(), None
+        with heard():
+            if self.rank > 0:
+                dist.send(x, 0, group=self._patient)
+            else:
+                rows = x.new_empty(n, *x.shape[1:])
+                rows[self.part(n)] = x
+                for process in range(1, self.size):
+                    dist.recv(rows[self.part(n, process)], process, group=self._patient)
+        return rows
+
+    @contextmanager
+    def together(self):
+        """Work that all must finish before any goes on, within an hour. An error in one process is an OSError in the others."""
+        failed = None
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised again when the others know
+            failed = error
+        elsewhere = self.any_process(failed is not None, patient=True)
+        if failed:
+            raise failed
+        if elsewhere:
+            raise OSError("another process could not do its part; it says why")
 
 
-def stop() -> None:
-    """Leave the other processes in order: threads of theirs would else be cut off."""
-    global _host, _patient
-    if dist.is_initialized():
-        _host = _patient = None  # groups that outlive the interpreter abort the process now and then
-        dist.destroy_process_group()
+ALONE = Shard()
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shard):
+        return shard._reduced(x, dist.ReduceOp.SUM)
 
-
-def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def part(n: int, of: int | None = None) -> slice:
-    """The share of n things in a row that this process (or process `of`) owns."""
-    of = rank() if of is None else of
-    return slice(of * n // size(), (of + 1) * n // size())
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 @contextmanager
@@ -72,100 +182,3 @@ def heard():
             "another process of this run has ended, or has not answered for a minute; what it said is above, if it could say "
             "something. What was saved is whole: start all processes again with --resume"
         ) from None
-
-
-# --- on the device
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """The sum over all processes. Its gradient passes unchanged: what follows is computed alike in every process."""
-    return x if size() == 1 else _AllSum.apply(x)
-
-
-class _AllSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        _reduce(total, dist.ReduceOp.SUM)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-def all_min(x: Tensor) -> Tensor:
-    """The least over all processes, elementwise."""
-    if size() > 1:
-        x = x.clone()
-        _reduce(x, dist.ReduceOp.MIN)
-    return x
-
-
-def _reduce(x: Tensor, how) -> None:
-    global sent
-    sent += x.nbytes
-    with heard():
-        dist.all_reduce(x, how)
-
-
-def gather(x: Tensor) -> Tensor:
-    """The parts of all processes, equally long, one after the other: [n, ...] -> [size * n, ...]."""
-    global sent
-    if size() == 1:
-        return x
-    x = x.contiguous()
-    sent += x.nbytes
-    parts = [torch.empty_like(x) for _ in range(size())]
-    with heard():
-        dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """Every process's rows, however many, one after the other: [its rows, ...] -> [all rows, ...]."""
-    if size() == 1:
-        return x
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
-    with heard():
-        dist.all_gather(counts, torch.tensor([len(x)]), group=_host)
-    longest = int(max(counts))
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    return torch.cat([rows[:n] for rows, n in zip(gather(padded).split(longest), map(int, counts), strict=True)])
-
-
-# --- on the host
-
-
-def any_process(happened: bool, patient: bool = False) -> bool:
-    """Whether it happened in any process. patient: one of them may first work on files for up to an hour."""
-    if size() == 1:
-        return happened
-    flag = torch.tensor([happened], dtype=torch.int32)
-    with heard():
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_patient if patient else _host)
-    return bool(flag)
-
-
-def from_first(value: str) -> str:
-    """The value that process 0 has, in all of them."""
-    values = [value]
-    if size() > 1:
-        with heard():
-            dist.broadcast_object_list(values, group=_patient)
-    return values[0]
-
-
-@contextmanager
-def together():
-    """Work that all must finish before any goes on, within an hour. An error in one process is an OSError in the others."""
-    failed = None
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - raised again when the others know
-        failed = error
-    elsewhere = any_process(failed is not None, patient=True)
-    if failed:
-        raise failed
-    if elsewhere:
-        raise OSError("another process could not do its part; it says why")

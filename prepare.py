@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import parallel
 from config import TrainConfig, model_flags
 from monitor import say
+from parallel import Shard
 from planted import PlantedConcepts
 from stored import open_pair, open_several, open_single
 
@@ -27,7 +27,7 @@ MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data li
 }  # fmt: skip
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, shard: Shard) -> None:
     """ValueError, naming the flag, for values that cannot be trained with."""
     if config.dataset and (config.base_dataset or config.ft_dataset):
         raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
@@ -42,7 +42,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
     if config.epochs is not None and config.num_tokens is not None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
-    check_live(config)
+    check_live(config, shard)
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):  # config.json could not hold it
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number")
@@ -71,9 +71,11 @@ def check(config: TrainConfig) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device}: not usable here ({reason}); try --device auto") from None
+    if device.index is not None and shard.size > 1:
+        raise ValueError(f"--device {config.device}: several processes take a device each; give --device {device.type}")
 
 
-def check_live(config: TrainConfig) -> None:
+def check_live(config: TrainConfig, shard: Shard) -> None:
     """ValueError, naming the flag, if training straight from the models is asked for by halves."""
     wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
     alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "base_device", "ft_device")
@@ -82,7 +84,7 @@ def check_live(config: TrainConfig) -> None:
     if not asked:
         return
     flag = f"--{asked[0].replace('_', '-')}"
-    if parallel.size() > 1:
+    if shard.size > 1:
         raise ValueError(f"{flag}: several processes train from stored activations; collect them first with collect.py")
     if config.dataset or config.base_dataset or config.model_dataset:
         other = "--dataset" if config.dataset else "--base-dataset" if config.base_dataset else "--model-dataset"
@@ -161,17 +163,17 @@ def open_source(given: TrainConfig, config: TrainConfig):
     return PlantedConcepts(config.seed, config.val_tokens)
 
 
-def resume_point(given: TrainConfig) -> Path | None:
+def resume_point(given: TrainConfig, shard: Shard) -> Path | None:
     """The checkpoint that --resume asks for; None for a fresh run."""
     if given.resume is None:
         return None
     if given.resume != "auto":
-        return checkpoint.find(Path(given.resume))
+        return checkpoint.find(Path(given.resume), shard)
     run = Path(given.output_dir) / given.run_name
     if not checkpoint.complete(run):
         say(f"--resume auto: {run} holds no checkpoint, starting fresh")
         return None
-    return checkpoint.find(run)
+    return checkpoint.find(run, shard)
 
 
 def run_name(given: TrainConfig) -> str:

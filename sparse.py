@@ -6,17 +6,16 @@ same numbers up to rounding; the sparse one is several times faster where few la
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-import parallel
+from parallel import ALONE, Shard
+from selection import lowest_of_largest, mask_of_largest, some_more, true_entries
 
 # Large tensors in pages of 2 MB instead of 4 kB: a step on a CPU takes a sixth less. torch looks when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -41,69 +40,7 @@ def fast_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-# --- selection
-
-
-def some_more(expected: float) -> int:
-    """How many of a sample's largest to take so that hardly ever fewer than the expected share exceeds the last of them."""
-    return math.ceil(1.1 * expected + 6 * expected**0.5) + 32
-
-
-def lowest_of_largest(sample: Tensor, count: int) -> Tensor:
-    """The `count`-th largest of a sample, at least 0; the least over all processes. inf for an empty one."""
-    if not len(sample):
-        return parallel.all_min(torch.tensor(torch.inf))
-    return parallel.all_min(torch.topk(sample, min(len(sample), count), sorted=False).values.amin().clamp_min(0).float())
-
-
-def largest(score: Tensor, count: int) -> Tensor:
-    """Mask [n] of the `count` largest of the positive scores [n] of all processes; of those at the cut the first."""
-    cut, ties = find_cut(lambda: [score], count)
-    kept = score.float() > cut
-    equal = (score.float() == cut).nonzero()[:, 0]
-    before = parallel.gather(torch.tensor([len(equal)]))[: parallel.rank()].sum()
-    return kept.index_fill_(0, equal[: max(0, int(ties - before))], True)
-
-
-def find_cut(scores: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, int]:
-    """The `count`-th largest positive value in a stream, over all processes, and how many of its equals belong to the `count`.
-
-    Non-negative floats are ordered like their bit patterns, so a histogram of the upper 16 bits finds the bucket of the
-    value and a histogram of the lower 16 bits within that bucket finds the value itself. 0 if fewer are positive.
-
-    Args:
-        scores: called twice, each time gives the same tensors of any shape; they are looked at in float32.
-    """
-    upper, left = None, torch.tensor(count)
-    for _ in range(2):
-        bins = torch.zeros(1 << 16, dtype=torch.int32)
-        for score in scores():
-            bits = score[score > 0].float().view(torch.int32)
-            part = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
-            bins += torch.bincount(part, minlength=1 << 16).cpu()
-        bins = parallel.all_sum(bins)
-        if upper is None and bins.sum() < count:
-            return 0.0, 0
-        chosen, left = find_bin(bins, left)
-        upper, lower = (int(chosen), 0) if upper is None else (upper, int(chosen))
-    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item(), int(left)
-
-
-def find_bin(bins: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The highest bin with `count` values in it or above it (bin 0 if there are fewer), and how many of its own are needed."""
-    at_least = bins.long().flip(0).cumsum(0).flip(0)
-    chosen = ((at_least >= count).sum() - 1).clamp_min(0)
-    return chosen, count - (at_least.take(chosen) - bins.take(chosen))  # at_least[chosen] would wait for the device
-
-
-def true_entries(mask: Tensor) -> Tensor:
-    """Flat places where a mask is true, ascending. Looks at eight entries at a time: most are false."""
-    flat = mask.flatten()
-    if len(flat) % 8:
-        return flat.nonzero()[:, 0]
-    words = flat.view(torch.int64).nonzero()[:, 0]
-    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[word] * 8 + byte
+# --- codes
 
 
 class Codes(NamedTuple):
@@ -117,26 +54,26 @@ class Codes(NamedTuple):
     token_starts: Tensor  # [batch + 1] where each token's entries begin; the last one: how many entries are used
 
 
-def find(x, rows, b_enc, dtype, weight, count, product=None) -> Codes | None:
+def find(x, rows, b_enc, dtype, weight, count, product=None, shard: Shard = ALONE) -> Codes | None:
     """The codes that `reconstruct` keeps. None where all positive ones are wanted and dense products are faster."""
     if on_cuda(x):
         import kernels
 
-        return None if count is None else Codes(*kernels.largest(product, b_enc, weight, count))
+        return None if count is None else Codes(*kernels.largest(product, b_enc, weight, count, shard))
     limit = None
     if count is None:
         weight, limit = torch.ones_like(weight), most_sparse(x, rows, dtype)
-    found = _above(x.flatten(1).to(dtype), rows.flatten(1).to(dtype), b_enc, weight, count, limit)
+    found = _above(x.flatten(1).to(dtype), rows.flatten(1).to(dtype), b_enc, weight, count, limit, shard)
     if found is None:
         return None
     entries, codes, score = found
-    kept = (score > 0 if count is None else largest(score, count)).nonzero()[:, 0]
+    kept = (score > 0 if count is None else mask_of_largest(score, count, shard)).nonzero()[:, 0]
     entries, codes = entries[kept], codes[kept]
     starts = torch.searchsorted(entries, torch.arange(len(x) + 1) * len(rows))
     return Codes(entries % max(1, len(rows)), codes, starts)
 
 
-def _above(x, rows, b_enc, weight, count, limit) -> tuple[Tensor, Tensor, Tensor] | None:
+def _above(x, rows, b_enc, weight, count, limit, shard) -> tuple[Tensor, Tensor, Tensor] | None:
     """Flat entries, codes and scores of at least the `count` largest scores, or of all positive ones; None above `limit`."""
     d_hidden = max(1, len(rows))
 
@@ -153,8 +90,8 @@ def _above(x, rows, b_enc, weight, count, limit) -> tuple[Tensor, Tensor, Tensor
             product = x[first : first + size] @ rows.T  # [size, d_hidden]
             if floor is None:  # from a sample of the first tokens
                 sample = measure(product, torch.arange(0, product.numel(), SAMPLED))[1]
-                expected = count * len(sample) / (len(x) * d_hidden * parallel.size())
-                floor = lowest_of_largest(sample, some_more(expected))
+                expected = count * len(sample) / (len(x) * d_hidden * shard.size)
+                floor = lowest_of_largest(sample, some_more(expected), shard)
             # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
             least = floor / weight - b_enc  # [d_hidden]
             mask = product > (least - least.abs() / 64).to(x.dtype)
@@ -164,7 +101,7 @@ def _above(x, rows, b_enc, weight, count, limit) -> tuple[Tensor, Tensor, Tensor
             pre, score = measure(product, entries)
             found.append((entries + first * d_hidden, pre, score))
             total += int((score > floor).sum())
-        if count is None or floor == 0 or parallel.all_sum(torch.tensor(total)) >= count:
+        if count is None or floor == 0 or shard.all_sum(torch.tensor(total)) >= count:
             break
         floor = torch.zeros(())  # the sample misjudged: look at every positive score
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
@@ -209,6 +146,7 @@ def reconstruct(
     count: int | None = None,
     product: Tensor | None = None,
     few: bool | None = None,
+    shard: Shard = ALONE,
 ) -> Reconstruction:
     """Code x with relu(<x, row> + b_enc), keep all positive codes or the `count` of largest score, decode them.
 
@@ -220,17 +158,18 @@ def reconstruct(
             fewer scores are positive; of equal ones at the cut the first by token, then latent. None: all positive ones.
         product: CUDA only: what an earlier call returned for the same x and rows.
         few: whether to use the sparse form. None: where it is the faster one.
+        shard: of the latents, where rows, b_enc and W_dec are those of this process alone.
     """
     with torch.no_grad():
         if on_cuda(x) and product is None:
             product = encode(x, rows, dtype)
-        found = find(x, rows, b_enc, dtype, weight, count, product)
+        found = find(x, rows, b_enc, dtype, weight, count, product, shard)
         smallest = x.new_full((), torch.inf)
         if count is not None:
             scores = (found.codes * weight[found.latents]).where(found.codes > 0, torch.inf)
             smallest = pad(scores, (0, 1), value=torch.inf).amin().float()
     if few is None and on_cuda(x):  # counting would wait for the device
-        few = count is not None and count < DENSE_ABOVE_CUDA * len(x) * len(rows) * parallel.size()
+        few = count is not None and count < DENSE_ABOVE_CUDA * len(x) * len(rows) * shard.size
     elif few is None:
         few = found is not None and len(found.codes) <= most_sparse(x, rows, dtype)
     if few:

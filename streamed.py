@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from activations import Batch, batches
+from parallel import ALONE
 from stored import Column, check_alignment, hub_pair_file, open_dataset, read_pair
 from windows import Windows, host_memory
 
@@ -227,13 +228,13 @@ class StreamedActivations(Windows):
     # --- what batches and the held-out metrics read
 
     def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None
+        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None, shard=ALONE
     ) -> Iterator[Batch]:
         """As `activations.batches`; standing: what `standing(position)` said, None at the beginning."""
         if standing is not None and position < stop:
             self.go_to(standing, position)
         self.start_reading()
-        stream = batches(self, batch_size, stop, device, position, dropped)
+        stream = batches(self, batch_size, stop, device, position, dropped, shard)
         try:
             for batch in stream:  # noqa: UP028 - `yield from` would close the stream first, and that may wait for a piece
                 yield batch

@@ -27,12 +27,12 @@ from torch import Tensor
 import checkpoint
 import hub
 import latents
-import parallel
 import prepare
 from activations import batches, estimate_normalization, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
 from formats import read_warm_start, with_normalization
 from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
+from parallel import Shard
 from planted import PlantedConcepts
 from sparse import fast_dtype
 
@@ -40,13 +40,15 @@ ONE_SIGNAL = 3.0  # seconds: a terminal or a scheduler that signals torchrun and
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 
 
-def main(given: TrainConfig) -> int:
+def main(given: TrainConfig, shard: Shard) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
-    prepare.check(given)
+    prepare.check(given, shard)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
-    device = parallel.start(device)
-    start_from = prepare.resume_point(given)  # a checkpoint, or None
-    run = start_from.parents[1] if start_from else Path(given.output_dir) / parallel.from_first(prepare.run_name(given))
+    device = shard.join(device)
+    if shard.rank > 0:  # process 0 alone prints
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+    start_from = prepare.resume_point(given, shard)  # a checkpoint, or None
+    run = start_from.parents[1] if start_from else Path(given.output_dir) / shard.from_first(prepare.run_name(given))
     if start_from is None and given.resume is None and run.exists():
         raise ValueError(prepare.name_is_taken(run))
     saved, saved_data = prepare.read_record(run) if start_from else (None, None)
@@ -63,8 +65,8 @@ def main(given: TrainConfig) -> int:
         config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
     if saved:
         prepare.refuse_changes(config, saved)
-    if parallel.size() > config.d_hidden:
-        raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {parallel.size()}")
+    if shard.size > config.d_hidden:
+        raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {shard.size}")
     if config.variant == "batch_topk" and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     if live:
@@ -89,7 +91,7 @@ def main(given: TrainConfig) -> int:
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     prepare.require_room(config, source, run)
-    if config.push_to_hub and parallel.rank() == 0:
+    if config.push_to_hub and shard.rank == 0:
         hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
@@ -97,7 +99,7 @@ def main(given: TrainConfig) -> int:
     if saved:
         prepare.refuse_other_data(data, saved_data)
     locked = None
-    if parallel.rank() == 0:
+    if shard.rank == 0:
         run = run if saved else prepare.make_folder(run, given)
         locked = checkpoint.lock(run)
         if cut_off := checkpoint.remove_leftovers(run):
@@ -106,13 +108,13 @@ def main(given: TrainConfig) -> int:
             record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
             record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
             checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
-    run = Path(parallel.from_first(str(run)))
+    run = Path(shard.from_first(str(run)))
 
     # --- model, optimizer, schedule
     torch.manual_seed(config.seed)
     crosscoder = CrossCoder(
         source.d_model, config.d_hidden, source.n_models, config.variant, config.k, config.k_aux,
-        config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype), parallel.part(config.d_hidden),
+        config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype), shard,
     )  # fmt: skip
     unscale = (1 / source.stored_scale.double())[:, None]  # [n_models, 1] stored values -> raw activations
     if start_from is None:
@@ -149,25 +151,25 @@ def main(given: TrainConfig) -> int:
             raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
             group["lr"] = config.lr * schedule(step)
-    if parallel.rank() == 0:
+    if shard.rank == 0:
         checkpoint.cut_metrics(run, step)
     print_plan(config, source, run, start_from, device, steps, usual["k"])
     tracker = None
-    with parallel.together():  # the last wait that may be long: in the loop all answer within a minute
-        if parallel.rank() == 0:
+    with shard.together():  # the last wait that may be long: in the loop all answer within a minute
+        if shard.rank == 0:
             tracker, wandb_id = start_wandb(config, run, wandb_id)
 
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
-    watched = watch(steps, step, quiet=parallel.rank() > 0)
+    watched = watch(steps, step, quiet=shard.rank > 0)
     started = logged_at = waiting_since = time.perf_counter()
     waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
     last_save = "a first save"
     if streams:
-        stream = source.batches(config.batch_size, stop, device, position, dropped, standing)
+        stream = source.batches(config.batch_size, stop, device, position, dropped, standing, shard)
     else:
-        stream = batches(source, config.batch_size, stop, device, position, dropped)
+        stream = batches(source, config.batch_size, stop, device, position, dropped, shard)
     with closing(stream):
         for batch in stream:
             waited += time.perf_counter() - waiting_since
@@ -178,7 +180,7 @@ def main(given: TrainConfig) -> int:
             l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
             k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
             dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
-            if device.type == "cpu" and dead is not None and not parallel.any_process(bool(dead.any())):
+            if device.type == "cpu" and dead is not None and not shard.any_process(bool(dead.any())):
                 dead = None  # a free question here; on CUDA it would wait for the device
             out = losses_and_gradients(crosscoder, x, at_once, l1_coeff, config.aux_coeff, dead, k)
             grad_norm = norm_of_gradient(crosscoder)
@@ -191,7 +193,7 @@ def main(given: TrainConfig) -> int:
             tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
             bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
-            stopping = parallel.any_process(bool(signals))
+            stopping = shard.any_process(bool(signals))
             last = position >= stop or stopping
             validate = step % config.val_every == 0 and not last
             if step == 1 or step % config.log_every == 0 or validate or last:
@@ -205,7 +207,7 @@ def main(given: TrainConfig) -> int:
                     logged_model_seconds = source.model_seconds
                 if validate:
                     metrics |= evaluate(crosscoder, source, at_once, unscale, l1_coeff)
-                if parallel.rank() == 0:
+                if shard.rank == 0:
                     tracker = log(run, tracker, step, metrics)
                     show(watched, step, metrics)
                     warn(watched, config, step, metrics)
@@ -221,15 +223,15 @@ def main(given: TrainConfig) -> int:
                 state |= {"stream": source.standing(position)} if streams else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
-                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden)
+                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden, shard)
                 last_save = f"the last save took {time.perf_counter() - saving_since:.1f} s"
             watched.bar.update()
-            if last or (step % config.save_every == 0 and parallel.any_process(bool(signals))):
+            if last or (step % config.save_every == 0 and shard.any_process(bool(signals))):
                 break  # a signal that came in after a save is saved by the next step
             waiting_since = time.perf_counter()
     watched.bar.close()
     seconds += time.perf_counter() - started
-    if parallel.any_process(bool(signals)):
+    if shard.any_process(bool(signals)):
         say(f"stopped by {name_of(signals)}, saved at step {step}. Go on with:")
         say(f"python train.py --resume {shlex.quote(str(run))}")
         finish_wandb(tracker, {})
@@ -245,9 +247,9 @@ def main(given: TrainConfig) -> int:
     final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
     with checkpoint.explained("the crosscoder", run):
         crosscoder.save_pretrained(run / "crosscoder")
-    dead, norms = (parallel.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
-    W_dec = parallel.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
-    if parallel.rank() > 0:
+    dead, norms = (shard.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
+    W_dec = shard.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
+    if shard.rank > 0:
         return 0
     log(run, tracker, step, final)
     summary = {name.removeprefix("val_"): value for name, value in final.items()}
@@ -318,7 +320,7 @@ def training_metrics(out: Losses, x: Tensor, dead: Tensor, crosscoder: CrossCode
         "l0_loss": out.l0_loss,
         **by_model("explained_variance", explained_variance(x, out.x_hat)),
         "aux_loss": out.aux_loss,
-        "dead_fraction": parallel.all_sum(dead.sum()) / crosscoder.d_hidden,
+        "dead_fraction": crosscoder.shard.all_sum(dead.sum()) / crosscoder.d_hidden,
         "threshold": crosscoder.threshold,
         "grad_norm": grad_norm,
     }
@@ -350,7 +352,7 @@ def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l
         error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
         total = total + x.double().sum(0)  # [n_models, d_model]
         squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
-    active, l1 = parallel.all_sum(active), parallel.all_sum(l1)
+    active, l1 = crosscoder.shard.all_sum(active), crosscoder.shard.all_sum(l1)
     variance = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
     l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
     return {
@@ -382,7 +384,7 @@ def losses_and_gradients(crosscoder: CrossCoder, x: Tensor, at_once: int, *args)
 def norm_of_gradient(crosscoder: CrossCoder) -> Tensor:
     """L2 norm of the gradient of all parameters. b_dec is the same in every process and counts once."""
     sliced = [p.grad for name, p in crosscoder.named_parameters() if name != "b_dec"]
-    squared = parallel.all_sum(torch.nn.utils.get_total_norm(sliced).square())
+    squared = crosscoder.shard.all_sum(torch.nn.utils.get_total_norm(sliced).square())
     return (squared + crosscoder.b_dec.grad.square().sum()).sqrt()
 
 
@@ -398,15 +400,16 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
 
 
 if __name__ == "__main__":
+    shard = Shard.of_torchrun()
     try:
-        status = main(CONFIG)
-        parallel.stop()
+        status = main(CONFIG, shard)
+        shard.leave()
         sys.exit(status)
     except (ValueError, OSError) as error:
-        if parallel.rank() > 0:  # what all processes find, the first one says, and torchrun ends the others as it leaves
+        if shard.rank > 0:  # what all processes find, the first one says, and torchrun ends the others as it leaves
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-            if not parallel.sent:
+            if not shard.sent:
                 sys.exit(1)
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:  # before the loop, or a second time

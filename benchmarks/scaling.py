@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from step import machine, peak
 
-import parallel
 import sparse
 from crosscoder import CrossCoder
+from parallel import Shard
 from train import losses_and_gradients, norm_of_gradient
 
 D_MODEL, BATCH, K = 256, 1024, 32
@@ -40,19 +40,19 @@ def formula(processes: int, itemsize: int) -> int:
     return BATCH * width * itemsize // processes + 4 * BATCH * width + 2 * 4 * 65_536
 
 
-def measure(d_hidden: int, steps: int) -> None:
+def measure(d_hidden: int, steps: int, shard: Shard) -> None:
     """One process's part; process 0 prints what it found."""
-    device = parallel.start(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = shard.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     crosscoder = CrossCoder(
         D_MODEL, d_hidden, 2, "batch_topk", K, None, 1.0, compute_dtype=getattr(torch, sparse.fast_dtype(device)),
-        latents=parallel.part(d_hidden),
+        shard=shard,
     ).to(device)  # fmt: skip
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=1e-4, fused=True)
     rows = torch.randn(BATCH, 2, D_MODEL).half()
     for step in range(steps + 2):
         if step == 2:
-            started, sent = time.perf_counter(), parallel.sent
-        x = parallel.gather_rows(rows[parallel.part(BATCH)].to(device)).float()
+            started, sent = time.perf_counter(), shard.sent
+        x = shard.gather_rows(rows[shard.part(BATCH)].to(device)).float()
         losses_and_gradients(crosscoder, x, BATCH, 0.0)
         optimizer.grad_scale = norm_of_gradient(crosscoder).clamp_min(1)
         optimizer.step()
@@ -60,9 +60,9 @@ def measure(d_hidden: int, steps: int) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / steps
-    if parallel.rank() == 0:
+    if shard.rank == 0:
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak()
-        print(json.dumps({"seconds": seconds, "sent": (parallel.sent - sent) / steps, "memory": memory}))
+        print(json.dumps({"seconds": seconds, "sent": (shard.sent - sent) / steps, "memory": memory}))
 
 
 def main() -> None:
@@ -73,8 +73,9 @@ def main() -> None:
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure, args.steps)
-        return parallel.stop()
+        shard = Shard.of_torchrun()
+        measure(args.measure, args.steps, shard)
+        return shard.leave()
     print(
         f"{machine(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}; 2 x {D_MODEL}, batches of {BATCH}, k {K}\n"
     )

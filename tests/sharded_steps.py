@@ -15,18 +15,16 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
-import parallel
 from crosscoder import CrossCoder
+from parallel import Shard
 from train import norm_of_gradient
 
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
 DEAD_AFTER = 3 * BATCH
 
 
-def train(out: Path, variant: str, start_from: Path | None) -> None:
-    crosscoder = CrossCoder(
-        D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, latents=parallel.part(D_HIDDEN)
-    )
+def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> None:
+    crosscoder = CrossCoder(D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, shard=shard)
     crosscoder.double()
     rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
     crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
@@ -42,7 +40,7 @@ def train(out: Path, variant: str, start_from: Path | None) -> None:
         done = state["step"]
     for step in range(done + 1, 51):
         x = torch.randn(BATCH, 2, D_MODEL, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        x = parallel.gather_rows(x[parallel.part(BATCH)])  # as the reader does it
+        x = shard.gather_rows(x[shard.part(BATCH)])  # as the reader does it
         losses = crosscoder.losses(x, 0.1, 0.5, since_fired >= DEAD_AFTER)
         losses.loss.backward()
         norm = norm_of_gradient(crosscoder)
@@ -51,21 +49,22 @@ def train(out: Path, variant: str, start_from: Path | None) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         since_fired.add_(BATCH).masked_fill_(losses.fired, 0)
-        dead = parallel.all_sum((since_fired >= DEAD_AFTER).sum())
+        dead = shard.all_sum((since_fired >= DEAD_AFTER).sum())
         lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, dead]]))
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
-            checkpoint.save(out, step, tensors | {"tokens_since_fired": since_fired}, {}, keep=2, d_hidden=D_HIDDEN)
+            checkpoint.save(out, step, tensors | {"tokens_since_fired": since_fired}, {}, 2, D_HIDDEN, shard)
     crosscoder.save_pretrained(out / "crosscoder")
-    if parallel.rank() == 0:
+    if shard.rank == 0:
         save_file({"metrics": torch.stack(lines)}, out / "steps.safetensors")
 
 
 if __name__ == "__main__":
-    parallel.start(torch.device("cpu"))
+    shard = Shard.of_torchrun()
+    shard.join(torch.device("cpu"))
     folder, *other = map(Path, sys.argv[1:])
     for variant in ("vanilla", "batch_topk"):
-        train(folder / variant, variant, None)
+        train(folder / variant, variant, None, shard)
         if other:
-            train(folder / f"{variant}-resumed", variant, other[0] / variant / "checkpoints" / "step_00000020")
-    parallel.stop()
+            train(folder / f"{variant}-resumed", variant, other[0] / variant / "checkpoints" / "step_00000020", shard)
+    shard.leave()

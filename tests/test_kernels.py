@@ -1,5 +1,7 @@
 """The kernels against plain PyTorch; `test_crosscoder.py` compares whole training steps. Interpreted where there is no GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -28,6 +30,35 @@ def test_largest_keeps_what_topk_keeps_and_of_equal_scores_the_first(batch, d_hi
     assert torch.equal(tokens * d_hidden + latents[:used], order)
     assert torch.equal(codes[:used], f.flatten()[order])
     assert len(codes) == count and not codes[used:].any() and not latents[used:].any()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on CUDA's current device, which is another one where a tensor lies on the second GPU."""
+    current, launched = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Watched:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            assert current == [torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")], self.name
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("_histogram", "_count", "_write", "_weighted_sums", "_dots"):
+        monkeypatch.setattr(kernels, name, Watched(name))
+    latents, codes, starts = kernels.largest(draw(4, 9), draw(9, seed=1), draw(9, seed=2).abs(), 6)
+    rows = draw(9, 5)
+    kernels.weighted_sums(rows, latents, codes, starts)
+    kernels.dots(rows, rows, latents, latents, starts[-1])
+    assert launched == ["_histogram", "_histogram", "_count", "_write", "_weighted_sums", "_dots"]
 
 
 @pytest.mark.parametrize("width", [1, 100, 1100])  # wider rows than one program adds up

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics
-from processes import several
+from processes import Started, several
 from safetensors.torch import load_file
 from test_activations import numbered, write
 
 import checkpoint
 from activations import STATISTICS_ROWS
 from crosscoder import CrossCoder
+from parallel import Shard
 from stored import open_single
 
 
@@ -107,21 +109,83 @@ def test_bytes_sent_do_not_depend_on_the_dictionary(tmp_path):
     script = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import parallel
 from crosscoder import CrossCoder
-parallel.start(torch.device("cpu"))
+from parallel import Shard
+shard = Shard.of_torchrun()
+shard.join(torch.device("cpu"))
 for d_hidden in (4096, 32768):
-    crosscoder = CrossCoder(16, d_hidden, 2, "batch_topk", 8, latents=parallel.part(d_hidden))
-    before = parallel.sent
-    x = parallel.gather_rows(torch.randn(64, 2, 16)[parallel.part(64)])
+    crosscoder = CrossCoder(16, d_hidden, 2, "batch_topk", 8, shard=shard)
+    before = shard.sent
+    x = shard.gather_rows(torch.randn(64, 2, 16)[shard.part(64)])
     crosscoder.losses(x, 0.1, 0.5, torch.ones(len(crosscoder.b_enc), dtype=torch.bool)).loss.backward()
-    if parallel.rank() == 0:
-        print("sent", parallel.sent - before)
+    if shard.rank == 0:
+        print("sent", shard.sent - before)
 """
     (tmp_path / "sent.py").write_text(script.format(root=str(ROOT)))
     result = launch(2, tmp_path / "sent.py")
     sent = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("sent")]
     assert len(sent) == 2 and sent[0] == sent[1] > 0
+
+
+USE = """
+import os, sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+sys.path.insert(0, {root!r})
+from crosscoder import CrossCoder
+
+def use(seed):
+    x = torch.randn(64, 2, 16, generator=torch.Generator().manual_seed(seed))
+    crosscoder = CrossCoder(16, 40, 2, "batch_topk", 4)
+    out = crosscoder.losses(x, 0.1, 0.5, torch.ones(40, dtype=torch.bool))
+    out.loss.backward()
+    crosscoder.fit_threshold(lambda: [x])
+    crosscoder.save_pretrained({folder!r} + str(seed))
+    crosscoder = CrossCoder.from_pretrained({folder!r} + str(seed)).fold_normalization()
+    return dict(loss=out.loss.detach(), x_hat=crosscoder(x).detach(), threshold=crosscoder.threshold)
+
+if __name__ == "__main__":
+    rank = int(os.environ.get("RANK", 0))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    for seed in range(rank, 3):  # each its own rows, and not equally often
+        save_file(use(seed), {folder!r} + "{{}}.{{}}".format(seed, rank))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["in a process group", "WORLD_SIZE alone"])
+def test_a_crosscoder_without_a_shard_is_whole_in_any_distributed_program(tmp_path, group, monkeypatch):
+    script = tmp_path / "use.py"
+    script.write_text(USE.format(root=str(ROOT), folder=f"{tmp_path}/"))
+    if not group:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    processes = several(2, script) if group else [Started(script)]
+    outcomes = ends(processes)
+    assert not any(status for status, _, _ in outcomes), outcomes
+    for seed in range(3):
+        expected = runpy.run_path(str(script))["use"](seed)
+        for rank in range(min(seed + 1, len(processes))):
+            found = load_file(f"{tmp_path}/{seed}.{rank}")
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("size, flag, index", [(1, "cuda", 0), (1, "cuda:1", 1), (2, "cuda", 1)])
+def test_the_device_of_a_process_is_the_current_one(size, flag, index, monkeypatch):
+    """Calls of CUDA that name no device, as Triton's, then go to it. A GPU is not needed: what would be set is looked at."""
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *args, **options: None)
+    assert [Shard(0, size).join(torch.device(flag))] == chosen == [torch.device("cuda", index)]
+    if size > 1:
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(ValueError, match="no CUDA device, there are 2: torchrun --nproc-per-node 2"):
+            Shard(0, size).join(torch.device(flag))
 
 
 def test_live_training_by_several_processes_is_refused(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import sparse
+from selection import find_cut
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, 999])
@@ -9,12 +10,12 @@ def test_find_cut_equals_topk(count):
     torch.manual_seed(count)
     scores = [torch.randn(20, 100).relu() * 10 ** torch.randn(1), torch.rand(3, 5) * 1e-30, torch.full((50,), 0.5)]
     values = torch.cat([s.flatten() for s in scores]).sort(descending=True).values
-    assert sparse.find_cut(lambda: scores, count)[0] == values[count - 1].item()
+    assert find_cut(lambda: scores, count)[0] == values[count - 1].item()
 
 
 def test_find_cut_is_zero_when_fewer_are_positive():
-    assert sparse.find_cut(lambda: [torch.tensor([0.0, 1.0, 2.0])], 3) == (0.0, 0)
-    assert sparse.find_cut(lambda: [torch.tensor([0.0, 1.0, 2.0, 1.0])], 2) == (1.0, 1)
+    assert find_cut(lambda: [torch.tensor([0.0, 1.0, 2.0])], 3) == (0.0, 0)
+    assert find_cut(lambda: [torch.tensor([0.0, 1.0, 2.0, 1.0])], 2) == (1.0, 1)
 
 
 def test_encode_and_decode_equal_the_sum_over_models():
