@@ -26,6 +26,7 @@ from parallel import ALONE, Shard
 from selection import find_cut
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
+CONFIG = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")  # what config.json of a saved one says
 THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
 
 
@@ -290,60 +291,96 @@ class CrossCoder(nn.Module):
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())  # a power cut must not leave the name without the values
             os.replace(partial, folder / "model.safetensors")
-            names = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")
-            text = json.dumps({name: getattr(self, name) for name in names}, indent=2)
+            text = json.dumps({name: getattr(self, name) for name in CONFIG}, indent=2)
             (folder / "config.json.partial").write_text(text + "\n")
             os.replace(folder / "config.json.partial", folder / "config.json")
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], variant: str, k: int | None = None, k_aux: int | None = None
+    ) -> CrossCoder:
+        """The crosscoder of the tensors in a saved one: W_enc, W_dec, b_enc, b_dec, mean, scale and threshold.
+
+        ValueError where a name, shape, type or value is not that of a crosscoder. It takes the memory of the tensors.
+        """
+        W_dec = tensors.get("W_dec")
+        if W_dec is None or W_dec.ndim != 3 or not W_dec.numel():
+            raise ValueError("it has no W_dec with three axes")
+        if any(count is not None and (type(count) is not int or count < 1) for count in (k, k_aux)):
+            raise ValueError(f"k {k!r} and k_aux {k_aux!r} must be whole numbers above 0")
+        d_hidden, n_models, d_model = W_dec.shape
+        shapes = {"W_enc": (n_models, d_model, d_hidden), "W_dec": tuple(W_dec.shape), "b_enc": (d_hidden,)}
+        shapes |= {"b_dec": (n_models, d_model), "mean": (n_models, d_model), "scale": (n_models,), "threshold": (d_hidden,)}
+        if set(tensors) != set(shapes):
+            raise ValueError(f"its tensors are {', '.join(sorted(tensors))} and not {', '.join(sorted(shapes))}")
+        for name, shape in shapes.items():
+            t = tensors[name]
+            if not t.is_floating_point() or tuple(t.shape) != shape and (name, t.ndim) != ("threshold", 0):
+                raise ValueError(f"{name} is {t.dtype} of the shape {tuple(t.shape)} and not floats of the shape {shape}")
+        tensors = {name: t.float() for name, t in tensors.items()}
+        for name, t in tensors.items():
+            if not t.isfinite().all() and (name, t.ndim) != ("threshold", 1):  # there inf keeps a latent off for good
+                raise ValueError(f"{name} holds NaN or inf")
+        if not (tensors["scale"] > 0).all() or not (tensors["threshold"] >= 0).all():
+            raise ValueError("scale must be above 0, threshold 0 or more")
+        crosscoder = cls(d_model, d_hidden, n_models, variant, k, k_aux)
+        crosscoder.threshold = tensors["threshold"].clone()
+        tensors["enc_rows"] = tensors.pop("W_enc").permute(2, 0, 1)
+        crosscoder.load_state_dict(tensors)
+        return crosscoder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> CrossCoder:
         """Load what `save_pretrained` wrote, from a folder or from the Hub (`user/name`).
 
-        Raises ValueError where a file is missing, broken or does not fit the other.
+        Raises ValueError where a file is missing, broken or another project's, or does not fit the other.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        foreign = f"if another project wrote it, convert it: python formats.py {folder} NEW_FOLDER --to crosscoder"
         folder = hub_folder(str(folder), ["config.json", "model.safetensors"]) if not Path(folder).exists() else Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no saved crosscoder: {name} is missing")
+                raise ValueError(f"{folder} is no saved crosscoder: {name} is missing; {foreign}")
         try:
-            config = json.loads((folder / "config.json").read_text())
-            tensors = load_file(folder / "model.safetensors")
-            tensors["enc_rows"] = tensors.pop("W_enc").permute(2, 0, 1)
-            folded = config.pop("folded")
-            crosscoder = cls(**config)
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds a broken crosscoder ({error}); copy it again") from None
-        if folded:
-            crosscoder.threshold = torch.zeros(crosscoder.d_hidden)
-        try:
-            crosscoder.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: config.json and model.safetensors do not fit together ({error})") from None
+            config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+            if not isinstance(config, dict) or set(config) != set(CONFIG):
+                raise ValueError(f"config.json must say {', '.join(CONFIG)}")
+            crosscoder = cls.from_tensors(tensors, config["variant"], config["k"], config["k_aux"])
+        except (ValueError, OSError, RecursionError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds a broken crosscoder ({error}); copy it again; {foreign}") from None
+        for name in CONFIG:
+            if config[name] != getattr(crosscoder, name):
+                stored = f"{name} is {config[name]} in one and {getattr(crosscoder, name)} in the other"
+                raise ValueError(f"{folder}: config.json and model.safetensors do not fit together ({stored}); copy both again")
         return crosscoder.to(device)
 
 
 def hub_folder(name: str, files: list[str]) -> Path:
     """Local copy of those of the `files` that the Hub has in `user/name` or `user/name/folder`. ValueError if it has none.
 
-    They lie in the cache of huggingface_hub, so that a second time needs no network.
+    For what is not on the disk. They lie in the cache of huggingface_hub, so that a second time needs no network.
     """
     if name.startswith((".", "/", "~")) or name.count("/") < 1:
         raise ValueError(f"{name}: there is no such file or folder; give one, or a Hub id (user/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     user, repository, *inner = name.strip("/").split("/")
     wanted = ["/".join([*inner, file]) for file in files]
     try:
         folder = Path(snapshot_download(f"{user}/{repository}", allow_patterns=wanted), *inner)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{name}: is no folder here, and the Hub does not give it ({reason})") from None
+    except Exception as error:  # noqa: BLE001 - refusals, broken connections and its HTTP library's own, by many names
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "no such repository, or a private one: log in with `hf auth login`"
+        here = f", the folder {user} here does not hold it" if Path(user).is_dir() else ""
+        raise ValueError(f"{name}: is no folder here{here}, and the Hub does not give it ({reason})") from None
     if not any((folder / file).is_file() for file in files):
-        raise ValueError(f"{name}: the Hub has none of its files: {', '.join(files)}")
+        raise ValueError(
+            f"{name}: the Hub has none of its files: {', '.join(files)}; python formats.py --help names the layouts"
+        )
     return folder
 
 

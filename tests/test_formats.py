@@ -352,6 +352,104 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path, how, monkeypatch):
     assert not (tmp_path / "pickle_was_run").exists()
 
 
+# Each gives a source in the folder f, and the refusal says the words beside it.
+TOPK = CL | {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(1.0), "code_normalization_id": torch.tensor(1)}
+NORMALIZER = {"activation_mean": torch.zeros(2, D), "activation_std": torch.ones(2, D), "target_rms": torch.tensor(1.0)}
+FULL = TOPK | NORMALIZER | {"activation_global_scale": torch.ones(2)}
+
+
+def change(tensors: dict, **new) -> dict:
+    """The tensors with others in place; None leaves one out. A name's dot is written as two underscores."""
+    new = {name.replace("__", "."): t for name, t in new.items()}
+    return {name: t for name, t in (tensors | new).items() if t is not None}
+
+
+def ours(folder, tensors=None, **config):
+    """A saved crosscoder of ours with other tensors and config."""
+    make().save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors"), **(tensors or {})), folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def sae(folder, kind="jumprelu", config=None, **new):
+    """A SAELens folder with other tensors and config."""
+    save_file(change(saelens(folder, kind, **(config or {})), **new), folder / "sae_weights.safetensors")
+    return folder
+
+
+def ckkissane(folder, config=None, **new):
+    """A .pt of ckkissane with other tensors."""
+    tensors = {"W_enc": CL["encoder.weight"], "b_enc": CL["encoder.bias"], "b_dec": CL["decoder.bias"]}
+    tensors["W_dec"] = CL["decoder.weight"].transpose(0, 1).contiguous()
+    torch.save(change(tensors, **new), folder / "cc_weights.pt")
+    (folder / "cfg.json").write_text(json.dumps({"activation_scale": [1.0, 1.0]} | (config or {})))
+    return folder
+
+
+GARBAGE = {
+    "threshold NaN": (lambda f: crosscoder_learning(f, change(TOPK, threshold=torch.tensor(torch.nan))), ": threshold holds"),
+    "bias NaN": (lambda f: ckkissane(f, b_enc=CL["encoder.bias"] * torch.nan), "b_enc holds NaN or inf"),
+    "bias complex": (lambda f: ckkissane(f, b_dec=torch.zeros(2, D, dtype=torch.complex64)), "b_dec is no plain tensor"),
+    "mean of another shape": (
+        lambda f: crosscoder_learning(f, change(FULL, activation_mean=torch.zeros(D + 1))), "activation_mean has the shape"
+    ),
+    "no std": (
+        lambda f: crosscoder_learning(f, TOPK | {"activation_mean": torch.zeros(2, D)}), "has no tensor activation_std"
+    ),
+    "expanded to terabytes": (
+        lambda f: ckkissane(f, W_enc=torch.zeros(1).expand(2, 2**20, 2**20), W_dec=torch.zeros(1).expand(2**20, 2, 2**20),
+                            b_enc=torch.zeros(1).expand(2**20), b_dec=torch.zeros(1).expand(2, 2**20)),
+        "its tensors stand for",
+    ),
+    "ours, n_models -1": (lambda f: ours(f, n_models=-1), "n_models is -1 in one and 2 in the other"),
+    "ours, d_hidden 10^12": (lambda f: ours(f, d_hidden=10**12), "d_hidden is 1000000000000 in one and 48 in the other"),
+    "ours, k is a text": (lambda f: ours(f, k="5"), "k '5' and k_aux 8 must be whole numbers"),
+    "ours, threshold NaN": (lambda f: ours(f, {"threshold": torch.tensor(torch.nan)}), "threshold holds NaN or inf"),
+    "ours, bias inf": (lambda f: ours(f, {"b_dec": torch.full((2, D), torch.inf)}), "b_dec holds NaN or inf"),
+    "ours, mean of whole numbers": (lambda f: ours(f, {"mean": torch.zeros(2, D, dtype=torch.int64)}), "mean is torch.int64"),
+    "ours, scale 0": (lambda f: ours(f, {"scale": torch.zeros(2)}), "scale must be above 0"),
+    "ours, folded but not so": (lambda f: ours(f, folded=True), "folded is True in one and False in the other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", GARBAGE)
+def test_garbage_is_refused_before_anything_is_allocated(tmp_path, how):
+    source, message = GARBAGE[how][0](tmp_path), GARBAGE[how][1]
+    loads = [read_crosscoder, CrossCoder.from_pretrained] if how.startswith("ours") else [read_crosscoder]
+    for load in loads:
+        with pytest.raises(ValueError) as refused:
+            load(source)
+        assert message in str(refused.value) and "\n" not in str(refused.value)
+        assert str(tmp_path) in str(refused.value)
+
+
+def test_garbage_is_one_line_of_the_command_line(tmp_path):
+    write_crosscoder(make("vanilla"), tmp_path / "ck", "ckkissane")
+    (tmp_path / "own").mkdir()
+    ours(tmp_path / "own", d_hidden=10**12)
+    for source, words, *flags in (
+        ("ck", "--activation-scale: 2 positive numbers are needed", "--activation-scale", "inf", "1"),
+        ("own", "d_hidden is 1000000000000 in one and 48 in the other"),
+    ):
+        refused = run_script("formats.py", tmp_path / source, tmp_path / "out", "--to", "crosscoder", *flags)
+        assert words in one_line_error(refused, "formats.py") and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_project_points_to_formats(tmp_path):
+    for name, make_one in (("cl", crosscoder_learning), ("sae", lambda f, _: sae(f)), ("ck", lambda f, _: ckkissane(f))):
+        (tmp_path / name).mkdir()
+        make_one(tmp_path / name, FULL)
+        with pytest.raises(ValueError) as refused:
+            CrossCoder.from_pretrained(tmp_path / name)
+        command = f"python formats.py {tmp_path / name} NEW_FOLDER --to crosscoder"
+        assert command in str(refused.value) and "\n" not in str(refused.value)
+        converted = run_script("formats.py", tmp_path / name, tmp_path / f"{name}-ours", "--to", "crosscoder", check=True)
+        assert "as crosscoder" in converted.stdout
+        CrossCoder.from_pretrained(tmp_path / f"{name}-ours")
+
+
 @pytest.mark.parametrize("scale", [(1.0,), (1.0, -1.0)])
 def test_activation_scales_must_fit(tmp_path, scale):
     write_crosscoder(make("vanilla"), tmp_path, "ckkissane")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, one_line_error, run_script
-from hub_server import serve
+from hub_server import Hub, serve
 from safetensors.torch import load_file
 
 from activations import estimate_normalization
@@ -121,5 +121,14 @@ def test_what_the_hub_refuses_is_said_before_the_work_starts(tmp_path, online):
     with pytest.raises(ValueError, match="--push-to-hub x: .* give one as user/name"):
         open_repository("x", "model")
     assert not (tmp_path / "a").exists()
-    missing = run_script("formats.py", "me/nothing", tmp_path / "out", "--to", "saelens", env=env)
-    assert "me/nothing: is no folder here, and the Hub does not give it" in one_line_error(missing, "formats.py")
+
+
+def test_a_path_that_looks_like_a_hub_id_is_asked_for_once(tmp_path, online, monkeypatch):
+    _, env = online
+    (tmp_path / "runs").mkdir()
+    for flags in (["formats.py", "runs/nothing", "out", "--to", "saelens"], ["train.py", "--init-from", "runs/nothing"]):
+        asked = []
+        monkeypatch.setattr(Hub, "log_message", lambda self, *_, asked=asked: asked.append(self.path))
+        refused = one_line_error(run_script(*flags, cwd=tmp_path, env=env), flags[0])
+        assert "runs/nothing: is no folder here, the folder runs here does not hold it, and the Hub does not give it" in refused
+        assert "no such repository" in refused and len([path for path in asked if "runs/nothing" in path]) == 1
