@@ -137,6 +137,14 @@ def validation_batches(source, batch_size: int, device: torch.device) -> Iterato
         yield out[:, :kept].transpose(0, 1).to(device)
 
 
+def raw_sample(source, count: int = 4096) -> Tensor:
+    """[rows, n_models, d_model] raw activations of at most `count` evenly spaced training rows, non-finite pairs left out."""
+    rows = source.sample_rows(count)
+    out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+    kept = gather_finite(source, "train", rows, out)
+    return out[:, :kept].transpose(0, 1).float() / source.stored_scale.float()[:, None]
+
+
 def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:
     """Mean [n_models, d_model] and scale [n_models] of the stored rows, float64, from evenly spaced training rows.
 

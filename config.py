@@ -164,7 +164,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # --- dictionary
 
     # Start from a trained crosscoder in any layout that formats.py reads (folder, .pt file or Hub id), or from a SAELens SAE
-    # of the base model for both halves. --d-hidden and --k are then its own.
+    # of the base model for both halves. --d-hidden and --k are then its own; of one with thresholds and no k (JumpReLU), k is
+    # its L0 on the first rows.
     init_from: str | None = None
 
     # vanilla: ReLU codes with an L1 penalty weighted by decoder norms. batch_topk: the k * batch largest codes of a batch

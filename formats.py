@@ -471,6 +471,13 @@ def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor, k: i
     return assemble("the crosscoder", W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, k)
 
 
+@torch.no_grad()
+def active_latents(crosscoder: CrossCoder, x: Tensor) -> int:
+    """Active latents per token on raw activations x [batch, n_models, d_model], rounded, at least 1."""
+    active = sum(int((crosscoder.encode(part) > 0).sum()) for part in x.split(256))
+    return max(1, round(active / max(1, len(x))))
+
+
 def read_warm_start(source: str, variant: str, d_hidden: int | None) -> CrossCoder:
     """The crosscoder that --init-from names. ValueError if it cannot be what a run of these flags begins with."""
     try:

@@ -28,9 +28,9 @@ import checkpoint
 import hub
 import latents
 import prepare
-from activations import batches, estimate_normalization, validation_batches
+from activations import batches, estimate_normalization, raw_sample, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
-from formats import read_warm_start, with_normalization
+from formats import active_latents, read_warm_start, with_normalization
 from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
 from parallel import Shard
 from planted import PlantedConcepts
@@ -91,6 +91,10 @@ def main(given: TrainConfig, shard: Shard) -> int:
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
     prepare.require_room(config, source, run)
+    sample = None  # raw activations for a source that has thresholds and no k (JumpReLU): it begins with as many active latents
+    if warm and warm.k is None and config.variant == "batch_topk":
+        sample = raw_sample(source)  # [rows, n_models, d_model]
+        config.k = given.k or active_latents(warm, sample)
     if config.push_to_hub and shard.rank == 0:
         hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
@@ -126,6 +130,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
         state = warm.state_dict()
         crosscoder.load_state_dict({n: t[crosscoder.latents] if n in checkpoint.BY_LATENT else t for n, t in state.items()})
     crosscoder.to(device)
+    if sample is not None:
+        crosscoder.fit_threshold(lambda: (crosscoder.normalize(part.to(device)) for part in sample.split(at_once)))
     unscale = unscale.float().to(device)
     parameters = dict(crosscoder.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
@@ -154,6 +160,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
     if shard.rank == 0:
         checkpoint.cut_metrics(run, step)
     print_plan(config, source, run, start_from, device, steps, usual["k"])
+    if sample is not None and given.k is None:
+        say(f"k        {config.k}, the active latents a token of {given.init_from} on these rows: it has thresholds and no k")
     tracker = None
     with shard.together():  # the last wait that may be long: in the loop all answer within a minute
         if shard.rank == 0:

@@ -101,6 +101,46 @@ def test_an_sae_of_the_base_model_for_both_halves(tmp_path, data):
     assert started(run) == pytest.approx(want, abs=1e-5) and want[0] != pytest.approx(want[1], abs=1e-2)
 
 
+@pytest.mark.parametrize("given", [None, 3])
+def test_a_jumprelu_sae_begins_with_as_many_active_latents_as_it_has(tmp_path, given):
+    """It has thresholds, which differ by latent, and no k. 64 orthogonal concepts, 6 of them active at a token."""
+    random, width, active = np.random.default_rng(0), 64, 6
+    directions = np.linalg.qr(random.normal(size=(width, width)))[0]
+    size = np.geomspace(1, 10, width)  # of each concept; noise comes up to a fifth of it
+    codes = (random.random((9000, width)) < active / width) * (0.5 + random.exponential(size=(9000, width)))
+    x = (codes + random.uniform(0, 0.2, size=codes.shape)) * size @ directions + 3 * random.normal(size=width)
+    features = Features({"activation": List(Value("float32"), length=width)})
+    for name in ("base", "ft"):
+        Dataset.from_dict({"activation": list(x.astype("float32"))}, features=features).save_to_disk(str(tmp_path / name))
+    sae = {
+        "W_enc": directions.T,
+        "W_dec": directions,
+        "b_enc": np.zeros(width),
+        "b_dec": x.mean(0) - codes.mean(0) * size @ directions,
+    }
+    sae["threshold"] = 0.35 * size
+    save_file({name: torch.tensor(t).float().contiguous() for name, t in sae.items()}, tmp_path / "sae_weights.safetensors")
+    config = {"d_in": width, "d_sae": width, "architecture": "jumprelu", "normalize_activations": "none"}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+
+    rows = torch.tensor(x[-1000:]).float()[:, None].repeat(1, 2, 1)
+    source = read_crosscoder(tmp_path)
+    want = explained_variance(rows, source(rows))[0].item()
+    data = [["--base-dataset", tmp_path / "base", "--ft-dataset", tmp_path / "ft"]]
+    flags = ["--variant", "batch_topk", "--init-from", tmp_path, "--save-every", 1, *STILL]
+    run = train(tmp_path, data, "run", *flags, *([] if given is None else ["--k", given]))
+    k, first = given or active, metrics(run)[0]
+    record = json.loads((run / "config.json").read_text())
+    assert (record["resolved"]["k"], record["given"]["k"]) == (k, given)
+    assert first["l0_loss"] == k and first["val_l0_loss"] == pytest.approx(k, rel=0.05)
+    if given is None:
+        assert want > 0.95 and first["val_explained_variance"] == pytest.approx(want, abs=0.02)
+        assert first["explained_variance"] == pytest.approx(want, abs=0.02)
+        (tmp_path / "sae_weights.safetensors").unlink()
+        run_script("train.py", "--resume", run, "--num-tokens", 768, check=True)
+        assert metrics(run)[-2]["l0_loss"] == k  # the line before the last one, which is of held-out rows
+
+
 def test_goes_on_learning_and_resumes_without_the_source(tmp_path, data, trained):
     crosscoder = CrossCoder.from_pretrained(trained["vanilla"])
     crosscoder.save_pretrained(tmp_path / "source")
