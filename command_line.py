@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -16,6 +20,7 @@ import tyro
 
 from config import AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig
 
+QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
 REQUIRED = {
     CollectConfig: ("base_model", "hook", "output"),
     FormatsConfig: ("src", "dst", "to"),
@@ -28,9 +33,12 @@ def parse(cls: type, argv: list[str] | None = None):
 
     Returns the config with None where nothing was given; `resolve_sizes` fills the sizes in later.
     """
+    for name in ("stdin", "stdout", "stderr"):  # closed by the caller (`2>&-`): the next opened file would get its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - open to the end
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config = tyro.cli(cls, args=argv, default=cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
+        config = read_flags(cls, argv, cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left as it ends
         sys.exit(0)
@@ -38,13 +46,39 @@ def parse(cls: type, argv: list[str] | None = None):
         lists = {name: getattr(config, name) for name in ("text", "model_dataset")}  # tyro would append them to those of a file
         try:
             if config.config is not None:
-                config = tyro.cli(cls, args=argv, default=read_given(Path(config.config).expanduser(), flag="--config"))
+                config = read_flags(cls, argv, read_given(Path(config.config).expanduser(), flag="--config"))
             if saved := resumed_config_file(config):
-                config = tyro.cli(cls, args=argv, default=read_given(saved, flag="--resume"))
+                config = read_flags(cls, argv, read_given(saved, flag="--resume"))
             config = with_full_paths(dataclasses.replace(config, **{name: given for name, given in lists.items() if given}))
         except ValueError as error:
             sys.exit(f"train.py: error: {error}")
     return config
+
+
+def read_flags(cls: type, argv: list[str], default):
+    """`tyro.cli`, but what it prints in a box about a wrong flag becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(cls, args=argv, default=default)
+    except SystemExit as stop:
+        if stop.code:  # not --help
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(box.getvalue())} (--help explains all flags)", file=sys.stderr)
+        raise
+
+
+def one_line(box: str) -> str:
+    """The message in a box of tyro's: a title, what is wrong, a rule, and flags with their help, indented by four."""
+    rows = [row[2:-2].rstrip() for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:-1]]  # without colours
+    flags = [row.split()[0] for row in rows if re.match(r" {4}(--\S|[A-Z]+$)", row)]
+    said = " ".join(" ".join(itertools.takewhile(lambda row: "───" not in row, rows)).split())
+    if said.startswith("Missing from"):
+        return f"missing: {', '.join(flags)}"
+    if found := re.match(r"Error parsing (\S+): .*?(int|float)\b.*?(\[.*?\]|'.*?')", said, re.IGNORECASE):
+        flag, kind, value = found.groups()
+        return f"{flag} {value.translate(QUOTES)}: must be a {'whole ' * (kind.lower() == 'int')}number"
+    near = f"; did you mean {' or '.join(flags)}?" if said.startswith("Unrecognized") and flags else ""
+    return said.removeprefix("Error parsing ").rstrip(".") + near
 
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
@@ -90,7 +124,7 @@ def read_given(path: Path, flag: str) -> TrainConfig:
         raw = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{flag} {path}: is not JSON ({error})") from None
     raw = raw.get("given", raw) if isinstance(raw, dict) else raw
     if not isinstance(raw, dict):
@@ -101,7 +135,7 @@ def read_given(path: Path, flag: str) -> TrainConfig:
             close = difflib.get_close_matches(name, hints, n=1)
             raise ValueError(f"{flag} {path}: unknown field {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
         if not _fits(value, hints[name]):
-            raise ValueError(f"{flag} {path}: {name} = {value!r} is not of type {kinds[name]}")
+            raise ValueError(f"{flag} {path}: {name} = {value!r:.40} is not of type {kinds[name]}")
     return TrainConfig(**raw)
 
 

@@ -44,23 +44,30 @@ def check(config: TrainConfig, shard: Shard) -> None:
         raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
     check_live(config, shard)
     for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value):  # config.json could not hold it
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        if isinstance(value, (int, float)) and not abs(value) < (2**53 if isinstance(value, int) else math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {str(value):.20}: must be a finite number, a whole one below 2^53")
+    if config.run_name in (".", "..") or (config.run_name and Path(config.run_name).name != config.run_name):
+        raise ValueError(f"--run-name {config.run_name}: must be a name alone; --output-dir is the folder that it lies in")
+    for name in ("k", "k_start"):
+        if config.variant == "vanilla" and config.resume is None and (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g}: belongs to --variant batch_topk; give that variant or leave it out"
+            )
     if config.streaming and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
     for name in (
-        "d_hidden", "k", "k_aux", "batch_size", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
+        "d_hidden", "k", "k_aux", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
         "val_every", "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name, low, high in (
-        ("seed", 0, 2**31), ("l1_coeff", 0, math.inf), ("aux_coeff", 0, math.inf), ("l1_warmup", 0, 1), ("lr_warmup", 0, 1),
-        ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1), ("beta1", 0, 0.999999),
-        ("beta2", 0, 0.999999),
+        ("seed", 0, 2**31), ("batch_size", 1, 2**24), ("l1_coeff", 0, 1e6), ("aux_coeff", 0, 1e6), ("l1_warmup", 0, 1),
+        ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1),
+        ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not low <= value <= high:

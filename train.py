@@ -159,7 +159,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
             group["lr"] = config.lr * schedule(step)
     if shard.rank == 0:
         checkpoint.cut_metrics(run, step)
-    print_plan(config, source, run, start_from, device, steps, usual["k"])
+    print_plan(config, source, run, start_from, device, steps)
     if sample is not None and given.k is None:
         say(f"k        {config.k}, the active latents a token of {given.init_from} on these rows: it has thresholds and no k")
     tracker = None

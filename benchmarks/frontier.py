@@ -1,7 +1,7 @@
 """Explained variance against L0 of finished runs: what each setting of l1_coeff or k buys.
 
-    for l1 in 0.25 0.5 1 2 4; do python train.py --l1-coeff $l1 --run-name frontier/l1-$l1; done
-    for k in 2 4 8 16 32; do python train.py --variant batch_topk --k $k --run-name frontier/k-$k; done
+    for l1 in 0.25 0.5 1 2 4; do python train.py --l1-coeff $l1 --output-dir runs/frontier --run-name l1-$l1; done
+    for k in 2 4 8 16 32; do python train.py --variant batch_topk --k $k --output-dir runs/frontier --run-name k-$k; done
     python benchmarks/frontier.py runs/frontier
 
 Takes run folders, or folders of runs, trained on the same data; reads config.json and summary.json of each. Prints a table

@@ -43,9 +43,30 @@ def test_every_field_has_a_comment_and_is_used(script):
         assert re.search(used, entry), f"{script} never reads {field.name}"
 
 
-def test_wrong_flag_suggests_the_right_one():
-    result = run_script("train.py", "--l1-coef", "3")
-    assert result.returncode == 2 and "--l1-coeff" in result.stdout + result.stderr
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train.py --lr abc", "--lr abc: must be a number"),
+        ("train.py --epochs 1.5", "--epochs 1.5: must be a whole number"),
+        ("train.py --l1-coef 3", "Unrecognized options: --l1-coef, 3; did you mean --l1-coeff?"),
+        ("train.py --nonsense", "Unrecognized options: --nonsense"),
+        (
+            "train.py --variant topk",
+            "invalid choice 'topk' for argument '--variant'. Expected one of ('vanilla', 'batch_topk')",
+        ),
+        ("train.py --lr", "Missing value for argument '--lr'"),
+        ("train.py --seq-len x", "--seq-len x: must be a whole number"),
+        ("collect.py --hook x", "missing: --base-model, --output"),
+        ("formats.py", "missing: SRC, DST, --to"),
+        ("formats.py a b --to saelens --activation-scale 1 x", "--activation-scale 1 x: must be a number"),
+        ("analyze.py", "missing: RUN"),
+    ],
+)
+def test_wrong_flags_are_one_line(command, message):
+    script, *flags = command.split()
+    result = run_script(script, *flags)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert one_line_error(result, script).startswith(f"{script}: error: {message}")
 
 
 def test_flags_as_an_agent_of_wandb_writes_them():
@@ -71,11 +92,16 @@ def test_config_file_first_then_flags(tmp_path):
         ('{"k": true}', "k = True is not of type"),
         ("{", "is not JSON"),
         ("[1]", "expected a JSON object"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "is not JSON (maximum recursion depth exceeded", id="deep"),
+        pytest.param('{"lr": ' + "[" * 900 + "]" * 900 + "}", f"lr = {'[' * 40} is not of type", id="deep value"),
+        pytest.param('{"lr": 1' + "0" * 400 + "}", "--lr 10000000000000000000: must be a finite number", id="400 digits"),
+        pytest.param('{"batch_size": 1' + "0" * 5000 + "}", "is not JSON (Exceeds the limit", id="5000 digits"),
     ],
 )
 def test_bad_config_files_are_refused(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
-    assert message in one_line_error(run_script("train.py", "--config", tmp_path / "c.json"), "train.py")
+    result = run_script("train.py", "--config", tmp_path / "c.json", "--output-dir", tmp_path / "runs")
+    assert message in one_line_error(result, "train.py") and not (tmp_path / "runs").exists()
 
 
 def test_missing_config_file_is_refused():

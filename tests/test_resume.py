@@ -30,13 +30,16 @@ def wait_for_step(process, run: Path, step: int) -> None:
     "recipe",
     [
         ["--l1-coeff", 1],
-        ["--variant", "batch_topk", "--k-start", 2, "--d-hidden", 512, "--dec-init-norm", 0.01, "--dead-window", 0.05],
+        [
+            *["--variant", "batch_topk", "--k", 4, "--k-start", 2, "--d-hidden", 512],
+            *["--dec-init-norm", 0.01, "--dead-window", 0.05],
+        ],
     ],
     ids=["vanilla", "batch_topk with aux"],
 )
 def test_killed_three_times_and_resumed_ends_with_the_same_bits(pair, tmp_path, recipe, monkeypatch):
     recipe = [
-        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 25_600, "--val-tokens", 512, "--k", 4],
+        *["--dataset", pair, *QUICK, "--batch-size", 128, "--num-tokens", 25_600, "--val-tokens", 512],
         *["--save-every", 40, "--log-every", 5, "--val-every", 50, *recipe],
     ]
     if "batch_topk" not in recipe:

@@ -24,7 +24,7 @@ NINE = {"loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr"}
 NINE |= {"explained_variance", "explained_variance_A", "explained_variance_B"}
 ALSO = {"aux_loss", "dead_fraction", "threshold", "grad_norm", "tokens", "tokens_per_second", "data_wait_fraction"}
 QUICK = ["--wandb", "disabled", "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--log-every", 10]
-SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50, "--k", 8]  # planted concepts, 100 steps
+SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50]  # planted concepts, 100 steps
 
 
 def train(tmp_path, name, *flags, check=True) -> Path:
@@ -198,17 +198,15 @@ def trained(pair, tmp_path_factory):
         2e-3,
         "--epochs",
         1,
-        "--k",
-        16,
         "--val-every",
         200,
     ]
-    off = ["--wandb", "disabled"]
+    off, topk = ["--wandb", "disabled"], ["--variant", "batch_topk", "--k", 16]
     return {
         "vanilla": train(folder, "vanilla", *sizes, "--l1-coeff", 0.5, "--wandb", "offline"),
-        "batch_topk": train(folder, "batch_topk", *sizes, "--variant", "batch_topk", "--aux-coeff", 0, *off),
+        "batch_topk": train(folder, "batch_topk", *sizes, *topk, "--aux-coeff", 0, *off),
         # A dictionary that starts small has dead latents, so that the auxiliary loss has something to do.
-        "with_aux": train(folder, "aux", *sizes, "--variant", "batch_topk", "--k-start", 1, "--dec-init-norm", 0.08, *off),
+        "with_aux": train(folder, "aux", *sizes, *topk, "--k-start", 1, "--dec-init-norm", 0.08, *off),
     }
 
 
@@ -331,8 +329,17 @@ BAD = [
     (["--epochs", "2"], "planted concepts are endless"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr", "nan"], "--lr nan: must be a finite number"),
-    (["--batch-size", "-3"], "--batch-size -3: must be above 0"),
+    (["--batch-size", "-3"], "--batch-size -3: must lie between 1 and"),
+    (["--batch-size", "1000000000000"], "--batch-size 1000000000000: must lie between 1 and 16777216"),
+    (["--num-tokens", "1" + "0" * 400], "--num-tokens 10000000000000000000: must be a finite number, a whole one below 2^53"),
     (["--l1-coeff", "-1"], "--l1-coeff -1.0: must lie between"),
+    (["--l1-coeff", "1e38"], "--l1-coeff 1e+38: must lie between 0 and 1000000.0"),
+    (["--k", "8"], "--k 8: belongs to --variant batch_topk; give that variant or leave it out"),
+    (["--k-start", "4"], "--k-start 4: belongs to --variant batch_topk"),
+    *[
+        (["--run-name", name], f"--run-name {name}: must be a name alone")
+        for name in ("../../x", "/tmp/x", "a/b", "a/", ".", "..")
+    ],
     (["--seed", "-1"], "--seed -1: must lie between"),
     (["--beta2", "1.0"], "--beta2 1.0: must lie between"),
     (["--variant", "batch_topk", "--k", "5000"], "--k 5000: must be at most --d-hidden"),
@@ -344,7 +351,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags)[:40] for flags, _ in BAD])
 def test_bad_flags_are_refused(tmp_path, flags, message):
     assert message in one_line_error(run_script("train.py", "--output-dir", tmp_path / "runs", *flags), "train.py")
     assert not (tmp_path / "runs").exists()  # nothing is left behind
