@@ -18,8 +18,10 @@ import latents
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
-FALLEN_TO = 0.6  # of the best explained variance so far; sparsity that grows as planned costs less than that
+FALLEN_TO = 0.6  # of the best explained variance so far; an L1 weight that rises as planned costs less than that
+SOME = 0.1  # explained variance; below that nothing has been learned that could be lost
 NOTHING = 0.02  # explained variance that is none
+WORSE_THAN_NOTHING = -0.1  # steps overshoot; codes that a penalty holds at zero leave it near 0
 EARLY = 0.1  # share of the run in which nothing need be explained yet
 WAITING_SHARE = 0.5  # of the time
 
@@ -33,7 +35,7 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
 
 
-def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int, usual_k: int) -> None:
+def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
     rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
     if config.streaming:
         rows = f"{'' if source.train_rows is None else rows + ' '}streamed in fills of {source.capacity:,} rows"
@@ -47,13 +49,14 @@ def print_plan(config, source, run: Path, start_from: Path | None, device: torch
     count = 2 * source.n_models * source.d_model * config.d_hidden
     state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
+    if config.variant == "batch_topk" and config.k_start > 1:
+        start, share = min(config.d_hidden, round(config.k * config.k_start)), config.k_anneal
+        detail = f"k from {start} to {config.k} over {share:.0%} of the run (explained variance falls with it, as it should)"
     if config.variant == "batch_topk" and config.l1_coeff:
         detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
     say(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
     say(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
     say(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
-    if config.variant == "vanilla" and config.k != usual_k:
-        say("note     --k belongs to --variant batch_topk and does nothing here")
     if start_from:
         say(f"resumed  {start_from}")
 
@@ -80,7 +83,7 @@ class Watched:
     bar: tqdm
     began: float = field(default_factory=time.monotonic)
     shown: float = -LINE_EVERY
-    best: float = 0.1  # explained variance; below that nothing has been learned that could be lost
+    best: float = SOME  # explained variance; while k is annealed, that of the last logged step
     best_step: int = 0
     in_a_row: list[int] = field(default_factory=lambda: [0, 0, 0])  # logged steps with each trouble
     told: set[int] = field(default_factory=set)
@@ -112,27 +115,31 @@ def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
 
 
 def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None:
-    """Say, once each, what goes wrong at a logged step and which flag to change."""
+    """Say, once each, what goes wrong at a logged step, and what to try if tests/test_advice.py shows that it helps."""
     variance, dead, waited = (metrics[name] for name in ("explained_variance", "dead_fraction", "data_wait_fraction"))
-    if variance > watched.best:
-        watched.best, watched.best_step = variance, step
-    if watched.best_step:
-        less, lost = f"fell from {watched.best:.2f} at step {watched.best_step:,} to", variance < FALLEN_TO * watched.best
-    else:
-        less, lost = "is still", variance < NOTHING and step > EARLY * watched.steps
-    denser = f"lower --l1-coeff ({config.l1_coeff:g})" if config.l1_coeff else f"raise --k ({config.k})"
-    alive = denser
-    if config.variant == "batch_topk":
-        alive = f"raise --k-start ({config.k_start:g})" if config.aux_coeff else "raise --aux-coeff (0)"
-    sooner = "copy the dataset to a local disk (--dataset), or read fewer runs from it at once"
-    if config.base_model:
-        sooner = "the models fill the buffer meanwhile; give them --base-device and --ft-device, or run collect.py once"
-    stored = config.base_model or config.dataset or config.base_dataset  # planted concepts cost what they cost
+    topk = config.variant == "batch_topk"
+    annealing = topk and config.k_start > 1 and step < config.k_anneal * watched.steps  # what it costs is no trouble
+    fell = watched.best_step and not annealing and variance < FALLEN_TO * watched.best
+    change = f"fell from {watched.best:.2f} at step {watched.best_step:,} to" if fell else "is"
+    if variance > watched.best or annealing:
+        watched.best, watched.best_step = max(SOME, variance), step
+    explain = f"--l1-coeff {config.l1_coeff / 4:g}" if config.l1_coeff else f"--k {4 * config.k}"
+    if variance < WORSE_THAN_NOTHING:
+        explain = f"--lr {config.lr / 10:.2g}"
+    revive = "see docs/recipes.md"
+    if topk:
+        revive = f"try --d-hidden {config.d_hidden // 2}" if config.l1_coeff else "try --l1-coeff 1"
+    sooner = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
+    sooner = sooner if config.base_model else "see docs/speed.md"
+    stored = (
+        config.base_model or config.dataset or config.base_dataset or config.model_dataset
+    )  # planted concepts cost their time
     troubles = (
-        (dead > DEAD_SHARE, f"{dead:.0%} of the latents are dead: {alive}, or lower --d-hidden ({config.d_hidden})"),
-        (lost, f"explained variance {less} {variance:.2f}: {denser}, or lower --lr ({config.lr:.2g})"),
+        (dead > DEAD_SHARE, f"{dead:.0%} of the latents are dead: {revive}"),
+        (fell or (variance < NOTHING and step > EARLY * watched.steps),
+         f"explained variance {change} {variance:.2f}: try {explain}"),
         (stored and waited > WAITING_SHARE, f"{waited:.0%} of the time goes into waiting for data: {sooner}"),
-    )
+    )  # fmt: skip
     for place, (now, text) in enumerate(troubles):
         watched.in_a_row[place] = watched.in_a_row[place] + 1 if now else 0
         if watched.in_a_row[place] >= IN_A_ROW and place not in watched.told:

@@ -26,9 +26,7 @@ from test_resume import wait_for_step
 from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit
 
 import checkpoint
-from config import TrainConfig
 from crosscoder import CrossCoder
-from monitor import warn, watch
 from stored import open_pair, open_single
 from train import ONE_SIGNAL
 
@@ -259,7 +257,7 @@ def test_a_full_disk_at_a_line_of_metrics(tmp_path):
 
 def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
     """The limit comes while the held-out rows are read, after the last checkpoint. Then there is room again."""
-    flags = [*QUICK, "--num-tokens", 640, "--val-tokens", 150_000, "--k", 8]
+    flags = [*QUICK, "--num-tokens", 640, "--val-tokens", 150_000]
     process, run = start(tmp_path, "a", *flags), tmp_path / "a"
     wait_until(lambda: checkpoint.complete(run), process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -372,14 +370,22 @@ def test_two_requeued_jobs_of_one_name_at_once(tmp_path):
 
 
 def test_wandb_online_without_a_network_goes_offline_and_the_run_goes_on(tmp_path):
-    """A key, and a server that refuses connections."""
+    """A key, and a server that refuses connections. No secret of the environment is written or printed."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+    env |= {
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": "3",
+        "HF_TOKEN": "hf_secret",
+    }
     flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "online"]
     result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("wandb")]
     assert line.startswith("wandb    offline (") and "`wandb sync` uploads it later" in line
     assert (tmp_path / "a" / "summary.json").exists() and list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (b"0123456789" * 4, b"hf_secret"):
+        assert not any(secret in part for part in [*written, result.stdout.encode(), result.stderr.encode()])
 
 
 def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
@@ -392,13 +398,22 @@ def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
     assert (tmp_path / "status").read_text() == "0\n" and (tmp_path / "a" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "0>&- 2>&-"])
+def test_closed_standard_streams(tmp_path, closed):
+    """What the run opens next must not get the number of the closed one, and the run must not miss it."""
+    flags = " ".join(map(str, [*QUICK, "--num-tokens", 640, "--output-dir", tmp_path, "--run-name", "a"]))
+    command = f"{sys.executable} {ROOT}/train.py {flags} {closed}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and ("held out" in result.stdout) == (closed != ">&-"), result
+    assert (tmp_path / "a" / "summary.json").exists()
+
+
 # --- watching
 
 
-def test_a_log_file_gets_lines_with_time_and_a_warning_that_names_the_flag(tmp_path):
-    """An L1 weight far too large, which rises from 0: at first the codes explain something, then nothing."""
-    began, much = time.time(), ["--l1-coeff", 15, "--num-tokens", 19_200]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, *much, check=True)
+def test_a_log_file_gets_lines_with_time(tmp_path):
+    began = time.time()
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, "--num-tokens", 19_200, check=True)
     shown = [line for line in result.stderr.splitlines() if "tokens/s" in line]
     for line in (shown[0], shown[-1]):
         stamp = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
@@ -406,31 +421,6 @@ def test_a_log_file_gets_lines_with_time_and_a_warning_that_names_the_flag(tmp_p
     assert " step 1 of 300, loss " in shown[0] and " step 300 of 300, loss " in shown[-1] and "0:00:00 left" in shown[-1]
     beats = [m["time"] for m in metrics(tmp_path / "a")]
     assert began < beats[0] <= beats[-1] < time.time() and beats == sorted(beats)
-    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert "explained variance fell from" in warning and "lower --l1-coeff (15), or lower --lr" in warning
-
-
-def test_a_dictionary_that_dies_is_warned_of(tmp_path):
-    flags = [*SMALL, "--variant", "batch_topk", "--k", 1, "--k-start", 1, "--d-hidden", 1024, "--aux-coeff", 0]
-    result = run_script("train.py", "--output-dir", tmp_path, *flags, "--dec-init-norm", 0.05, check=True)
-    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert "of the latents are dead: raise --aux-coeff (0), or lower --d-hidden (1024)" in warning
-
-
-def test_waiting_for_data_is_warned_of_once_and_only_where_something_can_be_done(capfd):
-    def shown(waiting, **where):
-        config, watched = TrainConfig(l1_coeff=1.0, k=8, d_hidden=64, lr=0.01, **where), watch(100, 0)
-        for step, waited in enumerate(waiting, 1):
-            line = {"explained_variance": 0.9, "dead_fraction": 0.0, "data_wait_fraction": waited}
-            warn(watched, config, step, line)
-        return capfd.readouterr().err
-
-    assert shown([0.9, 0.9, 0.1, 0.9, 0.9], dataset="x") == ""  # never three in a row
-    warning = shown([0.1, 0.9, 0.9, 0.8] + [0.9] * 10, dataset="x")
-    assert warning.startswith("warning  step 4: 80% of the time goes into waiting for data: copy the dataset to a local disk")
-    assert warning.count("\n") == 1
-    assert "--base-device and --ft-device" in shown([0.9] * 10, base_model="x")
-    assert shown([0.9] * 10) == ""  # planted concepts
 
 
 # --- all at once
