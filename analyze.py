@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ import torch
 import examples as ex
 import latents
 import report
-from checkpoint import as_json, write_text
+from checkpoint import as_json
 from crosscoder import CrossCoder
 from measure import (
     COLUMNS,
@@ -106,15 +108,17 @@ def main(config: AnalyzeConfig) -> None:
     metrics["notes"] = notes
     texts = token_texts(tokenizer, found, data)
     shown = [section(latent, part, data, texts) for latent, part in with_examples(chosen, found)]
-    write_text(out / "metrics.json", as_json(metrics, indent=2))
-    write_parquet(out / "latents.parquet", table, data)
-    write_text(out / "examples.jsonl", "".join(as_json(one) for one in shown if one["examples"]))
-    pair_name = " and ".join(Path(data.pair[k]).name for k in ("base_model", "ft_model")) if data.pair else data.name
-    random_cosine = cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)
-    figures = report.draw_figures(out / "figures", table | {"random_cosine": random_cosine}, metrics, curves, pair_name, truth)
-    definitions, text_names = {name: definition(name, data) for name in table}, data.text.names if data.text else []
-    page = report.render(metrics, table, definitions, text_names, figures, shown, truth, pair_name)
-    write_text(out / "report.html", page)
+    names = [Path(name).name for role in ("base_model", "ft_model") if (name := (data.pair or {}).get(role))]
+    pair_name, text_names = " and ".join(names) or data.name, data.text.names if data.text else []
+    drawn = table | {"random_cosine": cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
+    definitions = {name: definition(name, data) for name in table}
+    with put_in_place(out) as partial:
+        (partial / "metrics.json").write_text(as_json(metrics, indent=2))
+        write_parquet(partial / "latents.parquet", table, data)
+        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in shown if one["examples"]))
+        figures = report.draw_figures(partial / "figures", drawn, metrics, curves, pair_name, truth)
+        page = report.render(metrics, table, definitions, text_names, figures, shown, truth, pair_name)
+        (partial / "report.html").write_text(page, encoding="utf-8")
     print_summary(metrics, notes, out)
 
 
@@ -171,9 +175,12 @@ def find_run(path: Path) -> tuple[Path, dict | None]:
 
 def make_folder(out: Path) -> None:
     try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / ".partial", ignore_errors=True)  # of an analysis that was killed
+        (out / ".partial").mkdir()  # a read-only disk lets root pass every other question
+        (out / ".partial").rmdir()
     except OSError as error:
-        raise ValueError(f"--output {out}: cannot be made ({error.strerror}); choose another folder") from None
+        raise ValueError(f"--output {out}: cannot be written to ({error.strerror}); choose another folder") from None
 
 
 def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder, notes: list[str]) -> Data:
@@ -342,6 +349,31 @@ def definition(column: str, data: Data) -> str:
     if column.startswith("mean_text_"):
         return f"mean activation over all tokens of {data.text.names[int(column.rpartition('_')[2])]}, zeros included"
     return COLUMNS[column]
+
+
+@contextlib.contextmanager
+def put_in_place(out: Path) -> Iterator[Path]:
+    """A folder inside `out` for the files of an analysis, which take their places when all are there: the page goes first
+    and comes last, so that where there is one, all is of one analysis. ValueError where they cannot be written."""
+    partial = out / ".partial"
+    try:
+        (partial / "figures").mkdir(parents=True)
+        yield partial
+        (out / "report.html").unlink(missing_ok=True)
+        for name in report.FIGURES:  # an earlier analysis may have had more of them
+            for suffix in (".png", ".svg"):
+                (out / "figures" / f"{name}{suffix}").unlink(missing_ok=True)
+        (out / "figures").mkdir(exist_ok=True)
+        for path in sorted(partial.glob("*.*")) + sorted(partial.glob("figures/*")):
+            if path.name != "report.html":
+                os.replace(path, out / path.relative_to(partial))
+        os.replace(partial / "report.html", out / "report.html")
+    except OSError as error:
+        raise ValueError(
+            f"--output {out}: the analysis cannot be written there ({error.strerror or error}); make room, or choose another"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_parquet(path: Path, table: dict[str, np.ndarray], data: Data) -> None:

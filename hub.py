@@ -6,6 +6,7 @@ Only --push-to-hub comes here. `crosscoder.hub_folder` is the way back.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -66,8 +67,14 @@ def reason(error: Exception) -> str:
 
 
 def shown(name: str | None) -> str:
-    """A Hub id as it is, of a folder on this machine only its own name."""
-    return "unknown" if not name else Path(name).name if Path(name).exists() else name
+    """A Hub id as it is, of a folder on this machine only its own name; what Markdown would take for a mark is escaped."""
+    name = "unknown" if not name else Path(name).name if Path(name).exists() or name[0] in "/.~" else name
+    return re.sub(r"([\\`*_\[\]<>|$~#&])", r"\\\1", " ".join(name.split()))
+
+
+def code(text: str) -> str:
+    """Text between backticks, in which no mark counts but a backtick."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def front(**fields) -> str:
@@ -92,7 +99,7 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
     models = {"Base model": origin.get("base_model"), "Fine-tuned model": origin.get("ft_model") or origin.get("base_model")}
     lines = [f"- {role}: {shown(model)}" for role, model in models.items() if model]
     lines += [f"- Adapter of the fine-tuned model: {shown(origin['ft_adapter'])}"] if origin.get("ft_adapter") else []
-    lines += [f"- Hook: `{origin['hook']}`"] if origin.get("hook") else []
+    lines += [f"- Hook: {code(origin['hook'])}"] if origin.get("hook") else []
     lines.append(f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows")
     kind = f"{config['variant']}, {config['d_hidden']:,} latents, {data['n_models']} models of width {data['d_model']}"
     kind += f", k {config['k']}" if config["variant"] == "batch_topk" else f", l1_coeff {config['l1_coeff']:g}"
@@ -105,7 +112,7 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
         ("dead latents", f"{summary['dead_fraction']:.1%}"),
         *((f"latents, {label.replace('_', '-')}", f"{count:,}") for label, count in summary["latents"].items()),
     ]
-    hub_ids = [model for model in models.values() if model and "/" in model and not Path(model).exists()]
+    hub_ids = [m for m in models.values() if m and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", m, re.ASCII) and not Path(m).exists()]
     fields = {"tags": ["crosscoder", "sparse-dictionary", "model-diffing"]} | ({"base_model": hub_ids} if hub_ids else {})
     return front(**fields) + "\n".join(
         [
@@ -147,7 +154,7 @@ def dataset_card(name: str, pair: dict) -> str:
         "Activations of two language models at the same tokens; row i of `base` and of `ft` is the same token.", "",
         f"- Base model: {shown(pair['base_model'])}",
         f"- Fine-tuned model: {shown(pair['ft_model'])}{adapter}",
-        f"- Hook: `{pair['hook']}`, width {pair['d_model']}, {pair['dtype']}",
+        f"- Hook: {code(pair['hook'])}, width {pair['d_model']}, {pair['dtype']}",
         f"- Text: {texts}",
         *(f"- {rows:,} rows in `{split}`" for split, rows in pair["rows"].items()),
         f"- Stored value = activation x {pair['stored_scale'][0]:.6g} (base), x {pair['stored_scale'][1]:.6g} (fine-tuned)", "",

@@ -32,6 +32,7 @@ TABLE = {  # columns of the page's table: heading
     "frequency": "frequency", "mean_act": "mean active", "max_act": "max", "difference": "difference",
     "planted_concept": "concept", "planted_kind": "its kind", "planted_cosine": "its cosine",
 }  # fmt: skip
+FIGURES = ("relative_norm", "nu", "decoder_cosine", "frequency", "planted", "diffing", "threshold", "training")
 
 
 # --- figures
@@ -41,59 +42,49 @@ def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], p
     """Draw every figure that there is data for, as NAME.png and NAME.svg. Returns [{name, caption, svg}], svg as a data URI."""
     live = ~table["dead"]
     table = {name: column[live] for name, column in table.items()}
-    wanted: list[tuple[str, str, Callable, bool]] = [
+    wanted: list[tuple[str, Callable, bool]] = [  # as in FIGURES: caption, what draws it, whether there is data for it
         (
-            "relative_norm",
             "Relative decoder norm of each live latent, 200 bins: 0 means that only the base model has it, 1 only the "
             "fine-tuned one. Dotted: the cuts 0.2 and 0.8.",
             lambda: relative_norm_figure(table, pair), True,
         ),
         (
-            "nu",
             "Latent scaling of the fine-tuned model's directions: how much of each is in the base model's error (x) and in its "
             "reconstruction (y), relative to the fine-tuned model. Near 0 on both: truly absent from the base model. Dashed: "
             "the cuts 0.2 and 0.5; points beyond the window lie on its edge. Shared ones have their own marginals.",
             lambda: nu_figure(table), bool(np.isfinite(table["beta_ratio_error"]).any()),
         ),
         (
-            "decoder_cosine",
             "Cosine of the two decoder rows of shared latents, 100 bins, logarithmic count; the line is for rows of two random "
             "latents.",
             lambda: cosine_figure(table), bool((table["tag"] == "shared").any()),
         ),
         (
-            "frequency",
             "How often each latent is active against its relative norm, with the density of frequencies above.",
             lambda: frequency_figure(table), True,
         ),
         (
-            "planted",
             "The truth: each planted concept's frequency against the relative norm of the latent that points at it best. "
             "Crosses mark concepts that no latent points at (cosine up to 0.83).",
             lambda: planted_figure(truth), truth is not None,
         ),
         (
-            "diffing",
             "Mean KL divergence to the fine-tuned model, in nats: the base model as it is, and with the fine-tuned side of "
             "some latents added to its activation.",
             lambda: diffing_figure(metrics["patching"]), "patching" in metrics,
         ),
         (
-            "threshold",
             "Explained variance over active latents a token as the threshold moves, on held-out rows; the ring marks the "
             "crosscoder's own threshold.",
             lambda: threshold_figure(metrics["threshold_curve"]), len(metrics["threshold_curve"]) > 1,
         ),
         (
-            "training",
             "The training run: lines are training batches, points held-out rows.",
             lambda: training_figure(curves), len(curves) > 1,
         ),
     ]  # fmt: skip
     drawn = []
-    for name, caption, draw, there in wanted:
-        for suffix in (".png", ".svg"):
-            (folder / f"{name}{suffix}").unlink(missing_ok=True)  # of an earlier analysis
+    for name, (caption, draw, there) in zip(FIGURES, wanted, strict=True):
         if not (there and live.any()):
             continue
         with plt.rc_context(STYLE):
@@ -115,7 +106,8 @@ def relative_norm_figure(table: dict, pair: str):
     for cut in (BASE_ONLY_BELOW, FT_ONLY_ABOVE):
         axis.axvline(cut, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="relative decoder norm, |ft| / (|base| + |ft|)")
-    axis.set(ylabel="Number of Latents", title=pair)
+    axis.set(ylabel="Number of Latents")
+    axis.set_title(pair, parse_math=False)  # a name may hold $ and \
     axis.legend()
     return figure
 

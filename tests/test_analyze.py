@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from conftest import ROOT, one_line_error, run_script
 from datasets import Dataset, load_from_disk
 from processes import Started
+from test_faults import needs_mount
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import analyze
@@ -361,7 +363,7 @@ def test_what_cannot_be_analysed_is_one_line(capitals, tmp_path):
         (config(run, **models, hook="model.layers.1.mlp.gate_proj"), "have 256 values, the crosscoder takes 64"),
         (config(run, num_tokens=0), "--num-tokens 0"),
         (config(run, device="cuda:77"), "--device cuda:77"),
-        (config(run, output=data / "pair.json"), "--output .*cannot be made"),
+        (config(run, output=data / "pair.json"), "--output .*cannot be written to"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             analyze.main(wrong)
@@ -388,16 +390,98 @@ def test_a_dataset_without_texts_is_analysed_without_examples(capitals, tmp_path
     assert (tmp_path / "out" / "examples.jsonl").read_text() == ""
 
 
-def test_ctrl_c_leaves_cleanly(capitals):
-    flags = [capitals["run"], *capitals["models"], "--patch-tokens", 80_000, "--output", capitals["out"] / "stopped"]
-    process = Started(ROOT / "analyze.py", *flags)
-    while "measuring" not in process.output()[0]:
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+# --- stopped, killed, no room
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def analysing(capitals, out: Path, *flags) -> Started:
+    """An analysis over a complete one of other numbers, which it must replace as a whole or not at all."""
+    shutil.copytree(capitals["analysis"], out)
+    quick = ["--num-tokens", 5000, "--sections-per-class", 2, "--output", out]
+    return Started(ROOT / "analyze.py", capitals["run"], *quick, *flags)
+
+
+def until(process: Started, true) -> None:
+    while not true():
+        assert process.poll() is None, process.output()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stage", ["measuring", "patching", "writing"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_stage_an_analysis_leaves_the_one_before(capitals, tmp_path, stage, number):
+    out, models = tmp_path / "out", capitals["models"] if stage == "patching" else []
+    process = analysing(capitals, out, *models, "--patch-tokens", 80_000)
+    until(process, lambda: "measuring" in process.output()[0])
+    if stage == "patching":
+        time.sleep(2)  # it takes some ten seconds; the measuring before it half a second
+    if stage == "writing":
+        until(process, (out / ".partial" / "figures").is_dir)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors and "stopped" in errors
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in errors and ("stopped" in errors) == (number != signal.SIGKILL)
+    if number == signal.SIGKILL:
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+    assert files(out) == files(capitals["analysis"])
+
+
+def test_after_a_kill_the_next_analysis_is_whole(capitals, tmp_path):
+    """Without patching it has a figure less than the one that it replaces."""
+    process = analysing(capitals, tmp_path / "out")
+    until(process, (tmp_path / "out" / ".partial" / "figures").is_dir)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert (tmp_path / "out" / ".partial").is_dir()
+    (tmp_path / "out" / "figures" / "mine.png").write_text("of the user")
+    analyze.main(config(capitals["run"], output=tmp_path / "out"))
+    written = set(files(tmp_path / "out"))
+    assert written == set(files(capitals["analysis"])) - {"figures/diffing.png", "figures/diffing.svg"} | {"figures/mine.png"}
+    assert read_metrics(tmp_path / "out")["rows_validation"] == 2000
+
+
+@pytest.mark.parametrize("most", [1000, 60_000, 150_000])  # at the numbers, the table, what is larger
+def test_a_full_disk_leaves_the_analysis_before(capitals, tmp_path, most):
+    process = analysing(capitals, tmp_path / "out")
+    until(process, lambda: "measuring" in process.output()[0])
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    _, errors = process.communicate(timeout=60)
+    message = one_line_error(subprocess.CompletedProcess([], process.returncode, "", errors), "analyze.py")
+    assert (
+        f"--output {tmp_path / 'out'}: the analysis cannot be written there (" in message
+        and "File too large); make room" in message
+    )
+    assert files(tmp_path / "out") == files(capitals["analysis"])
+
+
+@needs_mount
+def test_a_read_only_folder_is_refused_before_the_measuring(capitals, tmp_path):
+    script = (
+        f"mount -t tmpfs -o ro none {tmp_path}; exec {sys.executable} {ROOT}/analyze.py {capitals['run']} --output {tmp_path}"
+    )
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    message = one_line_error(result, "analyze.py")
+    assert f"--output {tmp_path}: cannot be written to (Read-only file system)" in message and result.stdout == ""
+
+
+def test_names_that_mean_something_to_those_who_read_them(capitals, tmp_path):
+    """Models called $ and \\, and worse, are shown as they are called; so is a text."""
+    names = {"base_model": r"/models/a$b_{c}\frac$^<i>&amp;", "ft_model": "/models/{{ 7 * 7 }}$$\n"}
+    (tmp_path / "data").mkdir()
+    for part in ("base", "ft", "tokens"):
+        (tmp_path / "data" / part).symlink_to(capitals["data"] / part)
+    pair = json.loads((capitals["data"] / "pair.json").read_text()) | names
+    pair["text"][0]["source"] = "/texts/$x^{<script>"
+    (tmp_path / "data" / "pair.json").write_text(json.dumps(pair))
+    quick = ["--num-tokens", 3000, "--sections-per-class", 1, "--output", tmp_path / "out"]
+    result = run_script("analyze.py", capitals["run"], "--dataset", tmp_path / "data", *quick, check=True)
+    assert "Traceback" not in result.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert r"a$b_{c}\frac$^&lt;i&gt;&amp;amp; and {{ 7 * 7 }}$$" in page
+    assert "<script>.txt" not in page and (tmp_path / "out" / "figures" / "relative_norm.svg").is_file()
 
 
 def test_the_pass_over_all_latents_takes_memory_for_the_dictionary_alone():
