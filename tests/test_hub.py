@@ -18,7 +18,7 @@ from activations import estimate_normalization
 from checkpoint import complete
 from crosscoder import CrossCoder
 from formats import read_crosscoder
-from hub import open_repository
+from hub import dataset_card, model_card, open_repository
 from stored import open_pair
 
 LOAD = """
@@ -111,6 +111,27 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
     run_script("train.py", "--resume", tmp_path / "killed", check=True, env=fresh)
     first, second = (load_file(tmp_path / run / "crosscoder" / "model.safetensors") for run in ("straight", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_names_of_the_data_are_escaped_in_cards(tmp_path):
+    """Neither links, HTML or lines of their own, nor a base model that is no Hub id, for which the Hub refuses the card."""
+    flags = ["--d-hidden", 64, "--num-tokens", 640, "--batch-size", 64, "--val-tokens", 256, "--wandb", "disabled"]
+    run_script("train.py", *flags, "--output-dir", tmp_path, "--run-name", "a", check=True)
+    record, summary = (json.loads((tmp_path / "a" / name).read_text()) for name in ("config.json", "summary.json"))
+    hostile = "b/[x](http://y)\n# <img src=x>|`$e_1$`*"
+    shown = r"b/\[x\](http://y) \# \<img src=x\>\|\`\$e\_1\$\`\*"
+    record["resolved"] |= {"base_model": hostile, "ft_model": "/gone/secret folder/ft", "hook": "model`.\n# x"}
+    card = model_card("me/x", record, summary, torch.ones(64, 2))
+    assert f"- Base model: {shown}\n- Fine-tuned model: ft\n- Hook: `model'. # x`\n" in card
+    assert "base_model" not in front_matter(card) and "secret" not in card
+    record["resolved"] |= {"base_model": "google/gemma-2-2b", "ft_model": "me/x.y_z"}
+    assert front_matter(model_card("me/x", record, summary, torch.ones(64, 2)))["base_model"] == [
+        "google/gemma-2-2b",
+        "me/x.y_z",
+    ]
+    pair = {"rows": {"train": 5}, "text": [{"source": hostile, "tokens": 1}], "d_model": 4, "dtype": "float16", "hook": "m"}
+    card = dataset_card("me/x", pair | {"base_model": hostile, "ft_model": "me/x.y", "stored_scale": [1, 1]})
+    assert card.count(shown) == 2 and len(front_matter(card)["configs"]) == 3
 
 
 def test_what_the_hub_refuses_is_said_before_the_work_starts(tmp_path, online):
