@@ -17,7 +17,7 @@ from torch import Tensor
 import latents
 
 BLOCK = 4096  # rows made from one seed
-RECOVERED = 0.83  # cosine above which a decoder row counts as a concept (the paper's cut)
+RECOVERED = 0.83  # cosine above which a decoder row counts as a concept; a cut of ours, the paper's is 0.8
 BASE_ONLY, SHARED, FT_ONLY = range(3)  # as in latents.CLASSES
 
 
@@ -146,7 +146,7 @@ class PlantedConcepts:
             kind_of: [d_hidden] class of each latent, index into latents.CLASSES; None: by decoder norm.
 
         Returns:
-            recall_X: share of the concepts of kind X that some live latent points at (cosine above 0.83, for a shared
+            recall_X: share of the concepts of kind X that some live latent points at (cosine above RECOVERED, for a shared
             concept in both models at once). class_ok_X: share of those recovered whose best latent's class is X.
             false_exclusive: share of the live base-only and ft-only latents that point at no concept of that kind.
             NaN where a world has no concept of a kind.

@@ -8,7 +8,7 @@ from conftest import ROOT, run_script
 from processes import Started
 
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
-from benchmarks.recipes import geometric_median
+from benchmarks.recipes import RECIPES, WORLDS, geometric_median
 
 
 def test_frontier_reads_finished_runs(tmp_path):
@@ -26,6 +26,23 @@ def test_frontier_reads_finished_runs(tmp_path):
     assert "do not compare" in run_script("benchmarks/frontier.py", runs, check=True).stdout
     nothing = run_script("benchmarks/frontier.py", tmp_path)
     assert nothing.returncode == 1 and "no finished run" in nothing.stderr
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/recipes.md", 10)])
+def test_the_tables_name_the_flags_of_their_rows(page, count):
+    text = (ROOT / page).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and ("ours, " in line or "L1 (ckkissane)" in line)]
+    assert len(rows) == count
+    for row in rows:
+        world = next((name for name in WORLDS if row.startswith(f"| {name} |")), "easy")
+        ours = "ours, vanilla" if "vanilla" in row else "ours, batch_topk"
+        flags = RECIPES["L1 (ckkissane)" if "L1 (ckkissane)" in row else ours]
+        assert f"`{' '.join(flags).format(**WORLDS[world].dials)}`" in row
+    words = " ".join(text.split())
+    for name in ["easy", "hard"] if page != "README.md" else ["easy"]:
+        world = WORLDS[name]
+        common = [f"--num-tokens {world.tokens}", f"--d-hidden {world.d_hidden}", f"--batch-size {world.batch_size}"]
+        assert all(flag in words for flag in [*common, " ".join(world.flags), "--val-tokens 32768", "--compute-dtype bfloat16"])
 
 
 def test_recipes_scores_once_and_goes_on(tmp_path):
