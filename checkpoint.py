@@ -48,7 +48,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
     owned = [shard.part(d_hidden, process) for process in range(shard.size)]
     slices = [{"file": f"latents_{s.start}_{s.stop}.safetensors", "start": s.start, "stop": s.stop} for s in owned]
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with explained(f"the checkpoint of step {step}", run):
+    with explained(f"the checkpoint of step {step}", run, shard):
         with shard.together():
             if shard.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -270,12 +270,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def explained(what: str, run: Path):
+def explained(what: str, run: Path, shard: Shard = ALONE):
     """OSError with one sentence when `what` cannot be written to a run's folder; nothing half-written stays."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        remove_leftovers(run)
+        if shard.rank == 0:  # which has the lock; it may be writing while another process finds that a third is gone
+            remove_leftovers(run)
         if isinstance(error, OSError) and error.errno is None:  # already one sentence
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

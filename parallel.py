@@ -1,6 +1,6 @@
 """The collectives of processes that share one dictionary; with one process they return their argument.
 
-    torchrun --nproc-per-node N train.py ...
+    torchrun --standalone --nproc-per-node N train.py ...
 
 Each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they exchange
 in a step does not grow with the dictionary. NCCL between CUDA devices; gloo between CPUs, and for what the host must know (did
@@ -37,7 +37,7 @@ class Shard:
     @classmethod
     def of_torchrun(cls) -> Shard:
         """The place that torchrun's environment gives this process; one of one without torchrun. `join` comes next."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else cls()
 
     def join(self, device: torch.device) -> torch.device:
         """Connect to the other processes, if any. Returns this process's own device, which is then CUDA's current one.
@@ -53,8 +53,14 @@ class Shard:
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            self._patient = dist.new_group(backend="gloo", timeout=WHILE_ONE_WORKS)
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+                self._patient = dist.new_group(backend="gloo", timeout=WHILE_ONE_WORKS)
+            except RuntimeError as error:
+                raise ConnectionError(
+                    f"the {self.size} processes of this run did not find each other ({str(error).splitlines()[0]}): start them "
+                    "again, on one machine with torchrun --standalone, which takes a free port"
+                ) from None
         return device
 
     def leave(self) -> None:
@@ -177,8 +183,9 @@ def heard():
     """ConnectionError with one sentence where a collective fails because another process is gone or silent."""
     try:
         yield
-    except RuntimeError:  # gloo has no kind of its own
+    except RuntimeError as error:  # gloo has no kind of its own
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's [file:line] and advice
         raise ConnectionError(
-            "another process of this run has ended, or has not answered for a minute; what it said is above, if it could say "
-            "something. What was saved is whole: start all processes again with --resume"
+            "another process of this run has ended, or has not answered for a minute (an hour where files are written); it "
+            f"says why above, if it could ({reason}). What was saved is whole: start all processes again with --resume"
         ) from None

@@ -49,7 +49,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
     start_from = prepare.resume_point(given, shard)  # a checkpoint, or None
     run = start_from.parents[1] if start_from else Path(given.output_dir) / shard.from_first(prepare.run_name(given))
-    if start_from is None and given.resume is None and run.exists():
+    if start_from is None and given.resume is None and shard.any_process(run.exists()):  # before the first makes it
         raise ValueError(prepare.name_is_taken(run))
     saved, saved_data = prepare.read_record(run) if start_from else (None, None)
 
@@ -253,7 +253,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
     if config.variant == "batch_topk":
         crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
     final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
-    with checkpoint.explained("the crosscoder", run):
+    with checkpoint.explained("the crosscoder", run, shard):
         crosscoder.save_pretrained(run / "crosscoder")
     dead, norms = (shard.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
     W_dec = shard.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
@@ -417,8 +417,6 @@ if __name__ == "__main__":
         if shard.rank > 0:  # what all processes find, the first one says, and torchrun ends the others as it leaves
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-            if not shard.sent:
-                sys.exit(1)
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:  # before the loop, or a second time
         say("interrupted: what was not yet saved is left out, what was saved before is whole", sys.stderr)

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import ROOT, metrics, one_line_error, run_script
 from processes import Started, several
 from safetensors.torch import load_file
 from test_activations import numbered, write
@@ -203,39 +204,124 @@ def ends(processes) -> list[tuple[int, str, str]]:
     return [(process.wait(timeout=120), *process.output()) for process in processes]
 
 
-def logged(run, processes) -> None:
-    """Waits for the first line of metrics."""
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+def wait_for(file, processes) -> None:
+    """Waits for something in a file that one of the processes writes."""
+    while not file.exists() or not file.stat().st_size:
         assert all(process.poll() is None for process in processes), ends(processes)
         time.sleep(0.02)
 
 
-IMPATIENT = """
-import runpy, sys
+def logged(run, processes) -> None:
+    """Waits for the first line of metrics."""
+    wait_for(run / "metrics.jsonl", processes)
+
+
+DISTURBED = """
+import os, runpy, sys, time
 from datetime import timedelta
 sys.path.insert(0, {root!r})
-import parallel
+import checkpoint, crosscoder, parallel, prepare
 assert parallel.TIMEOUT <= timedelta(seconds=60)
-parallel.TIMEOUT = timedelta(seconds=6)
+parallel.TIMEOUT = parallel.WHILE_ONE_WORKS = timedelta(seconds=5)
+rank = int(os.environ["RANK"])
+
+def delay(place, name, seconds, call=1):
+    calls, function = [], getattr(place, name)
+    def delayed(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            print("here", file=open({folder!r} + "/here", "w"), flush=True)
+            time.sleep(seconds)
+        return function(*args, **options)
+    setattr(place, name, delayed)
+
+{disturbance}
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path, how):
-    """One that is killed, and one that falls silent: the minute after which the other gives up is 6 seconds here."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT.format(root=str(ROOT)))
-    flags = [*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a"]
-    first, other = several(2, tmp_path / "impatient.py", *flags)
+def disturbed(n: int, tmp_path, disturbance: str, *flags):
+    """n processes of train.py, called "a", in which the given code has run before. A minute and an hour are 5 seconds."""
+    (tmp_path / "train.py").write_text(DISTURBED.format(root=str(ROOT), folder=str(tmp_path), disturbance=disturbance))
+    return several(n, tmp_path / "train.py", *PLANTED, "--output-dir", tmp_path, "--run-name", "a", *flags)
+
+
+@pytest.mark.parametrize(
+    "where, call, how, lost, resumed",
+    [
+        ("parallel.Shard, 'join'", 1, signal.SIGKILL, 1, None),
+        ("prepare, 'open_source'", 1, signal.SIGKILL, 0, None),
+        ("crosscoder.CrossCoder, 'losses'", 2, signal.SIGKILL, 1, None),
+        ("crosscoder.CrossCoder, 'losses'", 2, signal.SIGSTOP, 1, None),
+        ("checkpoint, 'save_file'", 2, signal.SIGKILL, 1, 40),  # in the second save
+        ("checkpoint, 'save_file'", 4, signal.SIGSTOP, 0, 40),
+        ("crosscoder.CrossCoder, 'save_pretrained'", 1, signal.SIGKILL, 0, 100),
+    ],
+)
+def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path, where, call, how, lost, resumed):
+    """One that is killed, and one that falls silent, in each phase; the others then go on from what was saved before."""
+    processes = disturbed(2, tmp_path, f"if rank == {lost}: delay({where}, 30, {call})", "--save-every", 40)
     try:
-        logged(tmp_path / "a", [first, other])
-        other.send_signal(how)
-        ((status, _, errors),) = ends([first])
+        wait_for(tmp_path / "here", processes)
+        processes[lost].send_signal(how)
+        ((status, _, errors),) = ends([processes[1 - lost]])
     finally:
-        other.process.kill()
+        processes[lost].process.kill()
     (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
     assert status == 1 and "Traceback" not in errors
-    assert "another process of this run has ended, or has not answered" in message and "--resume" in message
+    if "join" in where:
+        assert "the 2 processes of this run did not find each other" in message and "--standalone" in message
+    else:
+        assert "another process of this run has ended, or has not answered" in message and "--resume" in message
+    if resumed:
+        processes[lost].wait(timeout=30)
+        outcomes = ends(several(2, ROOT / "train.py", "--resume", tmp_path / "a"))
+        assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+        assert f"resumed  {tmp_path / 'a' / 'checkpoints'}/step_{resumed:08d}" in outcomes[0][1]
+        assert CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder").d_hidden == 256
+        assert not list((tmp_path / "a").rglob("*.partial"))
+
+
+def test_a_save_that_outlasts_the_others_patience_is_whole(tmp_path):
+    """They give up while the first still writes, and leave its half-written folder alone."""
+    disturbance = "if rank == 0: delay(checkpoint, 'save_file', 8, call=2)"  # its latents are written, the other waits
+    for _, _, errors in ends(disturbed(2, tmp_path, disturbance, "--save-every", 40)):
+        (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+        assert "another process of this run has ended, or has not answered" in message
+    (folder,) = checkpoint.complete(tmp_path / "a")
+    assert folder.name == "step_00000040" and checkpoint.damage(folder) is None
+
+
+def test_a_slow_process_does_not_take_the_new_folder_for_another_run(tmp_path):
+    disturbance = """
+if rank == 1:
+    from_first = parallel.Shard.from_first
+    parallel.Shard.from_first = lambda *args: [from_first(*args), time.sleep(1)][0]
+"""
+    outcomes = ends(disturbed(2, tmp_path, disturbance, "--num-tokens", 1600))
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+
+
+def test_what_one_process_alone_finds_it_says(tmp_path):
+    """A folder that only the first machine has."""
+    for model in ("base", "ft"):
+        write(tmp_path / model, numbered(2000))
+    flags = ["--base-dataset", "./base", "--ft-dataset", "./ft", "--val-tokens", 100, "--num-tokens", 1000]
+    _, (status, _, errors) = ends(disturbed(2, tmp_path, f"os.chdir([{str(tmp_path)!r}, '/'][rank])", *flags))
+    (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert status == 1 and "./base" in message
+
+
+def test_a_busy_port_is_named(tmp_path, monkeypatch):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        message = one_line_error(run_script("train.py", *PLANTED, "--output-dir", tmp_path), "train.py")
+    assert port in message and "address already in use" in message and "torchrun --standalone" in message
 
 
 def pair_with_nan(folder, bad: int):
