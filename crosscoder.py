@@ -27,6 +27,7 @@ from selection import find_cut
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
 CONFIG = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")  # what config.json of a saved one says
+LARGEST = 1e18  # of saved weights: their squares and inverses are float32 numbers
 THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
 
 
@@ -319,10 +320,10 @@ class CrossCoder(nn.Module):
                 raise ValueError(f"{name} is {t.dtype} of the shape {tuple(t.shape)} and not floats of the shape {shape}")
         tensors = {name: t.float() for name, t in tensors.items()}
         for name, t in tensors.items():
-            if not t.isfinite().all() and (name, t.ndim) != ("threshold", 1):  # there inf keeps a latent off for good
-                raise ValueError(f"{name} holds NaN or inf")
-        if not (tensors["scale"] > 0).all() or not (tensors["threshold"] >= 0).all():
-            raise ValueError("scale must be above 0, threshold 0 or more")
+            if not (t.abs() < LARGEST).all() and (name, t.ndim) != ("threshold", 1):  # there inf keeps a latent off for good
+                raise ValueError(f"{name} holds NaN, inf or values beyond {LARGEST:g}")
+        if not (tensors["scale"] > 1 / LARGEST).all() or not (tensors["threshold"] >= 0).all():
+            raise ValueError(f"scale must be above {1 / LARGEST:g}, threshold 0 or more")
         crosscoder = cls(d_model, d_hidden, n_models, variant, k, k_aux)
         crosscoder.threshold = tensors["threshold"].clone()
         tensors["enc_rows"] = tensors.pop("W_enc").permute(2, 0, 1)
@@ -362,7 +363,7 @@ def hub_folder(name: str, files: list[str]) -> Path:
 
     For what is not on the disk. They lie in the cache of huggingface_hub, so that a second time needs no network.
     """
-    if name.startswith((".", "/", "~")) or name.count("/") < 1:
+    if name.startswith((".", "/", "~")) or "/" not in name.strip("/"):
         raise ValueError(f"{name}: there is no such file or folder; give one, or a Hub id (user/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError

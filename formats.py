@@ -132,6 +132,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it is compressed")
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             for name in ("model_state_dict", "state_dict"):
+                if not isinstance(tensors, dict):
+                    raise ValueError(f"it holds a {type(tensors).__name__} and no state dict")
                 tensors = tensors.get(name, tensors)
         found = [(name.removeprefix("_orig_mod."), t.detach()) for name, t in tensors.items() if isinstance(t, Tensor)]
         for name, t in found:
@@ -166,7 +168,7 @@ def require(tensors: dict[str, Tensor], shapes: dict[str, tuple], path: Path, op
             raise ValueError(f"{path}: holds {name} as well, which is not known here; known are {', '.join(shapes)}")
         if tuple(t.shape) != shapes[name]:
             raise ValueError(f"{path}: {name} has the shape {tuple(t.shape)} and not {shapes[name]}")
-        if t.is_floating_point() == (name in WHOLE):
+        if t.is_floating_point() == (name in WHOLE) or t.dtype == torch.bool:
             raise ValueError(f"{path}: {name} is of the type {t.dtype}; only {' and '.join(WHOLE)} are whole numbers")
 
 
@@ -200,6 +202,9 @@ def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Pat
     for name in ("encoder_layers", "latent_processor", "num_decoder_layers"):
         if config.get(name) not in (None, n_models, list(range(n_models))):
             raise ValueError(f"{path}: its {name} is {config[name]}; only crosscoders that leave it out are read")
+    for name, size in (("activation_dim", d_model), ("dict_size", d_hidden)):
+        if config.get(name) not in (None, size):
+            raise ValueError(f"{path}: its {name} is {config[name]} and that of its tensors {size}; the config is another's")
     if "k" not in tensors and ("threshold" in tensors or config.get("dict_class") == "BatchTopKCrossCoder"):
         raise ValueError(f"{path}: has no tensor k, as a BatchTopKCrossCoder must; save its whole state dict")
     W_dec = tensors["decoder.weight"].transpose(0, 1)  # [d_hidden, n_models, d_model]
@@ -219,7 +224,7 @@ def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Pat
             weighting = CODE_NORMALIZATIONS.get(number, f"number {number}")
         if weighting == "DECOUPLED" or threshold.ndim:
             raise ValueError(f"{path}: its code normalization is DECOUPLED, one code per model; here a latent has one code")
-        if threshold < 0:
+        if not 0 <= threshold < torch.inf:
             raise ValueError(f"{path}: its threshold is {threshold:g}, so it was never fitted; use a later checkpoint")
         norms = W_dec.norm(dim=-1)  # [d_hidden, n_models]
         weights = {"NONE": torch.ones(d_hidden), "SAE": norms.pow(2).sum(-1).sqrt(), "CROSSCODER": norms.sum(-1)}
@@ -294,7 +299,7 @@ def from_halves(halves: list[tuple[dict[str, Tensor], dict]], path: Path) -> Cro
     """The halves that `write_crosscoder` made, put together: each has its encoder rows and the bias of both."""
     saes, notes = [sae for sae, _ in halves], [config["metadata"] for _, config in halves]
     belong = [note.get("crosscoder_half") for note in notes] == [half_name(model) for model in range(len(notes))]
-    belong &= notes[0].get("n_models", 2) == len(notes)
+    belong &= notes[0].get("n_models", 2) == len(notes) and all(note.get("k") == notes[0].get("k") for note in notes)
     if not belong or not all(torch.equal(saes[0][name], sae[name]) for sae in saes for name in ("b_enc", "threshold")):
         raise ValueError(f"{path}: base/ and ft/ are two SAEs and not the halves of one crosscoder; give one of them")
     for sae in saes[1:]:
