@@ -6,6 +6,7 @@ given tensor. `streamed.StreamedActivations` does so for rows in the order they 
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from parallel import ALONE, Shard
 PREFETCH = 3  # batches filled ahead of the training loop
 MAX_NON_FINITE = 0.001  # share of rows that may hold NaN or inf before the run stops
 STATISTICS_ROWS = 65_536  # rows behind the mean and the scale
+MEDIAN_ROWS = 4096  # rows behind the median norm, which only has to be right within a few percent
+FINGERPRINT_ROWS = 64  # rows of each split behind the fingerprint of the data
+ANY_NORM = torch.finfo(torch.float32).max  # norm_limit of a source that leaves out no outliers; inf and NaN lie beyond it
+CONVERTED_TOGETHER = 1 << 18  # values: 1 MB of float32, which stays in the processor's cache
 
 
 class Batch(NamedTuple):
@@ -27,19 +32,25 @@ class Batch(NamedTuple):
 
     x: Tensor  # [rows, n_models, d_model] stored values, on the device
     position: int  # rows of the stream used up so far, over all epochs
-    dropped: int  # of those, pairs left out because of a non-finite value
+    dropped: tuple[int, int]  # of those, pairs left out: for a NaN or inf, and for a norm above the source's norm_limit
     first_row: int  # lowest and highest row of the dataset in this batch
     last_row: int
 
 
 def batches(
-    source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: int = 0, shard: Shard = ALONE
+    source,
+    batch_size: int,
+    stop: int,
+    device: torch.device,
+    position: int = 0,
+    dropped: tuple[int, int] = (0, 0),
+    shard: Shard = ALONE,
 ) -> Iterator[Batch]:
     """Batches of the rows at the places `position` to `stop` of the source's stream; the last one may be shorter.
 
     A background thread reads ahead; closing the generator ends it. Of several processes each reads a part of a batch, and all
-    get the whole one. A batch's tensor is overwritten after the next one has been asked for. Rows with a non-finite value
-    are left out of their batch; ValueError when they are more than 0.1 %.
+    get the whole one. A batch's tensor is overwritten after the next one has been asked for. Outliers and rows with a
+    non-finite value are left out of their batch; ValueError when the latter are more than 0.1 %.
     """
     ready: queue.Queue = queue.Queue()
     free: queue.Queue = queue.Queue()
@@ -58,7 +69,8 @@ def batches(
                     return
                 if copied is not None:
                     copied.synchronize()  # the copy to the device still reads from this buffer
-                end, passed, filled, lowest, highest = min(position + batch_size, stop), 0, 0, [], []
+                end, lowest, highest = min(position + batch_size, stop), [], []
+                passed = filled = outliers = 0
                 own = shard.part(end - position)
                 while position < end:
                     rows = source.order(position, end - position)
@@ -67,13 +79,14 @@ def batches(
                     lowest.append(rows[0])
                     highest.append(rows[-1])
                     if len(mine):
-                        filled += gather_finite(source, "train", mine, buffer[:, filled : filled + len(mine)])
+                        kept, out_of_range = gather_kept(source, "train", mine, buffer[:, filled : filled + len(mine)])
+                        filled, outliers = filled + len(kept), outliers + out_of_range
                 x, copied = buffer[:, :filled], None
                 if on_cuda:
                     with torch.cuda.stream(uploads):
                         x, copied = x.to(device, non_blocking=True), torch.cuda.Event()
                         copied.record()
-                ready.put((x, (buffer, copied), passed, position, int(min(lowest)), int(max(highest))))
+                ready.put((x, (buffer, copied), (passed, outliers), position, int(min(lowest)), int(max(highest))))
             ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
@@ -85,14 +98,16 @@ def batches(
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            x, used, places, position, first_row, last_row = item
+            x, used, (places, outliers), position, first_row, last_row = item
             if on_cuda:
                 torch.cuda.current_stream(device).wait_event(used[1])
                 x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before the step is done
             x = shard.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
-            dropped += places - len(x)
-            if dropped > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
-                raise ValueError(too_many_non_finite(dropped, position))
+            if places > len(x):  # in every process, so that all of them add up
+                outliers = int(shard.all_sum(torch.tensor(outliers)))
+                dropped = (dropped[0] + places - len(x) - outliers, dropped[1] + outliers)
+            if dropped[0] > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
+                raise ValueError(too_many_non_finite(dropped[0], position))
             if len(x):
                 if held:
                     yield held[0]
@@ -109,16 +124,65 @@ def batches(
         thread.join()  # a thread still inside torch while Python shuts down aborts the process
 
 
-def gather_finite(source, split: str, rows: np.ndarray, out: Tensor) -> int:
-    """Fill out [n_models, rows, d_model] with the given rows, those with a non-finite value left out. Returns how many stay."""
+def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.ndarray, int]:
+    """Fill out [n_models, rows, d_model] with those of the given rows that are finite and within the norm limit in every model.
+
+    Returns the numbers of these rows, and how many of the others are outliers, not NaN or inf.
+    """
     source.gather(split, rows, out)
-    low, high = out.aminmax()  # NaN passes through both; ten times as fast as asking every value
-    if low.isfinite() and high.isfinite():
-        return len(rows)
-    finite = torch.isfinite(out).all(-1).all(0)  # [rows]
-    kept = int(finite.sum())
-    out[:, :kept] = out[:, finite]
-    return kept
+    kept = (row_norms(out) <= source.norm_limit).all(0)  # [rows]; false for NaN
+    if kept.all():
+        return rows, 0
+    outliers = int(out[:, ~kept].isfinite().all(-1).all(0).sum())
+    out[:, : int(kept.sum())] = out[:, kept]
+    return rows[kept.numpy()], outliers
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms [n_models, rows] of the rows of x [n_models, rows, d_model], on the host, in float32; inf beyond its range.
+
+    Each piece is converted in the processor's cache, which is as fast as looking at every value once.
+    """
+    norms = torch.empty(x.shape[:2])
+    piece = torch.empty(max(1, CONVERTED_TOGETHER // x.shape[2]), x.shape[2])
+    for values, out in zip(x, norms, strict=True):
+        for part, norm in zip(values.split(len(piece)), out.split(len(piece)), strict=True):
+            torch.linalg.vector_norm(piece[: len(part)].copy_(part), dim=-1, out=norm)
+    return norms
+
+
+def limit_norms(source, max_norm_ratio: float, median: list[float] | None = None) -> float:
+    """Let a source leave out rows whose norm in any model is above `max_norm_ratio` times that model's median norm.
+
+    median: [n_models], of the stored values; None to measure it on evenly spaced training rows, of which rows of zeros
+    (padding) do not count. It is kept in the source's record.
+
+    Returns the share of these rows that is left out, 0 where the median was given.
+    """
+    norms = torch.empty(source.n_models, 0)
+    if median is None:
+        rows = source.sample_rows(MEDIAN_ROWS)
+        x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+        source.gather("train", rows, x)
+        norms = row_norms(x)
+        counted = [n[n.isfinite() & (n > 0)].numpy() for n in norms]
+        median = [float(np.median(n)) if len(n) else 0.0 for n in counted]
+    source.norm_limit = (max_norm_ratio * torch.tensor(median, dtype=torch.float64)[:, None]).clamp_max(ANY_NORM)
+    source.record["median_norm"] = median
+    return (norms > source.norm_limit).any(0).sum().item() / max(1, norms.shape[1])
+
+
+def fingerprints(source, splits: tuple[str, ...] = ("train", "validation")) -> list[str]:
+    """A hash over evenly spaced rows for each model, by which a resumed run knows the data that it began with."""
+    hashes = [hashlib.sha256() for _ in range(source.n_models)]
+    for split in splits:
+        n = source.val_rows if split == "validation" else source.train_rows
+        rows = np.unique(np.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).astype(np.int64))
+        x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+        source.gather(split, rows, x)
+        for model, values in zip(hashes, x, strict=True):
+            model.update(values.view(torch.uint8).numpy())
+    return [model.hexdigest() for model in hashes]
 
 
 def too_many_non_finite(dropped: int, seen: int) -> str:
@@ -129,24 +193,24 @@ def too_many_non_finite(dropped: int, seen: int) -> str:
 
 
 def validation_batches(source, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """The held-out rows once, in order: [rows, n_models, d_model] stored values, non-finite pairs left out."""
+    """The held-out rows once, in order: [rows, n_models, d_model] stored values, without outliers and non-finite pairs."""
     for start in range(0, source.val_rows, batch_size):
         rows = np.arange(start, min(start + batch_size, source.val_rows))
         out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-        kept = gather_finite(source, "validation", rows, out)
-        yield out[:, :kept].transpose(0, 1).to(device)
+        kept, _ = gather_kept(source, "validation", rows, out)
+        yield out[:, : len(kept)].transpose(0, 1).to(device)
 
 
 def raw_sample(source, count: int = 4096) -> Tensor:
     """[rows, n_models, d_model] raw activations of at most `count` evenly spaced training rows, non-finite pairs left out."""
     rows = source.sample_rows(count)
     out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-    kept = gather_finite(source, "train", rows, out)
-    return out[:, :kept].transpose(0, 1).float() / source.stored_scale.float()[:, None]
+    kept, _ = gather_kept(source, "train", rows, out)
+    return out[:, : len(kept)].transpose(0, 1).float() / source.stored_scale.float()[:, None]
 
 
 def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:
-    """Mean [n_models, d_model] and scale [n_models] of the stored rows, float64, from evenly spaced training rows.
+    """Mean [n_models, d_model] and scale [n_models] of the stored rows, float64, from evenly spaced training rows, as kept.
 
     scale = sqrt(d_model) / mean norm of (row - mean); the mean is 0 without `center`. Accumulated in float64: a running
     mean in the storage type is wrong by a factor after a few thousand updates.
@@ -156,12 +220,13 @@ def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:
     buffer = torch.empty(source.n_models, 4096, source.d_model, dtype=source.dtype)
 
     def average(measure):
-        total, count = 0, 0
+        total = count = non_finite = 0
         for part in parts:
-            kept = gather_finite(source, "train", part, buffer[:, : len(part)])
-            total, count = total + measure(buffer[:, :kept].double()).sum(1), count + kept
-        if len(rows) - count > max(1, MAX_NON_FINITE * len(rows)):
-            raise ValueError(too_many_non_finite(len(rows) - count, len(rows)))
+            kept, outliers = gather_kept(source, "train", part, buffer[:, : len(part)])
+            total, count = total + measure(buffer[:, : len(kept)].double()).sum(1), count + len(kept)
+            non_finite += len(part) - len(kept) - outliers
+        if non_finite > max(1, MAX_NON_FINITE * len(rows)):
+            raise ValueError(too_many_non_finite(non_finite, len(rows)))
         return total / count
 
     mean = torch.zeros(source.n_models, source.d_model, dtype=torch.float64)

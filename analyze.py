@@ -10,7 +10,7 @@ report.html        all of it on one page that needs no network
 from __future__ import annotations
 
 from command_line import parse
-from config import AnalyzeConfig
+from config import AnalyzeConfig, TrainConfig
 
 if __name__ == "__main__":
     CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -32,6 +32,7 @@ import torch
 import examples as ex
 import latents
 import report
+from activations import limit_norms
 from checkpoint import as_json
 from crosscoder import CrossCoder
 from measure import (
@@ -210,6 +211,8 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
             notes.append(f"no examples and no patching: {error}")
     elif singles[0]:
         source, name = open_single(*singles, *rest), f"{singles[0]} and {singles[1]}"
+        median = None if named else record.get("data", {}).get("median_norm")  # as in training
+        limit_norms(source, resolved.get("max_norm_ratio", TrainConfig.max_norm_ratio), median)
         if given.get("streaming") and not named:
             hold_out_first(source)
         notes.append("no examples and no patching: two single datasets have no texts; give a paired one with --dataset")

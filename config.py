@@ -104,7 +104,8 @@ class ModelFlags:
     # --no-pack also the opening of a chat template, which a base model never saw.
     skip_first: int = 1
 
-    # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks).
+    # Rows with a norm above this multiple of the median, in either model, are left out of both (activation sinks). train.py
+    # applies it to datasets without a pair.json too.
     max_norm_ratio: float = 10.0
 
     # Device of the base model, if another than --device.

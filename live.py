@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import language_model as lm
-from activations import Batch
+from activations import ANY_NORM, Batch
 from paired_dataset import PairedDataset, size
 from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
 from parallel import ALONE
@@ -39,6 +39,7 @@ class LiveActivations(Windows):
     dtype = torch.float16
     train_rows = None  # not known before the texts have run out
     what = "the texts"
+    norm_limit = ANY_NORM  # outliers are left out before rows come into the buffer
 
     def __init__(
         self, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
@@ -99,7 +100,7 @@ class LiveActivations(Windows):
     # --- the stream
 
     def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None, shard=ALONE
+        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=(0, 0), standing=None, shard=ALONE
     ) -> Iterator[Batch]:
         """Batches of the rows from `position` to `stop` of the stream; the last one may be shorter.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import latents
+from activations import gather_kept
 from crosscoder import CrossCoder, explained
 from examples import Text
 from paired_rows import progress_bar
@@ -78,14 +79,12 @@ class Data(NamedTuple):
 
 
 def gather(crosscoder: CrossCoder, data: Data, split: str, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
-    """Those of the given rows (ascending) that are finite, and their normalised activations [rows, n_models, d_model]."""
+    """Those of the given rows (ascending) that training keeps, and their normalised activations [rows, n_models, d_model]."""
     source = data.source
     out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-    source.gather(split, rows, out)
-    finite = torch.isfinite(out.sum(-1, dtype=torch.float32)).all(0)  # [rows]
-    if not finite.all():
-        rows, out = rows[finite.numpy()], out[:, finite]
-    return rows, crosscoder.normalize(out.transpose(0, 1).to(data.unscale.device).float() * data.unscale)
+    kept, _ = gather_kept(source, split, rows, out)
+    out = out[:, : len(kept)]
+    return kept, crosscoder.normalize(out.transpose(0, 1).to(data.unscale.device).float() * data.unscale)
 
 
 def normalized_rows(crosscoder: CrossCoder, data: Data, batch_size: int) -> Iterator[tuple[str, np.ndarray, Tensor]]:

@@ -208,6 +208,9 @@ def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
         f"\nheld out   explained variance {summary['explained_variance']:.3f} "
         f"({', '.join(f'{name} {v:.3f}' for name, v in each)}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
     )
+    if dropped := summary["rows_dropped"]:
+        outliers = summary["rows_dropped_by_norm"]
+        say(f"left out   {outliers:,} rows by their norm (--max-norm-ratio), {dropped - outliers:,} with NaN or inf")
     counts = ", ".join(f"{n} {name.replace('_', '-')}" for name, n in summary["latents"].items())
     say(f"latents    {counts} of {config.d_hidden}")
     if planted := summary.get("planted"):

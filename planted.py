@@ -15,6 +15,7 @@ from einops import einsum
 from torch import Tensor
 
 import latents
+from activations import ANY_NORM
 
 BLOCK = 4096  # rows made from one seed
 RECOVERED = 0.83  # cosine above which a decoder row counts as a concept; a cut of ours, the paper's is 0.8
@@ -36,6 +37,7 @@ class PlantedConcepts:
     n_models = 2
     dtype = torch.float32
     train_rows = None  # endless: there are no epochs
+    norm_limit = ANY_NORM
 
     def __init__(
         self,

@@ -10,16 +10,19 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 
 import checkpoint
+from activations import fingerprints, limit_norms
 from config import TrainConfig, model_flags
 from monitor import say
 from parallel import Shard
 from planted import PlantedConcepts
 from stored import open_pair, open_several, open_single
 
+OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
     "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
     "num_tokens", "epochs", "log_every", "val_every", "save_every", "keep_checkpoints",
@@ -57,6 +60,8 @@ def check(config: TrainConfig, shard: Shard) -> None:
         raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
+    if not config.max_norm_ratio > 1:
+        raise ValueError(f"--max-norm-ratio {config.max_norm_ratio:g}: must be above 1; 1e9 keeps rows of every norm")
     for name in (
         "d_hidden", "k", "k_aux", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
         "val_every", "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
@@ -148,26 +153,45 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None):
     if not length or (given.epochs and "train" not in rows):
         raise ValueError("--streaming: the length of the streams is not known before their end, give --num-tokens")
     if known is None:
-        for name, least in (("val_tokens", 1), ("buffer_tokens", 2)):
+        for name, least in (("val_tokens", 2), ("buffer_tokens", 4)):
             if getattr(given, name) is None:
                 setattr(config, name, max(least, min(getattr(config, name), length // 10)))
-    if config.buffer_tokens < 2:
-        raise ValueError(f"--buffer-tokens {config.buffer_tokens}: must be at least 2")
+    if config.buffer_tokens < 4 or config.val_tokens < 2:
+        name, least = ("buffer", 4) if config.buffer_tokens < 4 else ("val", 2)
+        raise ValueError(f"--{name}-tokens {getattr(config, name + '_tokens')}: must be at least {least}")
     source = StreamedActivations(*streams, rows, config.val_tokens, config.buffer_tokens, config.seed)
-    source.record = {"revisions": revisions}
+    source.record = {"revisions": revisions, "fingerprint": fingerprints(source, ("validation",))}
+    if not given.dataset:
+        leave_out_outliers(source, config.max_norm_ratio, known)
     return source
 
 
-def open_source(given: TrainConfig, config: TrainConfig):
-    """Where the activations come from: a paired dataset, two single ones, or planted concepts."""
+def open_source(given: TrainConfig, config: TrainConfig, known: dict | None):
+    """Where the activations come from: a paired dataset, two single ones, several, or planted concepts."""
     rest = ((given.base_column, given.ft_column), given.val_tokens, config.val_tokens, config.seed)
     if given.dataset:
-        return open_pair(given.dataset, *rest)
-    if given.base_dataset:
-        return open_single(given.base_dataset, given.ft_dataset, *rest)
-    if given.model_dataset:
-        return open_several(given.model_dataset, *rest)
-    return PlantedConcepts(config.seed, config.val_tokens)
+        source = open_pair(given.dataset, *rest)
+    elif given.base_dataset:
+        source = open_single(given.base_dataset, given.ft_dataset, *rest)
+    elif given.model_dataset:
+        source = open_several(given.model_dataset, *rest)
+    else:
+        return PlantedConcepts(config.seed, config.val_tokens)
+    source.record = {"fingerprint": fingerprints(source)}
+    if not given.dataset:
+        leave_out_outliers(source, config.max_norm_ratio, known)
+    return source
+
+
+def leave_out_outliers(source, max_norm_ratio: float, known: dict | None) -> None:
+    """The rule of collect.py for a dataset without pair.json, with the medians that a resumed run began with."""
+    if known is not None and "median_norm" not in known:
+        return  # the run began before there was this rule
+    share = limit_norms(source, max_norm_ratio, known and known["median_norm"])
+    medians = ", ".join(f"{median:.4g}" for median in source.record["median_norm"])
+    say(f"norms    medians {medians}; rows above {max_norm_ratio:g} times that are left out of all models (--max-norm-ratio)")
+    if share > OUTLIERS_SHARE:
+        say(f"warning  that leaves out {share:.1%} of the rows: look at them, or raise --max-norm-ratio")
 
 
 def resume_point(given: TrainConfig, shard: Shard) -> Path | None:
@@ -225,9 +249,21 @@ def refuse_changes(config: TrainConfig, saved: dict) -> None:
 
 
 def refuse_other_data(data: dict, saved_data: dict) -> None:
-    """ValueError if a resumed run would go on with other rows than it began with."""
+    """ValueError if a resumed run would go on with other rows than it began with. What its record lacks is not compared."""
+    now, before = (record.get("fingerprint", []) for record in (data, saved_data))
+    if before and now != before and sorted(now) == sorted(before):
+        raise ValueError(
+            "the models' activations have changed places since the run began: give --base-dataset and --ft-dataset (or "
+            "the folders base and ft of --dataset, or each --model-dataset) as they were"
+        )
     for name, value in data.items():
-        if value != saved_data.get(name):
+        if name == "fingerprint" and before and value != before:
+            models = [f"model {letter}" for letter, a, b in zip(ascii_uppercase, now, before, strict=False) if a != b]
+            raise ValueError(
+                f"the activations of {' and '.join(models)} (A: base, B: fine-tuned) are not those that the run began with: "
+                "resume on the same data, or start a new run with --config"
+            )
+        if value != saved_data.get(name, value):
             raise ValueError(
                 f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
                 "another order; resume on the same data, or start a new run with --config"

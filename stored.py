@@ -14,20 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from activations import ANY_NORM
+
 CHUNK = 1024  # rows that are read together: a few megabytes from one place of the disk
 BLOCK = 64 * CHUNK  # rows within which data that is not yet shuffled is mixed
+TOKENS = ("token", "token_ids", "input_ids")  # names of a column of token ids
 
 
 class Column:
     """A column of float lists as zero-copy tensors, one [rows, d_model] for each Arrow chunk.
 
-    A row is one token, or one sequence of them (lists of lists, Array2D). Arrow has no bfloat16: int16 lists in a column
-    whose name ends in `bfloat16` hold its bits. first_row: number of the table's first row, for errors.
+    A row is one token, or one sequence of them (lists of lists, Array2D), and then `lengths` [sequences] says of how many.
+    Arrow has no bfloat16: int16 lists in a column whose name ends in `bfloat16` hold its bits. first_row: number of the
+    table's first row, for errors.
     """
 
     def __init__(self, table, name: str | None, flag: str, first_row: int = 0):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         name = pick_column(table.schema, name, flag)
-        chunks, starts, self.d_model = [], [0], None
+        chunks, starts, sequences, self.d_model = [], [0], [], None
         for array in table.column(name).chunks:
             if len(array) == 0:
                 continue
@@ -37,7 +44,10 @@ class Column:
                 raise ValueError(
                     f"{flag}: column {name!r} is damaged after row {first_row + starts[-1]} ({error}); copy it again"
                 ) from None
-            nulls, array = array.null_count, token_rows(array)
+            nulls, array = array.null_count, array.storage if isinstance(array, pa.ExtensionArray) else array
+            if is_list(array.type.value_type):  # sequences
+                sequences.append(pc.list_value_length(array).to_numpy())
+                array = array.flatten()
             values = array.flatten()
             if nulls or array.null_count or values.null_count:
                 low, high = first_row + starts[-1], first_row + starts[-1] + len(array)
@@ -62,6 +72,7 @@ class Column:
         if not chunks:
             raise ValueError(f"{flag}: the dataset is empty")
         self.chunks, self.starts, self.dtype = chunks, np.array(starts), chunks[0].dtype
+        self.lengths = np.concatenate(sequences) if sequences else None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -78,14 +89,6 @@ class Column:
                 torch.index_select(self.chunks[i], 0, torch.from_numpy(local), out=out[low:high])
             else:
                 out[low:high] = self.chunks[i][torch.from_numpy(local)]
-
-
-def token_rows(array):
-    """An Arrow array of one float list a token, from one of those or from lists of them (Array2D is such an extension)."""
-    import pyarrow as pa
-
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
-    return array.flatten() if is_list(array.type.value_type) else array
 
 
 def is_list(kind) -> bool:
@@ -136,6 +139,7 @@ class PairedActivations:
     def __init__(self, splits: dict[str, tuple[list[Column], int, int]], stored_scale: Tensor, shuffled: bool, seed: int):
         columns, _, self.train_rows = splits["train"]
         self.splits, self.stored_scale, self.shuffled, self.seed = splits, stored_scale, shuffled, seed
+        self.norm_limit, self.record = ANY_NORM, {}
         self.val_rows = splits["validation"][2]
         self.n_models, self.d_model = len(columns), columns[0].d_model
         # Values of different types meet in the wider one, float16 and bfloat16 in float32.
@@ -259,8 +263,10 @@ def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val
     else:
         held_out = min(default_val, rows // 10) if val_tokens is None else val_tokens
         splits["train"], splits["validation"] = (columns, 0, rows - held_out), (columns, rows - held_out, held_out)
-    if splits["validation"][2] < 1 or splits["train"][2] < 1:
-        raise ValueError(f"--val-tokens: {rows} rows cannot give {held_out} held-out rows and rows to train on")
+    if splits["validation"][2] < 2 or splits["train"][2] < 2:
+        raise ValueError(
+            f"--val-tokens: {rows} rows cannot give {held_out} held-out rows and rows to train on, at least two of each"
+        )
     return splits
 
 
@@ -277,38 +283,73 @@ def check_alignment(base, ft, columns: list[Column], flags, split: str, first_ro
 
     first_row: number of their first row, for errors.
     """
+    import pyarrow as pa
+
     if columns[0].d_model != columns[1].d_model:
         raise ValueError(
             f"{flags[0]} has activations of width {columns[0].d_model} and {flags[1]} of width {columns[1].d_model}: "
             "a crosscoder here needs two models of one width, read at the same hook"
         )
+    ours, theirs = columns[0].lengths, columns[1].lengths
+    if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
+        raise ValueError(f"{flags[0]} and {flags[1]} are not aligned (split {split}): {unequal(ours, theirs, first_row)}")
     if len(columns[0]) != len(columns[1]):
         raise ValueError(
             f"{flags[0]} has {len(columns[0])} rows and {flags[1]} has {len(columns[1])} (split {split}): "
             "row i of both must be the same token; collect both over the same text"
         )
-    for name in ("sequence", "position", "token", "token_ids", "input_ids"):
-        if name in base.column_names and name in ft.column_names:
-            mine, other = (flat(table.column(name)) for table in (base, ft))
-            if mine.type != other.type:  # a cast is a copy that grows with the dataset
+    named = [[name for name in TOKENS if name in table.column_names] for table in (base, ft)]
+    same = [name for name in ("sequence", "position", *TOKENS) if name in base.column_names and name in ft.column_names]
+    pairs = [(name, name) for name in same] + ([] if set(same) & set(TOKENS) else list(zip(*named, strict=False))[:1])
+    for names in pairs:
+        four = zip((base, ft), names, columns, flags, strict=True)
+        mine, other = (flat(table, name, column, flag, first_row) for table, name, column, flag in four)
+        if names[0] != names[1] and not len(mine) == len(other) == len(columns[0]):
+            continue  # one of them holds something else, such as a context for each row
+        if mine.type != other.type:  # a cast is a copy that grows with the dataset
+            try:
                 mine, other = mine.cast("int64"), other.cast("int64")
-            if not mine.equals(other):
-                row = int(np.argmax(mine.to_numpy() != other.to_numpy()))
-                whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise ValueError(
-                    f"{flags[0]} and {flags[1]} are not aligned: {name} of row {first_row + row} (split {split}) is "
-                    f"{mine[row]} in the base model's and {other[row]} in the {whose} model's dataset; "
-                    "write both in the same order"
-                )
+                    f"{flags[0]} has {names[0]} of type {mine.type} and {flags[1]} has {names[1]} of type {other.type}, which "
+                    "cannot be compared: give both whole numbers, or drop that column"
+                ) from None
+        if not mine.equals(other):
+            whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
+            n = min(len(mine), len(other))
+            differs = np.flatnonzero(mine[:n].to_numpy() != other[:n].to_numpy())
+            row = int(differs[0]) if len(differs) else n
+            a, b = (values[row] if row < len(values) else "missing" for values in (mine, other))
+            raise ValueError(
+                f"{flags[0]} and {flags[1]} are not aligned: {names[0]} of row {first_row + row} (split {split}) is "
+                f"{a} in the base model's and {b} in the {whose} model's dataset; write both in the same order"
+            )
 
 
-def flat(column):
-    """A column of numbers, or of lists of them (one a sequence), as one number a token."""
+def flat(table, name: str, column: Column, flag: str, first_row: int):
+    """A column of one value a token, or of lists of them (one a sequence), as one value a token without gaps."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    if not is_list(column.type):
-        return column
-    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], type=column.type.value_type)
+    values = table.column(name)
+    if is_list(values.type):
+        lengths = pc.list_value_length(values).fill_null(0).to_numpy()
+        if column.lengths is not None and not np.array_equal(column.lengths, lengths):
+            raise ValueError(f"{flag}: {unequal(column.lengths, lengths, first_row, f'{name} beside it')}")
+        values = pa.chunked_array([chunk.flatten() for chunk in values.chunks], type=values.type.value_type)
+    if values.null_count:
+        row = first_row + int(np.argmax(values.is_null().to_numpy()))
+        raise ValueError(f"{flag}: column {name!r} is empty in row {row}; fill it in or drop the column")
+    return values
+
+
+def unequal(lengths: np.ndarray, others: np.ndarray, first_row: int, where: str = "the other dataset") -> str:
+    """The first sequence whose length differs in two lists of lengths, in words. first_row: number of its first token."""
+    n = min(len(lengths), len(others))
+    at = int(np.append(lengths[:n] != others[:n], True).argmax())
+    a, b = (int(x[at]) if at < len(x) else "no" for x in (lengths, others))
+    start = first_row + int(lengths[:at].sum())
+    return f"the sequence that begins at token {start} has {a} activations and {b} in {where}; cut both alike"
 
 
 def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
@@ -331,6 +372,8 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
         return {"train": open_memmaps(path, f"{flag} {name}")}
     if hooks := sorted(file.parent.name for file in path.glob("*/shard_0.memmap")):
         raise ValueError(f"{flag} {name}: holds the activation caches {', '.join(hooks)}; give the folder of one")
+    if not datasets.config.HF_HUB_OFFLINE:
+        hub_commit(name, flag)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -346,7 +389,9 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
             identifier, config, split = (name.split(":") + [None, None])[:3]
             loaded = datasets.load_dataset(identifier, config or None, split=split, streaming=streaming, revision=revision)
     except IndexError:  # how the library meets a folder without a single row
-        raise ValueError(f"{flag} {name}: the dataset is empty") from None
+        whole = (path / "state.json").is_file()
+        what = "the dataset is empty" if whole else "a split of it is empty; leave that one out when you save it"
+        raise ValueError(f"{flag} {name}: {what}") from None
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; all mean that this argument cannot be read
         reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
         if file := damaged_file(path):
@@ -417,10 +462,33 @@ def damaged_file(path: Path) -> Path | None:
 
 def hub_pair_file(dataset: str, revision: str | None = None) -> str | os.PathLike:
     """Local copy of the pair.json of a paired dataset on the Hub."""
+    import datasets
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision)
+        offline = datasets.config.HF_HUB_OFFLINE
+        return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision, local_files_only=offline)
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"--dataset {dataset}: its pair.json cannot be fetched ({type(error).__name__})") from None
+
+
+def hub_commit(name: str, flag: str) -> str | None:
+    """The newest commit of a dataset on the Hub, which is asked once. None for files here and where it does not answer.
+
+    In the latter case the datasets library looks into its cache alone from then on, instead of asking five times more.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if Path(name).expanduser().exists() or Path(name).is_absolute() or name.startswith((".", "~")):
+        return None
+    try:
+        return HfApi().dataset_info(name.split(":")[0], timeout=10).sha
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{flag} {name}: is no file or folder here, and the Hub does not give it ({reason})") from None
+    except Exception:  # noqa: BLE001 - a broken connection has the names of the Hub's HTTP library
+        datasets.config.HF_HUB_OFFLINE = True
+        return None

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations import Batch, batches
+from activations import ANY_NORM, Batch, batches
 from parallel import ALONE
-from stored import Column, check_alignment, hub_pair_file, open_dataset, read_pair
+from stored import Column, check_alignment, hub_commit, hub_pair_file, open_dataset, read_pair
 from windows import Windows, host_memory
 
 PIECE = 1024  # tokens that are taken from the stream together, or one sequence where rows are sequences
@@ -46,7 +46,7 @@ class StreamedActivations(Windows):
 
     def __init__(self, parts, flags, names, stored_scale: Tensor, rows: dict, val_tokens: int, buffer_tokens: int, seed: int):
         self.parts, self.flags, self.names, self.stored_scale, self.rows = parts, flags, names, stored_scale, rows
-        self.n_models, self.record = len(parts), {}
+        self.n_models, self.norm_limit, self.record = len(parts), ANY_NORM, {}
         for part, flag in zip(parts, flags, strict=True):
             if missing := set(parts[0]) ^ set(part):
                 raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
@@ -164,8 +164,8 @@ class StreamedActivations(Windows):
             part = self.x[:, self.used : self.used + self.capacity - n]
             self.buffer[:, half + n : half + n + part.shape[1]] = part
             n, self.used = n + part.shape[1], self.used + part.shape[1]
-        if number == 0 and n == 0:
-            raise ValueError(f"{self.flags[0]}: gives no rows to train on; give more, or lower --val-tokens")
+        if number == 0 and n < 2:
+            raise ValueError(f"{self.flags[0]}: gives no two rows to train on; give more, or lower --val-tokens")
         some = self.buffer[:, half : half + n, :8].contiguous()  # values that tell one row from another
         self.checksums[number % 2] = zlib.crc32(some.view(torch.uint8).numpy())
         return n, self.where | {"skip": self.used + self.skip}
@@ -228,7 +228,7 @@ class StreamedActivations(Windows):
     # --- what batches and the held-out metrics read
 
     def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=0, standing=None, shard=ALONE
+        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=(0, 0), standing=None, shard=ALONE
     ) -> Iterator[Batch]:
         """As `activations.batches`; standing: what `standing(position)` said, None at the beginning."""
         if standing is not None and position < stop:
@@ -274,7 +274,7 @@ def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revi
     if dataset and Path(dataset).expanduser().exists():
         raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
     if dataset:
-        revisions = revisions or [commit(dataset, "--dataset")]
+        revisions = revisions or [hub_commit(dataset, "--dataset")]
         parts = [open_dataset(f"{dataset}:{part}", "--dataset", True, revisions[0]) for part in ("base", "ft")]
         stored_scale, _, rows = read_pair(dataset, hub_pair_file(dataset, revisions[0]))
         return parts, ["--dataset"] * 2, list(columns), stored_scale, rows, revisions
@@ -282,20 +282,6 @@ def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revi
     if model_dataset:
         given, flags, columns = model_dataset, [f"--model-dataset {d}" for d in model_dataset], columns[:1] * len(model_dataset)
     short = [flag.split()[0] for flag in flags]
-    revisions = revisions or [commit(name, flag) for name, flag in zip(given, short, strict=True)]
+    revisions = revisions or [hub_commit(name, flag) for name, flag in zip(given, short, strict=True)]
     parts = [open_dataset(name, flag, True, r) for name, flag, r in zip(given, short, revisions, strict=True)]
     return parts, flags, list(columns), torch.ones(len(given)), {}, revisions
-
-
-def commit(name: str, flag: str) -> str | None:
-    """The newest commit of a dataset on the Hub, None for files here."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if Path(name).expanduser().exists() or Path(name).is_absolute() or name.startswith((".", "~")):
-        return None
-    try:
-        return HfApi().dataset_info(name.split(":")[0]).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{flag} {name}: is no file or folder here, and the Hub does not give it ({reason})") from None

@@ -74,7 +74,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
     elif given.streaming:
         source = prepare.open_streamed(given, config, saved_data)
     else:
-        source = prepare.open_source(given, config)
+        source = prepare.open_source(given, config, saved_data)
     stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
     config.num_tokens = stop
     config.k_aux = config.k_aux or max(1, source.d_model // 2)
@@ -89,7 +89,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
     steps, at_once = math.ceil(stop / config.batch_size), config.micro_batch_size or config.batch_size
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
-        raise ValueError("every held-out row holds NaN or inf: give another --val-tokens, or collect with --dtype float32")
+        raise ValueError("every held-out row holds NaN or inf, or lies above --max-norm-ratio: give another --val-tokens")
     prepare.require_room(config, source, run)
     sample = None  # raw activations for a source that has thresholds and no k (JumpReLU): it begins with as many active latents
     if warm and warm.k is None and config.variant == "batch_topk":
@@ -99,7 +99,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
         hub.open_repository(config.push_to_hub, "model")
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     data["stored_scale"] = source.stored_scale.tolist()
-    data |= source.record if streams else {}
+    data |= {} if isinstance(source, PlantedConcepts) else source.record
     if saved:
         prepare.refuse_other_data(data, saved_data)
     locked = None
@@ -139,7 +139,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     tokens_since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64, device=device)
     bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step whose loss was not finite; 0: none
-    step = tokens = position = dropped = 0
+    step = tokens = position = 0
+    dropped = (0, 0)  # rows left out: with NaN or inf, and with a norm above --max-norm-ratio
     seconds, wandb_id, standing = source.model_seconds if live else 0.0, None, None
 
     if start_from:
@@ -150,7 +151,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
             checkpoint.restore_random_states(tensors)
             tokens_since_fired.copy_(tensors["tokens_since_fired"])
             scheduler.load_state_dict(state["scheduler"])
-            step, tokens, position, dropped = (state[name] for name in ("step", "tokens", "position", "dropped"))
+            step, tokens, position = (state[name] for name in ("step", "tokens", "position"))
+            dropped = (state["dropped"], 0) if isinstance(state["dropped"], int) else tuple(state["dropped"])  # int: older
             seconds, wandb_id = state["seconds"], state["wandb_id"]
             standing = state["stream"] if streams else None
         except (KeyError, TypeError, RuntimeError) as error:
@@ -263,7 +265,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
     summary = {name.removeprefix("val_"): value for name, value in final.items()}
     summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
-    summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "rows_dropped": dropped}
+    summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    summary |= {"rows_dropped": sum(dropped), "rows_dropped_by_norm": dropped[1]}
     count = latents.count_classes if source.n_models == 2 else count_exclusive
     summary["latents"] = count(norms, dead)
     if isinstance(source, PlantedConcepts):

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets.table import InMemoryTable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from activations import batches
+from activations import batches, limit_norms
 from stored import open_single
 
 
@@ -53,9 +53,10 @@ def torch_format(base: str, ft: str, batch_size: int):
 
 
 def training_reader(base: str, ft: str, batch_size: int, shuffled: bool):
-    """The reader of train.py, background thread and check for non-finite values included."""
-    source = open_single(base, ft, (None, None), 1, 0, seed=0)
+    """The reader of train.py, background thread and check for outliers and non-finite values included."""
+    source = open_single(base, ft, (None, None), 2, 0, seed=0)
     source.shuffled = shuffled
+    limit_norms(source, 10.0)
     for batch in batches(source, batch_size, source.train_rows, torch.device("cpu")):
         yield batch.x
 

@@ -142,7 +142,7 @@ def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict
     paths = [f"{folder}/{name}" for name in ("base", "ft")]
     step, _ = make_step(way, *case, device)
     if way == "ours":
-        source = open_single(*paths, (None, None), 1, 0, seed=0)
+        source = open_single(*paths, (None, None), 2, 0, seed=0)
         stream = (item.x.float() for item in batches(source, batch, 10**9, device))
     else:
         stream = (x.float().to(device) for x in python_lists(*paths, batch))

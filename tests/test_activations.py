@@ -6,9 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import one_line_error, run_script
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
+from safetensors.torch import load_file
 
-from activations import batches, estimate_normalization, validation_batches
+from activations import batches, estimate_normalization, row_norms, validation_batches
 from stored import open_pair, open_single
 
 CPU = torch.device("cpu")
@@ -71,7 +73,7 @@ def collect(source, batch_size, stop, **where):
     return out
 
 
-@pytest.mark.parametrize("rows", [1, 1000, 1024, 5000, 140_000])
+@pytest.mark.parametrize("rows", [2, 1000, 1024, 5000, 140_000])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_every_row_comes_once_an_epoch_in_both_models(tmp_path, rows, shuffled):
     source = singles(tmp_path, rows + 10, val_tokens=10)
@@ -185,7 +187,7 @@ def test_pairs_with_a_non_finite_value_are_left_out_of_both_models_and_counted(t
     seen = torch.cat([b for b, _ in got]).sort().values
     assert torch.equal(seen, torch.tensor([i for i in range(4500) if i not in (10, 2000)]))
     assert sorted(len(b) for b, _ in got) == [99, 99] + [100] * 43 and got[-1][1] == 4500
-    assert list(batches(source, 100, 4500, CPU))[-1].dropped == 2
+    assert list(batches(source, 100, 4500, CPU))[-1].dropped == (2, 0)
 
 
 def test_the_last_batch_is_known_although_only_dropped_rows_follow(tmp_path):
@@ -194,7 +196,7 @@ def test_the_last_batch_is_known_although_only_dropped_rows_follow(tmp_path):
     x[clean.order(999, 1)] = np.nan  # the row that comes last
     source = open_single(*[write(tmp_path / (name + "nan"), x) for name in "bf"], (None, None), 100, 0, seed=0)
     got = [(len(b.x), b.position, b.dropped) for b in batches(source, 111, 1000, CPU)]
-    assert [size for size, _, _ in got] == [111] * 9 and got[-1] == (111, 1000, 1)
+    assert [size for size, _, _ in got] == [111] * 9 and got[-1] == (111, 1000, (1, 0))
 
 
 def test_too_many_non_finite_pairs_stop_the_run(tmp_path):
@@ -253,6 +255,155 @@ def test_bad_input_is_refused_with_what_where_and_how(tmp_path):
     assert "cannot hold" in refusal(tmp_path, good, val=100) or "cannot give" in refusal(tmp_path, good, val=100)
     assert "has no such column, it has activation, token, sequence" in refusal(tmp_path, good, columns=("acts", None))
     assert "--ft-column token: rows are int32" in refusal(tmp_path, good, columns=(None, "token"))
+
+
+def saved(tmp_path, name, x=None, **columns):
+    x = numbered(100) if x is None else x
+    Dataset.from_dict({"acts": x if isinstance(x, list) else x.tolist()} | columns).save_to_disk(str(tmp_path / name))
+    return tmp_path / name
+
+
+def cut(x, *at):
+    return [part.tolist() for part in np.split(x, at)]
+
+
+def test_token_columns_of_other_names_are_compared(tmp_path):
+    tokens = np.arange(100)
+    base = saved(tmp_path, "base", token=tokens)
+    assert "token of row 7 (split train) is 7 in the base model's and 8 in the" in refusal(
+        tmp_path, base, saved(tmp_path, "ids", token_ids=tokens + (tokens >= 7))
+    )
+    nested = saved(tmp_path, "nested", cut(numbered(100), 40), input_ids=cut(tokens + (tokens == 60), 40))
+    assert "token of row 60 (split train) is 60 in the base model's and 61 in the" in refusal(tmp_path, base, nested)
+    context = saved(tmp_path, "context", input_ids=[[1, 2, 3]] * 100)  # of each row, not its token
+    assert open_single(str(base), str(context), (None, None), 10, 0, 0).train_rows == 90
+
+
+def test_sequences_of_other_lengths_are_refused(tmp_path):
+    x, tokens = numbered(100), np.arange(100)
+    base = saved(tmp_path, "base", cut(x, 7, 40))
+    message = "aligned (split train): the sequence that begins at token 7 has 33 activations and 34 in the other dataset"
+    assert message in refusal(tmp_path, base, saved(tmp_path, "late", cut(x, 7, 41)))
+    assert "has no activations and 60 in the" in refusal(tmp_path, saved(tmp_path, "a", cut(x[:40], 7)), base)
+    short = saved(tmp_path, "short", cut(x, 7, 40), token_ids=cut(tokens[:90], 7, 40))
+    message = refusal(tmp_path, short)
+    assert "--base-dataset: the sequence that begins at token 40 has 60 activations and 50 in token_ids beside it" in message
+
+
+@pytest.mark.parametrize(
+    ("tokens", "want"),
+    [
+        ([{"id": i} for i in range(100)], "--ft-dataset has token of type struct<id: int64>, which cannot be compared"),
+        ([f"t{i}" for i in range(100)], "--ft-dataset has token of type string, which cannot be compared"),
+        ([None if i == 33 else i for i in range(100)], "--ft-dataset: column 'token' is empty in row 33; fill it in or drop"),
+        ([[i] for i in range(99)] + [[]], "token of row 99 (split train) is 99 in the base model's and missing in the"),
+    ],
+    ids=["struct", "string", "null", "short"],
+)
+def test_token_columns_that_cannot_be_compared_are_refused(tmp_path, tokens, want):
+    ft = saved(tmp_path, "ft", token=tokens)
+    flags = ["--base-dataset", saved(tmp_path, "base", token=range(100)), "--ft-dataset", ft, "--output-dir", tmp_path]
+    assert want in one_line_error(run_script("train.py", *flags, "--run-name", "a", "--val-tokens", 10), "train.py")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("val_tokens", [1, 99, 100])
+def test_rows_that_do_not_suffice_are_refused_by_their_flag(tmp_path, val_tokens):
+    want = f"--val-tokens: 100 rows cannot give {val_tokens} held-out rows and rows to train on, at least two of each"
+    assert want in refusal(tmp_path, saved(tmp_path, "a"), val=val_tokens)
+
+
+def test_an_empty_split_is_named(tmp_path):
+    data = Dataset.from_dict({"acts": numbered(100).tolist()})
+    DatasetDict({"train": data, "validation": data.select([])}).save_to_disk(str(tmp_path / "a"))
+    assert "a split of it is empty; leave that one out when you save it" in refusal(tmp_path, tmp_path / "a")
+
+
+# --- outliers
+
+
+def with_something_to_learn(rows=6000, d_model=16):
+    """[2, rows, d_model] float32: sparse sums of directions that two models nearly share."""
+    draw = np.random.default_rng(0)
+    codes = draw.random((rows, 24)) * (draw.random((rows, 24)) < 0.1)
+    basis = draw.normal(size=(24, d_model))
+    bases = [basis, basis + 0.3 * draw.normal(size=basis.shape)]
+    return np.stack([codes @ b + 0.01 * draw.normal(size=(rows, d_model)) for b in bases]).astype("float32")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_outliers_are_left_out_and_change_nothing(tmp_path, streaming):
+    """One row of 1e30 in one model, in the training and in the held-out rows, or 1 % of both models' rows times 1000."""
+    clean = with_something_to_learn()
+    worlds = {"clean": clean, "one": clean.copy(), "nan": clean.copy(), "many": clean.copy()}
+    for rows, value in (("one", 1e30), ("nan", np.nan)):
+        worlds[rows][0, [2, 3000, 5998]] = value  # a streamed run holds its first rows out
+    worlds["many"][:, 50::100] *= 1000
+    flags = ["--d-hidden", 64, "--batch-size", 64, "--val-tokens", 500, "--l1-coeff", 0.1, "--wandb", "disabled"]
+    flags += ["--output-dir", tmp_path, "--num-tokens", 22_000, "--compute-dtype", "float32"]
+    flags += ["--streaming", "--buffer-tokens", 4000] if streaming else []
+    summaries, printed = {}, {}
+    for name, world in worlds.items():
+        data = []
+        for flag, x in zip(("--base-dataset", "--ft-dataset"), world, strict=True):
+            folder = write(tmp_path / f"{name}{flag}", x)
+            if streaming:
+                folder = f"{folder}.parquet"
+                pq.write_table(pa.table({"activation": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 16)}), folder)
+            data += [flag, folder]
+        printed[name] = run_script("train.py", *data, *flags, "--run-name", name, check=True).stdout
+        summaries[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    one, nan, many, without = (summaries[name] for name in ("one", "nan", "many", "clean"))
+    weights = [load_file(tmp_path / name / "crosscoder" / "model.safetensors") for name in ("one", "nan")]
+    assert all(torch.equal(weights[0][name], t) for name, t in weights[1].items())
+    assert one["explained_variance"] == nan["explained_variance"] and one["latents"] == nan["latents"]
+    assert (one["rows_dropped"], nan["rows_dropped"]) == (one["rows_dropped_by_norm"], nan["rows_dropped"])
+    assert 4 <= one["rows_dropped"] == nan["rows_dropped"] <= 12 and nan["rows_dropped_by_norm"] == 0
+    for outliers in (one, many):
+        for name in ("explained_variance", "explained_variance_A", "explained_variance_B"):
+            assert outliers[name] == pytest.approx(without[name], abs=0.02) and without[name] > 0.9
+        assert all(outliers["latents"][name] == without["latents"][name] for name in ("base_only", "ft_only"))
+    assert many["rows_dropped"] == many["rows_dropped_by_norm"] == pytest.approx(220, abs=8)
+    assert f"left out   {many['rows_dropped']:,} rows by their norm (--max-norm-ratio), 0 with NaN" in printed["many"]
+    assert "rows above 10 times that are left out" in printed["many"] and "left out   " not in printed["clean"]
+    keeps = [*data, *flags, "--run-name", "keeps", "--max-norm-ratio", 1e9]
+    run_script("train.py", *keeps, check=True)
+    assert json.loads((tmp_path / "keeps" / "summary.json").read_text())["explained_variance"] < 0.5
+    changed = run_script("train.py", "--resume", tmp_path / "one", "--max-norm-ratio", 20)
+    assert "--max-norm-ratio is 20.0 and was 10.0 when the run began" in one_line_error(changed, "train.py")
+    if not streaming:
+        run_script("analyze.py", tmp_path / "one", check=True)
+        measured = json.loads((tmp_path / "one" / "analysis" / "metrics.json").read_text())
+        assert measured["explained_variance_A"] == pytest.approx(one["explained_variance_A"], abs=1e-3)
+        assert all(measured["latents"][name] == one["latents"][name] for name in ("base_only", "ft_only"))
+
+
+def test_a_large_share_of_outliers_is_warned_of(tmp_path):
+    x = with_something_to_learn(600)
+    x[1, ::20] *= 1000
+    data = [f for flag, y in zip(("--base-dataset", "--ft-dataset"), x, strict=True) for f in (flag, write(tmp_path / flag, y))]
+    flags = ["--d-hidden", 8, "--batch-size", 64, "--val-tokens", 60, "--wandb", "disabled", "--output-dir", tmp_path]
+    printed = run_script("train.py", *data, *flags, "--run-name", "a", check=True).stdout
+    assert "warning  that leaves out 5.0% of the rows: look at them, or raise --max-norm-ratio" in printed
+    failed = run_script("train.py", *data, *flags, "--run-name", "b", "--max-norm-ratio", 1)
+    assert "--max-norm-ratio 1: must be above 1" in one_line_error(failed, "train.py")
+
+
+def test_rows_of_a_paired_dataset_keep_any_norm(tmp_path):
+    for name in ("base", "ft"):
+        write(tmp_path / name, numbered(200) * np.where(np.arange(200) == 5, 1e4, 1).astype("float32")[:, None])
+    (tmp_path / "pair.json").write_text('{"stored_scale": [1.0, 1.0]}')
+    source = open_pair(str(tmp_path), (None, None), 20, 0, seed=0)
+    assert sum(len(batch.x) for batch in batches(source, 64, 180, CPU)) == 180
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_row_norms(dtype):
+    x = torch.randn(2, 300, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    x[0, 7, 3], x[1, 8, 4], x[0, 9] = np.nan, np.inf, torch.finfo(dtype).max  # its norm is beyond float16
+    norms = row_norms(x)
+    assert norms[0, 7].isnan() and norms[1, 8].isinf() and (norms[0, 9].isinf() or dtype == torch.float16)
+    torch.testing.assert_close(norms[:, 10:].double(), x[:, 10:].double().norm(dim=-1), rtol=1e-5, atol=0)
 
 
 def test_bad_datasets_are_refused(tmp_path, monkeypatch):

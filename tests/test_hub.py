@@ -92,6 +92,18 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
     crosscoder = CrossCoder.from_pretrained(tmp_path / "hub" / "crosscoder")
     torch.testing.assert_close(crosscoder.mean, (mean / here.stored_scale[:, None]).float())  # the same rows
 
+    # a Hub that does not answer is asked once: what is in the cache is trained on, the rest is refused
+    silent = env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    again = run_script("train.py", "--dataset", "me/acts", *small, "--run-name", "cache", check=True, env=silent)
+    first, second = (load_file(tmp_path / run / "crosscoder" / "model.safetensors") for run in ("hub", "cache"))
+    assert all(torch.equal(first[name], second[name]) for name in first) and "Retry" not in again.stderr
+    flags = ["--base-dataset", "data/mine", "--ft-dataset", "data/mine", *small]
+    refused = run_script("train.py", *flags, env=silent)
+    assert "--base-dataset data/mine: cannot be opened" in (line := one_line_error(refused, "train.py"))
+    assert "no such folder here, so it was taken for a Hub id" in line and "Retry" not in refused.stderr
+    line = one_line_error(run_script("train.py", *flags, "--streaming", "--num-tokens", 640, env=env), "train.py")
+    assert "--base-dataset data/mine: is no file or folder here, and the Hub does not give it" in line
+
     # --streaming: nothing but pair.json lands in the cache; killed and resumed it ends with the same weights
     fresh = env | {"HF_HOME": str(tmp_path / "home")}
     flags = ["--dataset", "me/acts", "--streaming", "--buffer-tokens", 1000, "--epochs", 2, "--save-every", 5, *small]

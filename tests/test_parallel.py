@@ -325,7 +325,8 @@ def test_a_busy_port_is_named(tmp_path, monkeypatch):
 
 
 def pair_with_nan(folder, bad: int):
-    """140,000 rows of which `bad` hold NaN in one of the models, none of them among the rows behind mean and scale."""
+    """140,000 rows of which `bad` hold NaN in one of the models, none of them among the rows behind mean and scale, and
+    40 are outliers."""
     for model in ("base", "ft"):
         write(folder / model, numbered(140_000))
     files = [str(folder / model) for model in ("base", "ft")]
@@ -334,17 +335,18 @@ def pair_with_nan(folder, bad: int):
     for model, mine in zip(("base", "ft"), (rows[::2], rows[1::2]), strict=True):
         x = numbered(140_000)
         x[mine, 2] = np.nan
+        x[mine[:20] + 1] *= 1e4
         shutil.rmtree(folder / model)
         write(folder / model, x)
     return ["--base-dataset", files[0], "--ft-dataset", files[1], "--val-tokens", 1000, "--wandb", "disabled"]
 
 
-def test_rows_with_nan_are_counted_once_by_several_processes(tmp_path):
+def test_rows_left_out_are_counted_once_by_several_processes(tmp_path):
     flags = [*pair_with_nan(tmp_path, 100), "--d-hidden", 8, "--batch-size", 4096, "--output-dir", tmp_path]
     (status, _, errors), (other, _, _) = ends(several(2, ROOT / "train.py", *flags, "--run-name", "a"))
     assert (status, other) == (0, 0), errors
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["rows_dropped"] == 100 and summary["tokens"] == 138_900
+    assert summary["rows_dropped"] == 140 and summary["rows_dropped_by_norm"] == 40 and summary["tokens"] == 138_860
 
 
 def test_too_many_rows_with_nan_end_all_processes_with_one_sentence(tmp_path):

@@ -121,6 +121,58 @@ def test_resume_refuses_another_dataset_and_finds_a_moved_one(tmp_path):
     assert "the data has train_rows 800 and had 900 when the run began" in one_line_error(result, "train.py")
 
 
+def paired_rows(folder: Path, rows: int = 1000, seed: int = 0) -> list[Path]:
+    """Two datasets of random rows of 8 values, saved in folder/b and folder/f."""
+    draw = np.random.default_rng(seed)
+    for name in "bf":
+        x = draw.normal(size=(rows, 8)).astype("float32")
+        Dataset.from_dict({"x": x.tolist()}).save_to_disk(str(folder / name))
+    return [folder / "b", folder / "f"]
+
+
+@pytest.mark.parametrize("kind", ["singles", "several", "paired"])
+def test_resume_refuses_other_rows_of_the_same_shape(tmp_path, kind):
+    def flags(base, ft):
+        if kind == "several":
+            return ["--model-dataset", base, "--model-dataset", ft, "--model-dataset", b]
+        if kind == "singles":
+            return ["--base-dataset", base, "--ft-dataset", ft]
+        folder = tmp_path / f"{base.parent.name}-{base.name}{ft.name}"
+        folder.mkdir()
+        (folder / "base").symlink_to(base)
+        (folder / "ft").symlink_to(ft)
+        (folder / "pair.json").write_text('{"stored_scale": [1.0, 1.0]}')
+        return ["--dataset", folder]
+
+    (b, f), (_, f2) = paired_rows(tmp_path / "one"), paired_rows(tmp_path / "two", seed=1)
+    run = train(tmp_path, "a", *QUICK, "--val-tokens", 100, "--epochs", 2, *flags(b, f))
+
+    def refused(base, ft):
+        result = run_script("train.py", "--resume", run, "--epochs", 3, *flags(base, ft))
+        return one_line_error(result, "train.py")
+
+    assert "the models' activations have changed places since the run began" in refused(f, b)
+    (tmp_path / "two" / "b").rename(tmp_path / "two" / "unused")
+    (tmp_path / "two" / "b").symlink_to(b)
+    assert "the activations of model B (A: base, B: fine-tuned) are not those that" in refused(tmp_path / "two" / "b", f2)
+
+
+def test_a_run_from_before_data_had_a_fingerprint_goes_on_as_it_began(tmp_path):
+    base, ft = paired_rows(tmp_path)
+    flags = [*QUICK, "--val-tokens", 100, "--base-dataset", base, "--ft-dataset", ft, "--save-every", 10]
+    run = train(tmp_path, "a", *flags, "--epochs", 2)
+    record = json.loads((run / "config.json").read_text())
+    for name in ("fingerprint", "median_norm"):
+        del record["data"][name]
+    (run / "config.json").write_text(json.dumps(record))
+    newest = checkpoint.complete(run)[-1]
+    state, index = (json.loads((newest / f"{name}.json").read_text()) for name in ("state", "index"))
+    (newest / "state.json").write_text(json.dumps(state | {"dropped": 0}))  # which then was a number
+    checkpoint.write_index(newest, {name: index[name] for name in ("format", "d_hidden", "by_latent", "slices")})
+    result = run_script("train.py", "--resume", run, "--epochs", 3, check=True)
+    assert "norms " not in result.stdout and json.loads((run / "summary.json").read_text())["tokens"] == 2700
+
+
 def test_resume_from_another_folder_with_relative_paths(pair, tmp_path):
     (tmp_path / "pair").symlink_to(pair)
     flags = ["--dataset", "pair", *QUICK, "--num-tokens", 1000, "--output-dir", "runs", "--run-name", "a"]

@@ -86,7 +86,7 @@ def test_every_row_comes_once_an_epoch_mixed_and_from_any_place_again(data):
         standing = standings[i]
         for first in (i, i + 1):  # the second time from where the resumed stream says that it stands
             again = open_(*data)
-            stream = again.batches(size, 2 * n, cpu, first * size, 0, standing)
+            stream = again.batches(size, 2 * n, cpu, first * size, standing=standing)
             got = [batch.x.numpy().copy() for batch in itertools.islice(stream, 3)]
             assert np.array_equal(np.concatenate(got), consumed[first * size : (first + 3) * size]), first
             standing = again.standing((i + 1) * size)
@@ -196,20 +196,34 @@ def test_bad_input_gives_one_line(data, tmp_path):
             "saved: lies on this disk, where it is read in place; leave out",
         ),
         (["--dataset", tmp_path / "saved", *budget], "saved: lies on this disk, where it is read in place; leave out"),
-        ([*base, "--ft-dataset", data[1], *budget, "--buffer-tokens", 1], "--buffer-tokens 1: must be at least 2"),
+        ([*base, "--ft-dataset", data[1], *budget, "--buffer-tokens", 1], "--buffer-tokens 1: must be at least 4"),
         ([*base, "--ft-dataset", data[1], *budget, "--buffer-tokens", 10**12], "lower it or --val-tokens"),
-        ([*base, "--ft-dataset", data[1], *budget, "--val-tokens", ROWS], "gives no rows to train on"),
+        ([*base, "--ft-dataset", data[1], *budget, "--val-tokens", ROWS], "gives no two rows to train on"),
+        ([*base, "--ft-dataset", data[1], *budget, "--val-tokens", ROWS - 1], "gives no two rows to train on"),
+        ([*base, "--ft-dataset", data[1], *budget, "--val-tokens", 1], "--val-tokens 1: must be at least 2"),
     ]
     for i, (flags, want) in enumerate(cases):
         failed = run_script("train.py", *RUN, *flags, "--output-dir", tmp_path / "runs", "--run-name", i)
         assert want in one_line_error(failed, "train.py")
 
 
-def test_a_run_does_not_go_on_with_other_rows(data, tmp_path):
-    names = [write(tmp_path / m, part) for m, part in zip(MODELS, activations(), strict=True)]
+@pytest.mark.parametrize(
+    ("other", "want"),
+    [
+        ("swapped", "the models' activations have changed places since the run began"),
+        ("held-out", "the activations of model B (A: base, B: fine-tuned) are not those that the run began with"),
+        ("trained on", "--base-dataset: gives other rows than when the run began"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_rows(tmp_path, other, want):
+    x = activations()
+    names = [write(tmp_path / m, part) for m, part in zip(MODELS, x, strict=True)]
     flags = ["--base-dataset", names[0], "--ft-dataset", names[1], *RUN, "--num-tokens", 2000, "--output-dir", tmp_path]
     run_script("train.py", *flags, "--run-name", "a", check=True)
-    for m, part in zip(MODELS, activations(5), strict=True):
+    new = x[::-1] if other == "swapped" else x.copy()
+    new[1][:HELD_OUT] *= 2 if other == "held-out" else 1
+    new[1][HELD_OUT:] *= 2 if other == "trained on" else 1
+    for m, part in zip(MODELS, new, strict=True):
         write(tmp_path / m, part)
     failed = run_script("train.py", "--resume", tmp_path / "a", "--num-tokens", 4000)
-    assert "--base-dataset: gives other rows than when the run began" in one_line_error(failed, "train.py")
+    assert want in one_line_error(failed, "train.py")
