@@ -18,6 +18,7 @@ import checkpoint
 from command_line import parse
 from config import TrainConfig
 from crosscoder import CrossCoder
+from parallel import ALONE
 from train import main
 
 NINE = {"loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr"}
@@ -37,7 +38,7 @@ def train_here(folder, name, *flags) -> Path:
     """The entry called with its command line, without starting Python again."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        assert main(parse(TrainConfig, list(map(str, ["--output-dir", folder, "--run-name", name, *flags])))) == 0
+        assert main(parse(TrainConfig, list(map(str, ["--output-dir", folder, "--run-name", name, *flags]))), ALONE) == 0
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
