@@ -52,7 +52,8 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
         with shard.together():
             if shard.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.parent.mkdir(exist_ok=True)  # not the run's folder: one that was renamed must not come to be twice
+                partial.mkdir()
         with shard.together():
             own = partial / slices[shard.rank]["file"]
             save_file({name: t for name, t in host.items() if name in by_latent}, own)
@@ -64,14 +65,13 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
                 write_index(partial, {"format": 2, "d_hidden": d_hidden, "by_latent": by_latent, "slices": slices})
                 for path in [*partial.iterdir(), partial]:
                     sync(path)
-                if folder.exists():  # an abandoned attempt at this step
+                if os.path.lexists(folder):  # an abandoned attempt at this step
                     os.rename(folder, folder.with_name(f".{folder.name}.old"))
                 os.rename(partial, folder)
                 sync(folder.parent)
     with shard.together():
         if shard.rank == 0:
-            kept = complete(run)
-            kept = kept[: kept.index(folder) + 1][-keep:]  # later steps are left over from before the run was resumed here
+            kept = [path for path in complete(run) if path <= folder][-keep:]  # later ones: from before it was resumed
             for old in set(complete(run)) - set(kept):
                 os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted one must not carry a complete one's name
             remove_leftovers(run)
@@ -124,7 +124,7 @@ def remove_leftovers(run: Path) -> list[str]:
     cut_off = [path.name.split(".")[1] for path in sorted((run / "checkpoints").glob(".step_*.partial"))]
     cut_off += ["crosscoder"] * any((run / "crosscoder").glob("*.partial"))
     for leftover in (run / "checkpoints").glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
     for leftover in [*run.glob(".*.partial"), *(run / "crosscoder").glob("*.partial")]:
         leftover.unlink(missing_ok=True)
     return cut_off
@@ -136,11 +136,16 @@ def complete(run: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
 
+def newest(run: Path, before: float = math.inf) -> Path | str:
+    """For messages: the newest complete checkpoint of a step before the given one."""
+    return ([path for path in complete(run) if int(path.name[5:]) < before] or ["none yet"])[-1]
+
+
 def find(resume: Path, shard: Shard = ALONE) -> Path:
     """The checkpoint meant by a path: itself, or the newest undamaged one of that run. ValueError if there is none."""
-    resume = resume.resolve()
-    if (resume / "state.json").is_file():
-        return resume
+    named, resume = Path(os.path.abspath(resume)), resume.resolve()
+    if (resume / "state.json").is_file():  # its run is where its name lies, though checkpoints/ may lead to another disk
+        return named if (named.parents[1] / "config.json").is_file() else resume
     if not resume.exists():
         raise ValueError(f"--resume {resume}: no such run or checkpoint")
     why = None
@@ -154,7 +159,8 @@ def find(resume: Path, shard: Shard = ALONE) -> Path:
             f"--resume {resume}: all its checkpoints are damaged ({why}); put a copy of one back, or begin again with "
             f"--config {resume / 'config.json'}"
         )
-    raise ValueError(f"--resume {resume}: holds no complete checkpoint")
+    finished = ", though the run is finished: it cannot go on" if (resume / "summary.json").exists() else ""
+    raise ValueError(f"--resume {resume}: holds no complete checkpoint{finished}")
 
 
 def load(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -176,7 +182,7 @@ def load(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor],
                 with safe_open(folder / part["file"], framework="pt") as file:
                     for name, found in parts.items():
                         found.append(file.get_slice(name)[low - part["start"] : high - part["start"]])
-        tensors |= {name: torch.cat(found) for name, found in parts.items()}
+        tensors |= {name: torch.cat(parts.pop(name)) for name in list(parts)}  # each part goes as soon as it is copied
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {folder} is broken ({error}): give --resume the run's folder, and it takes the newest whole one"
@@ -193,12 +199,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave; Adam's moments leave `tensors`, so that memory need not hold them twice."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         # In the parameter's memory layout, as fused Adam walks through both in parallel.
-        moments = {key: torch.empty_like(parameter).copy_(tensors[f"{name}.adam_{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+        keys = ("exp_avg", "exp_avg_sq")
+        moments = {key: torch.empty_like(parameter).copy_(tensors.pop(f"{name}.adam_{key}")) for key in keys}
         state[i] = moments | {"step": tensors[f"adam_step.{name}"]}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -255,8 +262,9 @@ def lock(run: Path) -> int:
         raise ValueError(f"--run-name: another process is writing {run}; wait for it or choose another name") from None
     except OSError:
         pass  # a file system without locks
-    if not os.access(run, os.W_OK):
-        raise ValueError(f"--output-dir: {run} cannot be written to; make it writable, or copy it to a folder that is")
+    for folder in (run, run / "checkpoints", run / "crosscoder"):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise ValueError(f"--output-dir: {folder} cannot be written to; make it writable, or copy {run} to where it is")
     return handle
 
 
@@ -280,11 +288,15 @@ def explained(what: str, run: Path, shard: Shard = ALONE):
         if isinstance(error, OSError) and error.errno is None:  # already one sentence
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
         raise OSError(
-            f"{what} could not be written to {run} ({reason}; {shutil.disk_usage(existing).free / 1e9:.2f} GB free): make room "
+            f"{what} could not be written to {run} ({reason}; {room(run) / 1e9:.2f} GB free): make room "
             "or choose a folder you can write to; earlier checkpoints are untouched"
         ) from None
+
+
+def room(run: Path) -> int:
+    """Free bytes of the disk that a run's checkpoints lie on."""
+    return shutil.disk_usage(next(f for f in (run / "checkpoints", run, *run.absolute().parents) if f.exists())).free
 
 
 def sync(path: Path) -> None:

@@ -113,8 +113,9 @@ def resumed_config_file(config: TrainConfig) -> Path | None:
             raise ValueError("--resume auto needs --run-name NAME, or give the run itself: --resume runs/NAME")
         folders = [Path(config.output_dir).expanduser() / config.run_name]
     else:
-        resume = Path(config.resume).expanduser().resolve()
-        folders = [resume, *resume.parents[:2]]  # a run, or a checkpoint inside it
+        resume = Path(config.resume).expanduser()
+        paths = (Path(os.path.abspath(resume)), resume.resolve())  # checkpoints/ may lead to another disk
+        folders = [folder for path in paths for folder in (path, *path.parents[:2])]  # a run, or a checkpoint inside it
     return next((f / "config.json" for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
 
 

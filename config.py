@@ -285,7 +285,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Hub repository (user/name) that the finished crosscoder goes to, with a card made from the run. A new one is private.
     push_to_hub: str | None = None
 
-    # auto: go on from the newest checkpoint of --run-name (fresh if there is none). PATH: of that run or checkpoint.
+    # auto: go on from the newest checkpoint of --run-name, fresh if nothing is there yet. PATH: of that run or checkpoint.
     # The run's own config.json supplies all other flags; only length, logging and device flags may differ from it.
     resume: str | None = None
 

@@ -6,21 +6,24 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import re
 import shlex
-import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from string import ascii_uppercase
 
 import torch
 
 import checkpoint
-from activations import fingerprints, limit_norms
+from activations import PREFETCH, fingerprints, limit_norms
 from config import TrainConfig, model_flags
 from monitor import say
 from parallel import Shard
 from planted import PlantedConcepts
 from stored import open_pair, open_several, open_single
+from windows import host_memory
 
 OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
@@ -201,10 +204,26 @@ def resume_point(given: TrainConfig, shard: Shard) -> Path | None:
     if given.resume != "auto":
         return checkpoint.find(Path(given.resume), shard)
     run = Path(given.output_dir) / given.run_name
-    if not checkpoint.complete(run):
-        say(f"--resume auto: {run} holds no checkpoint, starting fresh")
-        return None
-    return checkpoint.find(run, shard)
+    if checkpoint.complete(run):
+        return checkpoint.find(run, shard)
+    require_beginning(run)
+    say(f"--resume auto: {run} holds no checkpoint, starting fresh")
+    return None
+
+
+def require_beginning(run: Path) -> None:
+    """ValueError unless a run may begin here: the folder is new, empty, or its run ended before it had saved anything."""
+    if not run.is_dir() or all(path.name.startswith(".") for path in run.iterdir()):
+        return
+    saved, _ = read_record(run)
+    lines = (run / "metrics.jsonl").read_text(errors="replace") if (run / "metrics.jsonl").exists() else ""
+    step = max(map(int, re.findall(r'^{"step": (\d+),', lines, re.MULTILINE)), default=0)
+    finished = (run / "summary.json").exists() or (run / "crosscoder").exists()
+    if finished or step > saved["save_every"] or checkpoint.complete(run):
+        raise ValueError(
+            f"--resume auto: {run} {'is finished' if finished else f'was at step {step}'} and is not begun again: choose "
+            "another --run-name, or put its checkpoints/ back if they were moved"
+        )
 
 
 def run_name(given: TrainConfig) -> str:
@@ -235,7 +254,10 @@ def read_record(run: Path) -> tuple[dict, dict]:
         record = json.loads((run / "config.json").read_text())
         return record["resolved"], record["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {run / 'config.json'} is missing or broken ({error!r}); the run cannot go on") from None
+        raise ValueError(
+            f"--resume: {run / 'config.json'} is missing or broken ({error!r}): {run} is no run that can go on; choose another "
+            "--run-name or --output-dir"
+        ) from None
 
 
 def refuse_changes(config: TrainConfig, saved: dict) -> None:
@@ -270,12 +292,54 @@ def refuse_other_data(data: dict, saved_data: dict) -> None:
             )
 
 
+def require_memory(config: TrainConfig, source, device: torch.device, at_once: int, shard: Shard) -> None:
+    """ValueError if the device or the host cannot hold the run, by the formula of docs/speed.md. at_once: rows."""
+    values = 2 * source.n_models * source.d_model * config.d_hidden / shard.size  # in this process's weights
+    scores, batch = at_once * config.d_hidden / shard.size, config.batch_size * source.n_models * source.d_model
+    on_cpu = device.type == "cpu"
+    # A step holds weights, gradient, both moments and a copy of one of the weights; the end no gradient, but scores in float32.
+    state, codes = max((20 * values, (4 if on_cpu else 12) * scores), (12 * values, 20 * scores), key=sum)
+    on_device = {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * batch}
+    on_host = {"batch_size": (PREFETCH + 3) * source.dtype.itemsize * batch}
+    on_host["buffer_tokens"] = source.buffer.nbytes if config.streaming else 0  # takes its memory when it is filled
+    if on_cpu:
+        on_host |= on_device | {"batch_size": on_host["batch_size"] + on_device["batch_size"]}
+    else:
+        on_host["d_hidden"] = 12 * values  # what a checkpoint holds, on its way to the disk
+    on_host = {name: size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for name, size in on_host.items()}
+    places = [("the host", host_memory(), on_host)]
+    if not on_cpu:
+        places.append((device, torch.cuda.mem_get_info(device)[0], on_device))
+    for place, free, needed in places:
+        if sum(needed.values()) > free:
+            flags = [
+                f"--{name.replace('_', '-')} (for {size / 1e9:.1f} GB)" for name, size in needed.items() if size > free / 10
+            ]
+            raise ValueError(
+                f"the run needs {sum(needed.values()) / 1e9:.1f} GB of memory on {place} and {free / 1e9:.1f} GB are free: "
+                f"lower {' or '.join(flags)}"
+            )
+
+
+@contextmanager
+def memory_explained(run: Path | None = None):
+    """ValueError with one sentence where the memory of a device or of the host runs out. run: where checkpoints lie."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|bad_alloc", str(error)):
+            raise
+        raise ValueError(
+            f"out of memory ({(str(error) or 'MemoryError').splitlines()[0][:200]}): lower --micro-batch-size, --batch-size or "
+            f"--d-hidden, or end what else uses the memory. Last checkpoint: {checkpoint.newest(run) if run else 'none yet'}"
+        ) from None
+
+
 def require_room(config: TrainConfig, source, run: Path) -> None:
     """ValueError if the disk cannot hold the run's checkpoints: weights and two Adam moments each, float32."""
     size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
     needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))
-    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if needed > (room := shutil.disk_usage(existing).free):
+    if needed > (room := checkpoint.room(run)):
         raise ValueError(
             f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
             "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"

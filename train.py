@@ -90,7 +90,9 @@ def main(given: TrainConfig, shard: Shard) -> int:
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf, or lies above --max-norm-ratio: give another --val-tokens")
-    prepare.require_room(config, source, run)
+    with shard.together():
+        prepare.require_memory(config, source, device, at_once, shard)
+        prepare.require_room(config, source, run)
     sample = None  # raw activations for a source that has thresholds and no k (JumpReLU): it begins with as many active latents
     if warm and warm.k is None and config.variant == "batch_topk":
         sample = raw_sample(source)  # [rows, n_models, d_model]
@@ -106,6 +108,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
     if shard.rank == 0:
         run = run if saved else prepare.make_folder(run, given)
         locked = checkpoint.lock(run)
+        if not saved:
+            prepare.require_beginning(run)  # another process may have begun and ended there meanwhile
         if cut_off := checkpoint.remove_leftovers(run):
             say(f"cut off  {', '.join(cut_off)} in {run}: the run was killed while writing it; removed")
         if not saved:
@@ -150,6 +154,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
             checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
             checkpoint.restore_random_states(tensors)
             tokens_since_fired.copy_(tensors["tokens_since_fired"])
+            del tensors  # as large as the crosscoder and Adam's moments
             scheduler.load_state_dict(state["scheduler"])
             step, tokens, position = (state[name] for name in ("step", "tokens", "position"))
             dropped = (state["dropped"], 0) if isinstance(state["dropped"], int) else tuple(state["dropped"])  # int: older
@@ -164,6 +169,8 @@ def main(given: TrainConfig, shard: Shard) -> int:
     print_plan(config, source, run, start_from, device, steps)
     if sample is not None and given.k is None:
         say(f"k        {config.k}, the active latents a token of {given.init_from} on these rows: it has thresholds and no k")
+    if position >= stop:
+        say("finished all its steps are done: the result is measured and saved again; --num-tokens makes the run longer")
     tracker = None
     with shard.together():  # the last wait that may be long: in the loop all answer within a minute
         if shard.rank == 0:
@@ -180,7 +187,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
         stream = source.batches(config.batch_size, stop, device, position, dropped, standing, shard)
     else:
         stream = batches(source, config.batch_size, stop, device, position, dropped, shard)
-    with closing(stream):
+    with closing(stream), prepare.memory_explained(run):
         for batch in stream:
             waited += time.perf_counter() - waiting_since
             step, position, dropped = step + 1, batch.position, batch.dropped
@@ -233,6 +240,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
                 state |= {"stream": source.standing(position)} if streams else {}
                 tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
                 tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
+                require_finite_weights(tensors, step, run, shard)
                 checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden, shard)
                 last_save = f"the last save took {time.perf_counter() - saving_since:.1f} s"
             watched.bar.update()
@@ -252,9 +260,11 @@ def main(given: TrainConfig, shard: Shard) -> int:
 
     # --- the result: an inference threshold and metrics from rows that were never trained on, in float32 as it will be used
     crosscoder.compute_dtype = torch.float32
-    if config.variant == "batch_topk":
-        crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
-    final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
+    with prepare.memory_explained(run):
+        if config.variant == "batch_topk":
+            crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
+        final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
+    require_finite_weights(crosscoder.state_dict(), step, run, shard)
     with checkpoint.explained("the crosscoder", run, shard):
         crosscoder.save_pretrained(run / "crosscoder")
     dead, norms = (shard.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
@@ -403,17 +413,27 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
     """ValueError if the loss was not finite at some step since the last look."""
     if step := int(bad_step):
         where = next((f"rows {low} to {high} of the training rows" for at, low, high in recent if at == step), "unknown rows")
-        good = checkpoint.complete(run)
         raise ValueError(
             f"the loss of step {step} is not finite (its batch lies in {where}): lower --lr, or look at those rows. "
-            f"Last good checkpoint: {good[-1] if good else 'none yet'}"
+            f"Last good checkpoint: {checkpoint.newest(run, step)}"
+        )
+
+
+def require_finite_weights(tensors: dict[str, Tensor], step: int, run: Path, shard: Shard) -> None:
+    """ValueError if what is to be saved holds NaN, inf, or values whose squares overflow. Waits for the device."""
+    norm = torch.nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()])
+    if shard.any_process(not norm.isfinite()):
+        raise ValueError(
+            f"the weights after step {step} are not finite, or too large for finite norms: lower --lr. They were not saved. "
+            f"Last good checkpoint: {checkpoint.newest(run, step)}"
         )
 
 
 if __name__ == "__main__":
     shard = Shard.of_torchrun()
     try:
-        status = main(CONFIG, shard)
+        with prepare.memory_explained():
+            status = main(CONFIG, shard)
         shard.leave()
         sys.exit(status)
     except (ValueError, OSError) as error:

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT, metrics, one_line_error, run_script
+from processes import several
+from safetensors.torch import load_file, save_file
 from test_activations import numbered, write
 from test_resume import wait_for_step
 from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit
@@ -29,6 +31,7 @@ import checkpoint
 from crosscoder import CrossCoder
 from stored import open_pair, open_single
 from train import ONE_SIGNAL
+from windows import host_memory
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
@@ -299,13 +302,111 @@ def test_a_file_system_that_fills_up(tmp_path, length, what):
 
 
 @needs_mount
-def test_a_run_on_a_read_only_disk_is_refused(finished):
-    """Root may write anywhere but there."""
-    script = f"mount --bind {finished} {finished}; mount -o remount,ro,bind {finished}; "
+@pytest.mark.parametrize("part", [".", "checkpoints", "crosscoder"])
+def test_a_run_on_a_read_only_disk_is_refused(finished, part):
+    """Root may write anywhere but there. Before any training: a read-only checkpoints/ would lose all until the first save."""
+    folder = finished / part
+    script = f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; "
     script += f"exec {sys.executable} {ROOT}/train.py --resume {finished} --num-tokens 9600"
     result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
     message = one_line_error(result, "train.py")
-    assert f"{finished} cannot be written to" in message and "copy it to a folder that is" in message
+    assert f"{folder} cannot be written to" in message and f"copy {finished} to where it is" in message
+    assert "step" not in result.stderr.replace(message, "")
+
+
+@needs_mount
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_a_run_in_a_read_only_output_dir_is_refused(tmp_path, resume):
+    script = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}; "
+    script += (
+        f"exec {sys.executable} {ROOT}/train.py --output-dir {tmp_path}/runs --run-name a {' '.join(map(str, SMALL + resume))}"
+    )
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert f"--output-dir: cannot create {tmp_path}/runs/a (Read-only file system)" in one_line_error(result, "train.py")
+
+
+# --- too little memory
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (lambda free: ["--d-hidden", int(1.3 * free / (20 * 2 * 256)), "--batch-size", 4], "--d-hidden"),
+        (lambda free: ["--d-hidden", 1 << 16, "--batch-size", int(1.3 * free / (20 << 16))], "--micro-batch-size"),
+        (lambda free: ["--batch-size", int(1.3 * free / (48 * 256)), "--micro-batch-size", 64], "--batch-size"),
+    ],
+    ids=["dictionary", "codes", "rows"],
+)
+def test_a_run_that_needs_more_memory_than_is_free_is_refused(tmp_path, flags, named):
+    """1.3 times what is free: about 30 GB on a machine of 23."""
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *QUICK, *flags(host_memory()))
+    message = one_line_error(result, "train.py")
+    assert "GB of memory on the host and" in message and f"lower {named} (for " in message and not (tmp_path / "a").exists()
+
+
+@needs_mount
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_memory_limit_of_a_container_counts(version):
+    """Files as the kernel writes them: a limit of 3 GB, of which 2 are used and 0.5 of these are files that can be dropped."""
+    where = "/sys/fs/cgroup" + ("/memory" if version == 1 else "")
+    limit, used, total = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_") if version == 1 else ("memory.max", "memory.current", "")
+    )
+    script = f"""
+        mount -t tmpfs none /sys/fs/cgroup && mkdir -p {where} && cd {where}
+        echo 3000000000 > {limit}; echo 2000000000 > {used}
+        printf 'anon 5\n{total}inactive_file 400000000\n{total}active_file 100000000\n' > memory.stat
+        PYTHONPATH={ROOT} exec {sys.executable} -c 'import windows; print(windows.host_memory())'
+    """
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "1500000000\n", result.stderr
+
+
+@pytest.mark.parametrize("when", ["loop", "end"])
+def test_memory_that_runs_out_in_the_middle_of_a_run(tmp_path, when):
+    """A real limit on the address space, below what the process has: the next larger allocation fails."""
+    flags = ["--d-hidden", 2048, "--save-every", 20, "--log-every", 1, "--batch-size", 512, "--micro-batch-size", 256]
+    flags += ["--num-tokens", 640_000] if when == "loop" else ["--num-tokens", 512, "--val-tokens", 100_000]
+    process, run = start(tmp_path, "a", *QUICK, *flags), tmp_path / "a"
+    wait_until(lambda: checkpoint.complete(run), process)
+    size = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmSize"))
+    limit = int(size.split()[1]) * 1024 - (1 << 26)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    _, errors = process.communicate(timeout=120)
+    (message,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert process.returncode == 1 and "out of memory (" in message and "lower --micro-batch-size" in message
+    assert f"Last checkpoint: {checkpoint.complete(run)[-1]}" in message and "Traceback" not in errors
+
+
+# --- numbers that are none
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, processes):
+    """One step: its loss is finite, the weights after it are not."""
+    flags = ["--output-dir", tmp_path, "--run-name", "a", *QUICK, "--num-tokens", 2048, "--batch-size", 2048, "--lr", 1e38]
+    first, *_ = started = several(processes, ROOT / "train.py", *flags) if processes > 1 else [start(tmp_path, "a", *flags)]
+    outcomes = [process.communicate(timeout=120) for process in started]
+    (message,) = [line for line in outcomes[0][1].splitlines() if line.startswith("train.py: error: ")]
+    assert first.returncode == 1 and "the weights after step 1 are not finite" in message and "lower --lr" in message
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", "metrics.jsonl"}
+    assert not any("Traceback" in errors for _, errors in outcomes) and all(process.returncode for process in started)
+
+
+def test_a_finished_run_whose_checkpoint_holds_inf_is_not_saved_as_a_result(tmp_path, finished):
+    """As runs of earlier versions may have left it: whole by its checksums."""
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    folder = checkpoint.complete(run)[-1]
+    tensors = load_file(folder / "latents_0_64.safetensors")
+    tensors["W_dec"][3, 1, 5] = torch.inf
+    save_file(tensors, folder / "latents_0_64.safetensors")
+    index = json.loads((folder / "index.json").read_text())
+    checkpoint.write_index(folder, {name: part for name, part in index.items() if "checksum" not in name})
+    before = (run / "crosscoder" / "model.safetensors").read_bytes()
+    message = one_line_error(run_script("train.py", "--resume", run), "train.py")
+    assert "the weights after step 100 are not finite" in message and f"Last good checkpoint: {folder}" not in message
+    assert (run / "crosscoder" / "model.safetensors").read_bytes() == before
 
 
 # --- damaged data

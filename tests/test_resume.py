@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -218,6 +219,102 @@ def test_resume_from_an_older_checkpoint(tmp_path):
 def test_resume_auto_starts_fresh_when_there_is_nothing(tmp_path):
     result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, "--resume", "auto", check=True)
     assert "holds no checkpoint, starting fresh" in result.stdout and (tmp_path / "a" / "summary.json").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["finished", "half-saved", "stopped", "another project's", "notes"])
+def test_resume_auto_overwrites_nothing(tmp_path, what):
+    """A finished run and a stopped one whose checkpoints were deleted to save space, and folders that are no run."""
+    run, said = tmp_path / "a", "is finished"
+    if what in ("another project's", "notes"):
+        run.mkdir()
+        name, said = ("config.json", "no run that can go on") if what != "notes" else ("notes.txt", "config.json is missing")
+        (run / name).write_text('{"model_type": "llama"}')
+    else:
+        train(tmp_path, "a", *SMALL)
+        shutil.rmtree(run / "checkpoints")
+        if what != "finished":
+            (run / "summary.json").unlink()
+        if what == "stopped":
+            shutil.rmtree(run / "crosscoder")
+            (run / "checkpoints").symlink_to(tmp_path / "not mounted")
+            said = "was at step 100"
+    before = contents(run)
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *SMALL, "--seed", 1, "--resume", "auto")
+    message = one_line_error(result, "train.py")
+    assert said in message and "choose another --run-name" in message and contents(run) == before
+    assert "holds no complete checkpoint" in one_line_error(run_script("train.py", "--resume", run), "train.py")
+    assert contents(run) == before
+
+
+def test_resume_auto_begins_again_what_was_killed_before_its_first_checkpoint(tmp_path):
+    straight = train(tmp_path, "straight", *SMALL)
+    process, run = start(tmp_path, "a", *SMALL, "--save-every", 80, "--val-tokens", 100_000), tmp_path / "a"
+    wait_for_step(process, run, 20)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "checkpoints").exists() and len(metrics(run)) > 1
+    train(tmp_path, "a", *SMALL, "--resume", "auto")
+    assert_same_weights(straight, run)
+    assert [m["step"] for m in metrics(run)] == [m["step"] for m in metrics(straight)]
+
+
+def test_a_requeued_job_that_comes_late_does_not_begin_again_what_another_has_finished(tmp_path):
+    late = start(tmp_path, "a", *SMALL, "--val-tokens", 300_000, "--seed", 1, "--resume", "auto")
+    while "starting fresh" not in late.output()[0]:
+        assert late.poll() is None
+        time.sleep(0.001)
+    late.send_signal(signal.SIGSTOP)
+    run = tmp_path / "a"
+    assert not run.exists()
+    train(tmp_path, "a", *SMALL)
+    before = contents(run)
+    late.send_signal(signal.SIGCONT)
+    _, errors = late.communicate(timeout=60)
+    assert late.returncode == 1 and "a is finished and is not begun again" in errors and contents(run) == before
+
+
+@pytest.mark.parametrize("how", [["--resume", "auto"], ["--resume", "a"]])
+def test_a_finished_run_says_that_it_is_finished(tmp_path, how):
+    run = train(tmp_path, "a", *SMALL)
+    before = contents(run / "crosscoder")
+    result = run_script("train.py", "--output-dir", ".", "--run-name", "a", *how, cwd=tmp_path, check=True)
+    assert "finished all its steps are done" in result.stdout and contents(run / "crosscoder") == before
+
+
+def test_a_run_renamed_while_stopped(tmp_path):
+    """A process that sleeps meanwhile does not make the folder of the old name again; another goes on under the new name."""
+    process, run = start(tmp_path, "a", *SMALL, "--num-tokens", 64_000, "--log-every", 1000), tmp_path / "a"
+    while not checkpoint.complete(run):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    run.rename(tmp_path / "b")
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "could not be written" in errors and not run.exists()
+    train(tmp_path, "b", "--resume", tmp_path / "b", "--num-tokens", 9600)
+    assert metrics(tmp_path / "b")[-1]["step"] == 150
+
+
+def test_checkpoints_on_another_disk(tmp_path):
+    """checkpoints/ is a link, then each step in it; named directly, the run is still the one whose name was given."""
+    run, disk = train(tmp_path, "a", *SMALL), tmp_path / "disk" / "runs"
+    (tmp_path / "latest").symlink_to(checkpoint.complete(run)[-1])
+    train(tmp_path, "a", "--resume", tmp_path / "latest")
+    disk.mkdir(parents=True)
+    (run / "checkpoints").rename(disk / "checkpoints")
+    (run / "checkpoints").symlink_to(disk / "checkpoints")
+    train(tmp_path, "a", "--resume", run / "checkpoints" / "step_00000080")
+    assert not (disk / "metrics.jsonl").exists() and metrics(run)[-1]["step"] == 100
+    for folder in (steps := checkpoint.complete(run)):
+        (folder.resolve().rename(tmp_path / "disk" / folder.name), folder.symlink_to(tmp_path / "disk" / folder.name))
+    train(tmp_path, "a", "--resume", "auto", "--num-tokens", 16_000)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000240", "step_00000250"}
+    assert all((tmp_path / "disk" / folder.name / "index.json").exists() for folder in steps)  # what a link leads to stays
 
 
 def test_resumed_run_refuses_another_recipe(tmp_path):
