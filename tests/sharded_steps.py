@@ -53,6 +53,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, dead]]))
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
+            out.mkdir(parents=True, exist_ok=True)
             checkpoint.save(out, step, tensors | {"tokens_since_fired": since_fired}, {}, 2, D_HIDDEN, shard)
     crosscoder.save_pretrained(out / "crosscoder")
     if shard.rank == 0:
