@@ -49,10 +49,11 @@ class World(NamedTuple):
     flags: list[str] = []  # of our recipes here, in place of defaults
 
 
-EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "k_start": 16, "l1_topk": 0.5}
-HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 1.5, "k": 40, "k_start": 32, "l1_topk": 1.5}
+EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
+HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 1.5, "k": 40, "l1_topk": 1.5}
 # Many rare concepts that occur together come apart slowly: sparsity grows to the end, and k starts where it cuts nothing off.
 HARD_FLAGS = ["--l1-warmup", "0.95", "--k-anneal", "0.95", "--dead-window", "0.01"]
+HARD_K_FLAGS = ["--k-start", "32"]  # where a recipe selects by k
 WORLDS = {
     "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
     "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),
@@ -61,13 +62,13 @@ WORLDS = {
     "hard": World(HARD, 6_000_000, 4096, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2e-3"]),
     "hard, none to spare": World(HARD, 6_000_000, 2048, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2.8e-3"]),
     "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
-    "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "k_start": 16, "l1_topk": 0.0}),
+    "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "l1_topk": 0.0}),
 }
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
     # The selection alone settles on mixtures of concepts that a penalty sorts.
-    "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}", "--k-start", "{k_start}", "--l1-coeff", "{l1_topk}"],
-    "ours, batch_topk without a penalty": ["--variant", "batch_topk", "--k", "{k}", "--k-start", "{k_start}"],
+    "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}", "--l1-coeff", "{l1_topk}"],
+    "ours, batch_topk without a penalty": ["--variant", "batch_topk", "--k", "{k}"],
     # ckkissane/crosscoder-model-diff-replication: scale without centring, L1 2 after 5 %, no warm-up, decay over the last 20 %
     "L1 (ckkissane)": [
         *["--no-center", "--l1-coeff", "2", "--lr", "5e-5", "--dec-init-norm", "0.08", "--l1-warmup", "0.05"],
@@ -141,6 +142,7 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
         command += ["--compute-dtype", "bfloat16"]
         command += [part.format(**world.dials) for part in RECIPES[recipe]]
         command += (world.flags if recipe.startswith("ours") else []) + (["--lr", lr] if lr else [])
+        command += HARD_K_FLAGS if name.startswith("hard") and "--k" in command else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
