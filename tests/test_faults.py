@@ -528,5 +528,10 @@ def test_a_log_file_gets_lines_with_time(tmp_path):
 
 
 def test_soak_with_three_kills():
-    shown = run_script("benchmarks/soak.py", "--kills", 3, "--inside-saves", 1, check=True).stdout
-    assert shown.startswith("3 kills (") and "the same bits, 0 temporary files left" in shown
+    flags = ["--kills", 3, "--inside-saves", 1, "--inside-final-save", 1]
+    shown = run_script("benchmarks/soak.py", *flags, check=True).stdout
+    assert (
+        shown.startswith("3 kills (")
+        and ", 1 inside the final save, " in shown
+        and "the same bits, 0 temporary files left" in shown
+    )
