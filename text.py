@@ -6,14 +6,19 @@ Everything here is deterministic: the same arguments give the same sequences, so
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import hashlib
 import itertools
+import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub import HfApi
 from tqdm import tqdm
 
 datasets.disable_progress_bars()
@@ -25,7 +30,9 @@ KINDS = f"{', '.join(TABLES)}, {', '.join(TEXTS)}"
 DEFAULT_COLUMNS = ("text", "content", "messages", "conversation", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 PIECE_CHARS = 1_000_000  # longer documents are tokenized in pieces: tokenizers need many times the size of their text
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # a chat must not depend on the day of a restart
 TOKENIZE_TOGETHER = 256  # documents: enough for the tokenizer's threads
+FINGERPRINT_BLOCKS, BLOCK_BYTES = 1024, 65_536  # at most 64 MB are read for a fingerprint, also of a model of 20 GB
 
 
 @dataclasses.dataclass
@@ -34,10 +41,17 @@ class Source:
 
     name: str
     weight: float
+    files: list[Path]  # where it is read from; none for a Hub dataset
+    commit: str | None  # of a Hub dataset
     sequences: Iterator[np.ndarray] | None = None  # int32 [<= seq_len] each
     templated: bool = False
+    template_bos: str | None = None  # what is done with the BOS that the chat template writes: "left out" or "kept"
     tokens: int = 0
     refused: int = 0
+
+    def fingerprint(self) -> str:
+        """Changes when its text does."""
+        return self.commit or fingerprint(self.files)
 
 
 def open_sources(
@@ -48,16 +62,24 @@ def open_sources(
     pack: bool = True,
     text_column: tuple[str, ...] = (),
     chat_template: bool = False,
+    commits: dict[str, str] | None = None,
 ) -> list[Source]:
-    """`SRC` or `SRC=WEIGHT` each -> Sources. ValueError, naming the flag, if one cannot be opened or lacks the columns."""
+    """`SRC` or `SRC=WEIGHT` each -> Sources. commits: of SRC on the Hub, where it must not be the newest.
+
+    ValueError, naming the flag, if one cannot be opened or lacks the columns.
+    """
     sources, any_table = [], False
     for spec in specs:
         name, weight = split_weight(spec)
         path = local_path(name)
-        rows = load_hub(name) if path is None else load_local(name, path)
-        source = Source(name, weight)
-        if isinstance(rows, list):  # plain text files
-            documents = (read_chunks(file) for file in rows)
+        files, commit = [], None
+        if path is None:
+            rows, commit = load_hub(name, (commits or {}).get(name))
+        else:
+            rows, files = load_local(name, path)
+        source = Source(name, weight, files, commit)
+        if rows is None:  # plain text files
+            documents = (read_chunks(file) for file in files)
         else:
             documents = table_documents(source, rows, tokenizer, text_column, chat_template)
             any_table = True
@@ -110,23 +132,27 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 
 def local_path(name: str) -> Path | None:
-    """The path if `name` is one that exists, None for a Hub id. ValueError for a missing absolute, `./`, `../` or `~` path."""
+    """The path if `name` is one that exists, None for what may be a Hub id. ValueError, with close names, for other paths."""
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
-    if path.is_absolute() or name.startswith(("./", "../")):
-        raise ValueError(f"--text {name}: there is no such file or folder; check the path")
+    if path.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1 or path.suffix in (*TABLES, *TEXTS):
+        there = os.listdir(path.parent) if path.parent.is_dir() else []
+        hint = "".join(f"is it {path.parent / other}?" for other in difflib.get_close_matches(path.name, there, n=1))
+        raise ValueError(f"--text {name}: there is no such file or folder; {hint or 'check the path'}")
     return None
 
 
-def load_hub(name: str) -> datasets.IterableDataset:
-    """`id`, `id:config` or `id:config:split` (the split is train unless given), streamed."""
+def load_hub(name: str, commit: str | None = None) -> tuple[datasets.IterableDataset, str | None]:
+    """`id`, `id:config` or `id:config:split` (the split is train unless given), streamed, and its commit (None: the newest)."""
     parts = name.split(":")
     if len(parts) > 3 or not parts[0]:
         raise ValueError(f"--text {name}: is neither an existing path nor a Hub id of the form id:config:split")
     config, split = (parts[1:] + ["", ""])[:2]
     try:
-        return datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True)
+        if commit is None and not datasets.config.HF_HUB_OFFLINE:  # asks once, where load_dataset tries six times
+            commit = HfApi().repo_info(parts[0], repo_type="dataset", timeout=30).sha
+        return datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit), commit
     except Exception as error:  # the library raises a dozen types here, from HTTP errors to missing configs
         raise ValueError(
             f"--text {name}: is no existing path, and the Hub does not give it as a dataset ({one_line(error)}); "
@@ -134,16 +160,16 @@ def load_hub(name: str) -> datasets.IterableDataset:
         ) from None
 
 
-def load_local(name: str, path: Path) -> list[Path] | datasets.Dataset | datasets.IterableDataset:
-    """Plain text files as a list of paths; tables and folders of save_to_disk as a dataset, read as they are needed."""
+def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.IterableDataset | None, list[Path]]:
+    """Tables and folders of save_to_disk as a dataset, read as it is needed, None for plain text; and the files."""
     try:
-        if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if (path / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(str(path))
-            if "train" not in splits and len(splits) > 1:
-                raise ValueError(f"it has the splits {', '.join(splits)} and none named train; give the folder of one")
-            return splits["train"] if "train" in splits else next(iter(splits.values()))
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(str(path))
+            if isinstance(rows, dict):  # of splits
+                if "train" not in rows and len(rows) > 1:
+                    raise ValueError(f"it has the splits {', '.join(rows)} and none named train; give the folder of one")
+                rows = rows["train"] if "train" in rows else next(iter(rows.values()))
+            return rows, [Path(file["filename"]) for file in rows.cache_files]
     except Exception as error:  # whatever a damaged folder makes the library raise
         raise ValueError(f"--text {name}: cannot be read as a dataset folder ({one_line(error)})") from None
     files = [path]
@@ -156,22 +182,37 @@ def load_local(name: str, path: Path) -> list[Path] | datasets.Dataset | dataset
         found = sorted({f.suffix for f in files if f.suffix in TABLES or f.suffix in TEXTS})
         raise ValueError(f"--text {name}: holds files of several kinds ({', '.join(found)}); give a folder with one kind")
     if kinds:
-        tables = [str(f) for f in files if f.suffix in TABLES]
+        tables = [f for f in files if f.suffix in TABLES]
         try:
-            return datasets.load_dataset(kinds.pop(), data_files=tables, split="train", streaming=True)
+            rows = datasets.load_dataset(kinds.pop(), data_files=[str(f) for f in tables], split="train", streaming=True)
+            return rows, tables
         except Exception as error:  # whatever a broken file makes the reader raise
             raise ValueError(f"--text {name}: cannot be read ({one_line(error)})") from None
     if not texts:
         what = "holds no file with content" if path.is_dir() or not files else "is of an unknown kind"
         raise ValueError(f"--text {name}: {what}; known are {KINDS} and folders of save_to_disk")
-    return texts
+    return None, texts
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A hash of the files' names, sizes and evenly spaced blocks, first and last included; of all blocks if they are few."""
+    digest = hashlib.sha256()
+    sizes = [file.stat().st_size for file in files]
+    for file, size in zip(files, sizes, strict=True):
+        digest.update(f"{file.name} {size}\n".encode())
+        n_blocks = min(-(-size // BLOCK_BYTES), max(2, FINGERPRINT_BLOCKS * size // max(1, sum(sizes))))
+        with open(file, "rb") as content:
+            for start in np.linspace(0, max(0, size - BLOCK_BYTES), n_blocks, dtype=np.int64):
+                content.seek(start)
+                digest.update(content.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
 
 
-def read_rows(name: str, rows: Iterable[dict]) -> Iterator[dict]:
+def read_rows(source: Source, rows: Iterable[dict]) -> Iterator[dict]:
     """The rows, with the errors of broken files and connections as one sentence."""
     n_read = 0
     try:
@@ -179,7 +220,26 @@ def read_rows(name: str, rows: Iterable[dict]) -> Iterator[dict]:
             yield row
             n_read += 1
     except Exception as error:  # parsers and HTTP clients each raise their own
-        raise ValueError(f"--text {name}: reading stopped after {n_read:,} rows ({one_line(error)})") from None
+        if line := broken_line(source.files):
+            raise ValueError(f"--text {source.name}: {line}; mend or remove that line") from None
+        reason = re.sub(r" in row \d+$", "", one_line(error))  # which the parser counts from 0, and anew in each block
+        raise ValueError(f"--text {source.name}: reading stopped after {n_read:,} rows ({reason})") from None
+
+
+def broken_line(files: list[Path]) -> str | None:
+    """The first line of .jsonl or .csv files that is no JSON or no UTF-8, counted from 1, and why."""
+    for file in files:
+        if file.suffix not in (".jsonl", ".csv"):
+            continue
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    text = line.decode()
+                    if file.suffix == ".jsonl" and text.strip():
+                        json.dumps(json.loads(text), ensure_ascii=False).encode()  # a lone half of a surrogate pair fails here
+                except (ValueError, RecursionError) as error:
+                    return f"{file.name}, line {number}, cannot be read ({one_line(error)})"
+    return None
 
 
 def read_chunks(file: Path) -> Iterator[str]:
@@ -194,7 +254,7 @@ def read_chunks(file: Path) -> Iterator[str]:
 def table_documents(source: Source, rows, tokenizer, text_column: tuple[str, ...], chat_template: bool) -> Iterator[tuple[str]]:
     """The text of each row of a table, as a document of one part. Decides whether the chat template applies to it."""
     name = f"--text {source.name}"
-    sample = list(itertools.islice(read_rows(source.name, rows), 20))
+    sample = list(itertools.islice(read_rows(source, rows), 20))
     if not sample:
         raise ValueError(f"{name}: holds no rows; give a source with text in it")
     columns = choose_columns(source.name, sample, text_column)
@@ -209,8 +269,9 @@ def table_documents(source: Source, rows, tokenizer, text_column: tuple[str, ...
     source.templated = chat_template and (bool(messages) or len(columns) > 1)
     if source.templated and tokenizer.chat_template is None:
         raise ValueError(f"--chat-template: the tokenizer has no template to format {name} with; leave the flag out")
-    rows = read_rows(source.name, rows.select_columns(list(columns)))
+    rows = read_rows(source, rows.select_columns(list(columns)))
     if source.templated:
+        source.template_bos = template_bos(tokenizer)
         return ((text,) for text in templated(source, rows, columns, tokenizer))
     return (("\n\n".join(strings(row, columns)),) for row in rows)
 
@@ -236,7 +297,7 @@ def strings(row: dict, columns: tuple[str, ...]) -> list[str]:
 
 
 def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], tokenizer) -> Iterator[str]:
-    """Each row as the chat template writes it, without the BOS that every sequence gets anyway.
+    """Each row as the chat template writes it; its BOS as `source.template_bos` says.
 
     Conversations that the template refuses (many know no system role) are counted in source.refused and left out.
     """
@@ -247,13 +308,37 @@ def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], to
                 turns = [{"role": role, "content": str(row[c] or "")} for c, role in zip(columns, roles, strict=False)]
             else:
                 turns = [turn(message) for message in row[columns[0]] or []]
-            text = tokenizer.apply_chat_template(turns, tokenize=False) if any(t["content"] for t in turns) else ""
+            text = format_chat(tokenizer, turns) if any(t["content"] for t in turns) else ""
         except Exception as error:  # a template may raise anything
             if source.refused == 0:
                 tqdm.write(f"--text {source.name}: left out what the chat template refuses, the first time: {one_line(error)}")
             source.refused += 1
             continue
-        yield text.removeprefix(tokenizer.bos_token or "")
+        yield text.removeprefix(tokenizer.bos_token) if source.template_bos == "left out" else text
+
+
+def template_bos(tokenizer) -> str | None:
+    """Whether the BOS that the chat template writes is "left out", because every sequence gets one anyway, or "kept".
+
+    It is left out where it marks the beginning of a text: it comes once, at the front, however many turns there are. In ChatML
+    and its like it opens every turn, and a conversation without its first one would be damaged. None: the template writes none.
+    """
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    try:
+        shown = [format_chat(tokenizer, turns * times) for times in (1, 2)]
+    except Exception:  # a template may raise anything
+        return "kept"
+    bos = tokenizer.bos_token
+    if bos is None or not any(bos in text for text in shown):
+        return None
+    return "left out" if all(text.startswith(bos) and text.count(bos) == 1 for text in shown) else "kept"
+
+
+def format_chat(tokenizer, turns: list[dict]) -> str:
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = SAME_DAY + template
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
 
 
 def turn(message: dict) -> dict:
@@ -302,18 +387,23 @@ def tokenize_together(texts: list[tuple[str, bool]], tokenizer) -> Iterator[tupl
 def token_sequences(
     pieces: Iterable[tuple[list[int], bool]], tokenizer, seq_len: int, skip_first: int, pack: bool
 ) -> Iterator[np.ndarray]:
-    """Pieces of documents -> int32 sequences [<= seq_len], each with the BOS in front if there is one.
+    """Pieces of documents -> int32 sequences [<= seq_len], each with one BOS in front if there is such a token.
 
     pack: documents are joined by EOS (if there is one) and fill the sequences; else each document gives one, cut to seq_len.
     Sequences that no row would be stored of (no longer than skip_first) are left out.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos, room = tokenizer.eos_token_id, seq_len - len(bos)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     buffer, inside = [], False  # inside: the next piece goes on with the document of the last one
+
+    def front(first: list[int]) -> list[int]:
+        """What is put before these tokens: a chat template may have written the BOS already."""
+        return [] if bos is None or first == [bos] else [bos]
+
     for ids, last in pieces:
         if not pack:
-            if not inside and len(bos) + len(ids) > skip_first:
-                yield np.array(bos + ids[:room], dtype=np.int32)
+            sequence = front(ids[:1]) + ids[:seq_len]
+            if not inside and len(sequence) > skip_first:
+                yield np.array(sequence[:seq_len], dtype=np.int32)
             inside = not last
             continue
         buffer += ids
@@ -321,8 +411,10 @@ def token_sequences(
         # a chat template may have ended the document with EOS already
         if last and eos is not None and (not ids or ids[-1] != eos):
             buffer.append(eos)
-        for start in range(0, len(buffer) - room + 1, room):
-            yield np.array(bos + buffer[start : start + room], dtype=np.int32)
-        buffer = buffer[len(buffer) // room * room :]
-    if len(bos) + len(buffer) > skip_first and buffer:
-        yield np.array(bos + buffer, dtype=np.int32)
+        at = 0
+        while at + (room := seq_len - len(opening := front(buffer[at : at + 1]))) <= len(buffer):
+            yield np.array(opening + buffer[at : at + room], dtype=np.int32)
+            at += room
+        buffer = buffer[at:]
+    if buffer and len(sequence := front(buffer[:1]) + buffer) > skip_first:
+        yield np.array(sequence, dtype=np.int32)
