@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
+import json
 import shlex
 import signal
 import sys
@@ -26,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import hub
 from paired_dataset import PairedDataset, size
-from paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, usable_device
+from paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, progress_bar, usable_device
 
+MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
 UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart
 
 
@@ -52,15 +53,16 @@ def main(config: CollectConfig) -> None:
         for name, flag in ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
     ]
     models = PairedModels(
-        **model_flags(config), batch_size=config.batch_size, dtype=config.dtype, devices=devices, seed=config.seed
-    )
+        **model_flags(config), batch_size=config.batch_size, dtype=config.dtype, devices=devices, seed=config.seed,
+        known=progress["fingerprints"],
+    )  # fmt: skip
     rows_left = config.num_tokens - sum(progress["rows"].values())
     row_bytes = dataset.require_room(rows_left, models.d_model)
 
     # --- outlier limit and scale, from the first rows
     models.start(progress["sequences"])
     if progress["stored_scale"] is None:
-        models.calibrate(min(CALIBRATION_ROWS, config.num_tokens))
+        models.calibrate(min(CALIBRATION_ROWS, config.num_tokens), val_tokens(config))
     else:
         models.median, models.scale = np.array(progress["median_norm"]), np.array(progress["stored_scale"])
     dataset.begin(models)
@@ -68,16 +70,11 @@ def main(config: CollectConfig) -> None:
     print(f"median norm: base {base:.4g}, ft {ft:.4g}; rows above {config.max_norm_ratio:g} times are left out")
 
     # --- held-out rows, then those to train on
-    capacity = min(config.shard_rows + models.drawn * config.seq_len, rows_left)
+    shard_rows = min(config.shard_rows, max(MIN_SHARD_ROWS, config.num_tokens // 20))  # which a kill costs
+    capacity = min(shard_rows + models.drawn * config.seq_len, rows_left)
     shape, dtype = (capacity, 2, models.d_model), getattr(torch, config.dtype)
     fills = [Fill(torch.empty(shape, dtype=dtype)) for _ in range(2)]  # the models fill one while the other is written
-    bar = tqdm(
-        total=config.num_tokens,
-        initial=config.num_tokens - rows_left,
-        unit=" rows",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # without a terminal (a cluster's log) a line every half minute
-    )
+    bar = progress_bar(None, config.num_tokens, initial=config.num_tokens - rows_left, leave=True, delay=0)
 
     def write(split: str) -> None:
         nonlocal writing
@@ -93,7 +90,7 @@ def main(config: CollectConfig) -> None:
             rows_left -= taken
             bar.set_postfix_str(size((config.num_tokens - rows_left) * row_bytes), refresh=False)
             bar.update(taken)
-            if fills[0].n >= config.shard_rows:
+            if fills[0].n >= shard_rows:
                 write(split)
         if split == "train":  # tokens/ holds every sequence that has rows
             fills[0].passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
@@ -159,6 +156,18 @@ def print_summary(out: Path, config: CollectConfig, pair: dict) -> None:
     print(f"train on it: python train.py --dataset {shlex.quote(str(out))}")
 
 
+def what_is_kept(config: CollectConfig) -> str:
+    """What a collection that was stopped leaves, and what to do."""
+    out = Path(config.output).expanduser()
+    if (out / "pair.json").is_file():
+        return f"{out} is complete, and the same command goes on from there"
+    progress = out / "progress.json"
+    rows = sum(json.loads(progress.read_text())["rows"].values()) if progress.is_file() else 0
+    if not rows:
+        return "no shard was complete yet, so nothing is kept; the same command begins again"
+    return f"{rows:,} of {config.num_tokens:,} rows are kept in complete shards, and the same command goes on from there"
+
+
 def stop_on_sigterm(*_) -> None:
     raise KeyboardInterrupt("SIGTERM")
 
@@ -169,5 +178,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"collect.py: error: {error}")
     except KeyboardInterrupt as stop:
-        print("\ncollect.py: stopped; complete shards stay, and the same command goes on from there", file=sys.stderr)
+        print(f"\ncollect.py: stopped; {what_is_kept(CONFIG)}", file=sys.stderr)
         sys.exit(143 if stop.args else 130)

@@ -297,7 +297,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
 class CollectConfig(ModelFlags):
     """Run two models over the same text and write their activations at one hook as a paired dataset for train.py."""
 
-    # Folder to write. An unfinished collection there goes on after its last complete shard.
+    # Folder to write. An unfinished collection there goes on after its last complete shard, if models and texts are the same.
     output: str
 
     # Rows (paired token activations) to store, held-out rows included.
@@ -313,7 +313,8 @@ class CollectConfig(ModelFlags):
     # Precision of the stored activations: 2 or 4 bytes a value.
     dtype: Literal["float16", "float32"] = "float16"
 
-    # Rows shuffled together and written as one shard: more mixes better and needs more memory, which holds two.
+    # Rows shuffled together and written as one shard, and at most a twentieth of --num-tokens, because a kill loses the shard
+    # in work: more mixes better and needs more memory, which holds two.
     shard_rows: int = 131_072
 
     # Decides the shuffling and the held-out sequences.

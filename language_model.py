@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
+import huggingface_hub.constants
 import nnsight
 import numpy as np
 import torch
@@ -26,8 +28,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 class PairedRows(NamedTuple):
     """Activations of two models at the same tokens; one row a token."""
 
-    base: torch.Tensor  # [rows, d_model] float32, on the base model's device
-    ft: torch.Tensor  # [rows, d_model] float32, on the fine-tuned model's device
+    base: torch.Tensor  # [rows, d_model], in the base model's precision and on its device
+    ft: torch.Tensor  # [rows, d_model], in the fine-tuned model's precision and on its device
+    norms: np.ndarray  # [rows, 2] float64, L2; not finite where a value of the row is not
     sequence: np.ndarray  # [rows] int32, index of the row's sequence
     position: np.ndarray  # [rows] int32, position inside it
     token: np.ndarray  # [rows] int32, id of the token there
@@ -42,12 +45,32 @@ def first_line(error: Exception) -> str:
     return lines[0][:200].rstrip(" .") if lines else type(error).__name__
 
 
-def model_name(name: str, flag: str) -> str:
-    """The name with `~` expanded. ValueError if it is a path (absolute, `./`, `../`, `~`) to no folder."""
+@lru_cache
+def model_name(name: str, flag: str, revision: str | None = None) -> str:
+    """The name with `~` expanded. ValueError if it is neither a folder nor a model or adapter on the Hub.
+
+    The Hub is asked once, where the libraries that load models try six times for each file, and not for what is in the cache.
+    """
     path = os.path.expanduser(name)
-    if (os.path.isabs(path) or name.startswith(("./", "../"))) and not os.path.isdir(path):
+    if os.path.isdir(path):
+        return path
+    if os.path.isabs(path) or name.startswith(("./", "../")) or name.count("/") > 1:
         raise ValueError(f"{flag} {name}: there is no such folder; give a Hugging Face id or the folder of a saved model")
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE and commit(name, revision) is None:
+            huggingface_hub.HfApi().repo_info(name, revision=revision, timeout=30)
+    except Exception as error:  # refusals, broken connections and its HTTP library's own, by many names
+        raise ValueError(
+            f"{flag} {name}: is no folder here, and the Hub does not give it as a model ({first_line(error)}); "
+            "check the name and the network"
+        ) from None
     return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model or adapter that decide what it computes, tokenizer included."""
+    kinds = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+    return sorted(file for file in folder.iterdir() if file.suffix in kinds and file.is_file())
 
 
 def load_model(
@@ -59,7 +82,7 @@ def load_model(
     quantise the weights by bitsandbytes, the rest is bfloat16. revision: branch, tag or commit on the Hub. adapter: peft
     adapter (id or folder) that is merged into the weights. ValueError (naming `flag`) if it cannot be loaded.
     """
-    path = model_name(name, flag)
+    path = model_name(name, flag, revision)
     if revision and os.path.isdir(path):
         raise ValueError(f"{flag.replace('model', 'revision')} {revision}: {flag} {name} is a folder, which has no revisions")
     if is_adapter(path):
@@ -129,7 +152,7 @@ def merge_adapter(
 
 def load_tokenizer(name: str, flag: str, revision: str | None = None):
     """The tokenizer of a model, or None where its folder holds none. ValueError if it cannot be loaded."""
-    path = model_name(name, flag)
+    path = model_name(name, flag, revision)
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, file)) for file in TOKENIZER_FILES):
         return None
     try:
@@ -175,11 +198,11 @@ def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
 
 
 def commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a model from the Hub that was just loaded; None for a folder."""
+    """The commit of a model or adapter from the Hub that lies in the cache; None for a folder, and where it lies not there."""
     if os.path.isdir(os.path.expanduser(name)):
         return None
-    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None
+    found = (huggingface_hub.try_to_load_from_cache(name, f, revision=revision) for f in ("config.json", "adapter_config.json"))
+    return next((os.path.basename(os.path.dirname(file)) for file in found if isinstance(file, str)), None)
 
 
 def embedding_rows(model: nnsight.NNsight) -> int:
@@ -300,15 +323,15 @@ def token_texts(tokenizer, ids: np.ndarray) -> dict[int, str]:
 
 
 def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
-    """d_model at the hook, from a forward over two tokens. ValueError if no [batch, seq, d_model] activation is there."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model._module.device)
+    """d_model at the hook, from a forward over two sequences. ValueError if no [batch, seq, d_model] activation is there."""
+    ids = torch.zeros(2, 3, dtype=torch.long, device=model._module.device)
     try:
         value = capture(model, hook, ids, torch.ones_like(ids))
     except Exception as error:  # nnsight makes an exception class of its own for each kind of failure
         raise ValueError(
             f"{flag} {hook}: a forward pass does not reach it ({first_line(error)}); give another module"
         ) from None
-    if not (isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point() and value.shape[:2] == (1, 2)):
+    if not (isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point() and value.shape[:2] == (2, 3)):
         what = f"{value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{flag} {hook}: holds a {what}, not activations [batch, sequence, d_model]; give another module")
     return value.shape[2]
@@ -331,6 +354,7 @@ def paired_activations(
     ft: nnsight.NNsight,
     base_hook: str,
     ft_hook: str,
+    d_model: int,
     indices: list[int],
     sequences: list[np.ndarray],
     skip_first: int = 0,
@@ -339,7 +363,8 @@ def paired_activations(
     """Both models over one padded batch; the rows come in reading order.
 
     indices: the number of each sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
-    ValueError if a token is unknown to one of the models, or the batch does not fit into memory (naming `batch_flag`).
+    ValueError if a token is unknown to one of the models, an activation is not d_model wide, or the batch does not fit into
+    memory (naming `batch_flag`).
     """
     ids, lengths = pad_batch(sequences)
     for model, flag in ((base, "--base-model"), (ft, "--ft-model")):
@@ -356,24 +381,25 @@ def paired_activations(
         for model, hook in ((base, base_hook), (ft, ft_hook)):
             device = model._module.device
             values.append(capture(model, hook, ids.to(device), mask.long().to(device)))
-        acts = [value[keep.to(value.device)].float() for value in values]  # [rows, d_model] each
+            if values[-1].shape != (shape := (*ids.shape, d_model)):
+                raise ValueError(
+                    f"{hook}: gives a tensor of shape {list(values[-1].shape)} for this batch and not {list(shape)}; "
+                    "give a --hook whose output is always [batch, sequence, d_model]"
+                )
+        acts = [value[keep.to(value.device)] for value in values]  # [rows, d_model] each
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{batch_flag} {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
         ) from None
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in acts]  # [rows] each
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
     return PairedRows(
         *acts,
+        norms=torch.stack(norms, dim=1).numpy(),
         sequence=np.array(indices, dtype=np.int32)[sequence.numpy()],
         position=position.numpy().astype(np.int32),
         token=ids[keep].numpy().astype(np.int32),
     )
-
-
-def row_norms(rows: PairedRows) -> np.ndarray:
-    """L2 norms in float64, [rows, 2]. A row with a non-finite value has a non-finite norm."""
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in (rows.base, rows.ft)]
-    return torch.stack(norms, dim=1).numpy()
 
 
 def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -385,15 +411,24 @@ def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[
     return finite & (norms <= max_ratio * median).all(1), finite
 
 
+def median_norm(norms: np.ndarray) -> np.ndarray:
+    """[2] median of the norms [rows, 2] of rows that are finite in both models; 0 where there is none."""
+    finite = norms[np.isfinite(norms).all(1)]
+    return np.median(finite, axis=0) if len(finite) else np.zeros(2)
+
+
 def calibrate(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Median norm [2] and stored_scale [2] of the first rows: sqrt(d_model) / mean norm of the survivors, per model.
 
     norms: [rows, 2] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
     """
-    finite = norms[np.isfinite(norms).all(1)]
-    if not len(finite):
-        raise ValueError("--model-dtype: the first activations hold inf or nan; give --model-dtype bfloat16 or float32")
-    median = np.median(finite, axis=0)  # [2]
+    if not np.isfinite(norms).all(1).any():
+        bad = [name for name, x in zip(("base", "fine-tuned"), norms.T, strict=True) if not np.isfinite(x).all()]
+        raise ValueError(
+            f"--model-dtype: the first {len(norms):,} activations of the {' and of the '.join(bad)} model all hold inf or nan; "
+            "give --model-dtype bfloat16 or float32, or if it is that already, a model with sound weights"
+        )
+    median = median_norm(norms)
     if not (median > 0).all():
         raise ValueError("--hook: most of the first activations there are zero; give another module")
     stored, _ = survivors(norms, median, max_ratio)

@@ -50,14 +50,8 @@ class LiveActivations(Windows):
         self.model_seconds = 0.0  # spent in filling the buffer
         models.start()
         if known is None:
-            models.calibrate(min(CALIBRATION_ROWS, num_tokens))
+            models.calibrate(min(CALIBRATION_ROWS, num_tokens), val_tokens)
         else:
-            for name, now in (("d_model", models.d_model), ("revisions", models.revisions)):
-                if now != known[name]:
-                    raise ValueError(
-                        f"--hook, --base-model, --ft-model: {name} is {now} and was {known[name]} when the run began; "
-                        "resume on the models that it began with"
-                    )
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
         if keep is not None and not keep.pair:
             keep.begin(models)
@@ -69,7 +63,7 @@ class LiveActivations(Windows):
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
         self.stored_scale = torch.from_numpy(models.scale)
-        self.record = {"median_norm": models.median.tolist(), "revisions": models.revisions}
+        self.record = {"median_norm": models.median.tolist(), "fingerprints": models.fingerprints}
         self.record["held_out_until"] = models.held_out_until
 
         self.sequence, self.ahead = 0, models.training_rows()  # as seek(None), but the texts stand there already

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from checkpoint import write_text
 from paired_rows import REASONS, Fill, PairedModels
 
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
+SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch
 SPLITS = ("train", "validation")
 
 
@@ -45,8 +47,9 @@ class PairedDataset:
         """What progress.json says, or the state of a collection that has not begun."""
         out, recipe = self.out, self.recipe
         fresh = {
-            "recipe": recipe, "revisions": None, "median_norm": None, "stored_scale": None, "sequences": 0,
-            "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
+            "recipe": recipe, "revisions": None, "fingerprints": None, "median_norm": None, "stored_scale": None,
+            "sequences": 0, "shards": dict.fromkeys(SPLITS, 0),
+            "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
             "held_out_until": 0, "held_out_complete": False, "source_tokens": [0] * len(recipe["text"]),
         }  # fmt: skip
         if not out.exists():
@@ -61,8 +64,8 @@ class PairedDataset:
         try:
             found = json.loads(saved.read_text())
             differs = [name for name in recipe if recipe[name] != found["recipe"].get(name)]
-            if not isinstance(found["rows" if saved.name == "pair.json" else "shards"], dict):
-                raise TypeError("not counted by split")
+            if not isinstance(found["rows"], dict) or (saved.name == "progress.json" and "fingerprints" not in found):
+                raise TypeError("of an older version")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(
                 f"{self.flag} {out}: {saved.name} cannot be understood; choose another folder or delete it"
@@ -100,7 +103,8 @@ class PairedDataset:
 
     def begin(self, models: PairedModels) -> None:
         """Write down the calibration, or compare with it where the collection has begun before."""
-        found = {"revisions": models.revisions, "median_norm": models.median.tolist(), "stored_scale": models.scale.tolist()}
+        found = {"median_norm": models.median.tolist(), "stored_scale": models.scale.tolist()}
+        found |= {"revisions": models.revisions, "fingerprints": models.fingerprints}
         if self.progress["stored_scale"] is None:
             self.progress |= found
             self.save_progress()
@@ -110,8 +114,24 @@ class PairedDataset:
             )
 
     def save_progress(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+        with self.writing():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.out / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """ValueError, with what stays, if the disk does not take what is written inside. Then nothing half-written stays."""
+        rows = sum(self.progress["rows"].values())
+        try:
+            yield
+        except OSError as error:
+            for partial in self.out.rglob("*.partial"):
+                partial.unlink(missing_ok=True)
+            reason = error.strerror or getattr(error.__context__, "strerror", None) or error  # write_text has its own sentence
+            raise ValueError(
+                f"{self.flag} {self.out}: cannot be written ({reason}); {rows:,} rows stay in complete shards: make room, and "
+                "the same command goes on"
+            ) from None
 
     def write_shard(self, split: str, fill: Fill, held_out_until: int) -> None:
         """Write the rows of a fill, shuffled, as the next shard of a split, and count it in progress.json.
@@ -131,7 +151,7 @@ class PairedDataset:
                 activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), d_model)
                 yield pa.record_batch([activation, *(pa.array(column[part]) for column in fill.columns)], schema=schema)
 
-        try:
+        with self.writing():
             for i, model in enumerate(("base", "ft")):
                 write_arrow(shard_file(self.out / model / split, shard), schema, record_batches(i))
             if split == "train":
@@ -145,11 +165,6 @@ class PairedDataset:
                 progress["source_tokens"][sequence.source] += len(sequence.tokens)
             progress["held_out_until"] = held_out_until
             self.save_progress()
-        except OSError as error:
-            raise ValueError(
-                f"{self.flag} {self.out}: cannot be written ({error.strerror or error}); the complete shards stay, "
-                "and after mending that the same command goes on"
-            ) from None
 
     def write_tokens(self, shard: int, fill: Fill) -> None:
         schema = token_features().arrow_schema
@@ -159,8 +174,17 @@ class PairedDataset:
 
     def finish(self, models: PairedModels) -> dict:
         """Make the folders of shards readable by load_from_disk and write pair.json. Returns what it says."""
+        with self.writing():
+            self.write_folders(models.d_model)
+            self.pair = self.summary(models)
+            write_text(self.out / "pair.json", json.dumps(self.pair, indent=2) + "\n")
+            (self.out / "progress.json").unlink()
+        return self.pair
+
+    def write_folders(self, d_model: int) -> None:
+        """What load_from_disk needs beside the shards."""
         recipe, progress = self.recipe, self.progress
-        rows = row_features(models.d_model, recipe["dtype"])
+        rows = row_features(d_model, recipe["dtype"])
         folders = {self.out / model / split: (rows, progress["shards"][split]) for model in ("base", "ft") for split in SPLITS}
         folders[self.out / "tokens"] = (token_features(), progress["shards"]["train"])
         for folder, (features, n_shards) in folders.items():
@@ -177,27 +201,31 @@ class PairedDataset:
             write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
         for model in ("base", "ft"):
             write_text(self.out / model / "dataset_dict.json", json.dumps({"splits": SPLITS}, indent=2) + "\n")
+
+    def summary(self, models: PairedModels) -> dict:
+        """What pair.json says."""
+        recipe, progress = self.recipe, self.progress
         given = [
             {"source": source.name, "weight": source.weight, "tokens": tokens, "refused": source.refused}
+            | {"template_bos": source.template_bos}
             for source, tokens in zip(models.sources, progress["source_tokens"], strict=True)
         ]
-        self.pair = {
+        return {
             **{name: recipe[name] for name in ("base_model", "base_revision", "ft_revision", "ft_adapter", "hook")},
             "ft_model": recipe["ft_model"] or recipe["base_model"],
             **{name: recipe[name] for name in ("chat_template", "pack", "seq_len")},
             **{name: recipe[name] for name in ("seed", "dtype", "skip_first", "max_norm_ratio")},
-            **{name: progress[name] for name in ("revisions", "rows", "sequences", "stored_scale", "median_norm", "left_out")},
+            **{name: progress[name] for name in ("revisions", "fingerprints", "rows", "sequences")},
+            **{name: progress[name] for name in ("stored_scale", "median_norm", "left_out")},
             "text": given,
             "tokenizer": models.tokenizer.name_or_path,
             "ft_hook": models.ft_hook,
             "d_model": models.d_model,
-            "shuffled": True,
+            # small shards hold few sequences each, so that reading mixes them as it does unshuffled rows
+            "shuffled": progress["rows"]["train"] >= SHUFFLED_ROWS * (progress["shards"]["train"] - 1),
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "nnsight")},
             "recipe": recipe,
         }
-        write_text(self.out / "pair.json", json.dumps(self.pair, indent=2) + "\n")
-        (self.out / "progress.json").unlink()
-        return self.pair
 
 
 def row_features(d_model: int, dtype: str):

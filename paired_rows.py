@@ -7,9 +7,11 @@ the models and the seed, so that a restart gives the same rows again.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +53,15 @@ class PairedModels:
         devices: of the base and of the fine-tuned model, as `usable_device` gives them.
         seed: decides which sequences are held out.
         live: the flags that errors name are those of train.py.
+        known: the `fingerprints` that a run or collection began with, which goes on; commits on the Hub are taken from them.
 
-    ValueError, naming the flag, for what cannot be opened or paired.
+    ValueError, naming the flag, for what cannot be opened or paired, or is no longer what it was.
     """
 
     def __init__(
         self, *, base_model, ft_model, hook, ft_hook, text, text_column, chat_template, seq_len, pack, model_dtype, skip_first,
         max_norm_ratio, batch_size, dtype, devices, seed, live=False, base_revision=None, ft_revision=None, ft_adapter=None,
+        known=None,
     ):  # fmt: skip
         self.seq_len, self.skip_first, self.max_norm_ratio, self.seed = seq_len, skip_first, max_norm_ratio, seed
         self.batch_size, self.dtype, self.live = batch_size, dtype, live
@@ -80,11 +84,20 @@ class PairedModels:
                     "--ft-model is missing: give the fine-tuned model, or with --ft-adapter what it adds to the base"
                 )
             ft_model, ft_revision = base_model, ft_revision or base_revision
+        given = {"--base-model": base_model, "--ft-model": ft_model, "--ft-adapter": ft_adapter}
+        here = {flag: Path(name).expanduser() for flag, name in given.items() if name and Path(name).expanduser().is_dir()}
+        if known is not None:  # the commits that it began with, where there are newer ones
+            base_revision = base_revision if "--base-model" in here else known.get("--base-model", base_revision)
+            ft_revision = ft_revision if "--ft-model" in here else known.get("--ft-model", ft_revision)
         self.tokenizer = lm.load_paired_tokenizer(base_model, ft_model, base_revision, ft_revision, ft_adapter)
         self.open_texts = partial(
-            texts.open_sources, text, self.tokenizer, seq_len, skip_first, pack, tuple(text_column), chat_template
-        )
+            texts.open_sources, text, self.tokenizer, seq_len, skip_first, pack, tuple(text_column), chat_template,
+            {flag.removeprefix("--text "): commit for flag, commit in (known or {}).items()},
+        )  # fmt: skip
         self.sources = self.open_texts()
+        self.fingerprints = {flag: texts.fingerprint(lm.weight_files(folder)) for flag, folder in here.items()}
+        self.fingerprints |= {f"--text {source.name}": source.fingerprint() for source in self.sources}
+        self.refuse_other_content(known)  # before the models are loaded
         self.models = [lm.load_model(base_model, model_dtype, devices[0], "--base-model", base_revision)]
         self.models += [lm.load_model(ft_model, model_dtype, devices[1], "--ft-model", ft_revision, ft_adapter)]
         flags = ("--hook", "--ft-hook" if ft_hook else "--hook")
@@ -100,9 +113,22 @@ class PairedModels:
                     f"--seq-len {seq_len}: {flag} was made for {lm.max_positions(model)} positions at most; lower it"
                 )
         self.revisions = [lm.commit(base_model, base_revision), lm.commit(ft_model, ft_revision)]
+        commits = (*self.revisions, ft_adapter and lm.commit(ft_adapter))
+        self.fingerprints |= {flag: commit for flag, commit in zip(given, commits, strict=True) if commit}
+        self.refuse_other_content(known)
         self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
         self.held_out_until = 0  # index of the first sequence from which on none is held out
         self.stream: Iterator[Sequence] | None = None
+        self.kept: dict[tuple[int, ...], lm.PairedRows] = {}  # forward passes of the calibration, by their sequences
+        self.calibrating, self.kept_until = False, 0  # index of the last sequence that was calibrated on
+
+    def refuse_other_content(self, known: dict | None) -> None:
+        for flag, now in self.fingerprints.items():
+            if known is not None and known.get(flag) != now:
+                raise ValueError(
+                    f"{flag}: has other content than when this {'run' if self.live else 'collection'} began; bring that back, "
+                    f"or begin anew with another {'--run-name' if self.live else '--output'}"
+                )
 
     # --- sequences
 
@@ -120,29 +146,56 @@ class PairedModels:
 
     # --- rows
 
-    def calibrate(self, n_rows: int) -> None:
-        """Fix the median norm and the scale from the first rows ahead; these are run again later, so none is held in memory."""
-        norms, ahead = [], self.ahead()
-        with progress_bar("norms of the first rows", n_rows) as bar:
-            while sum(map(len, norms)) < n_rows and (batch := list(itertools.islice(ahead, self.batch_size))):
-                norms.append(lm.row_norms(self.activations(batch)))  # [rows, 2]
-                bar.update(len(norms[-1]))
-        if not norms:
-            raise ValueError("--text: gives no text; check it and --text-column")
-        norms = np.concatenate(norms)[:n_rows]
-        self.median, self.scale = lm.calibrate(norms, self.d_model, self.max_norm_ratio)
+    def calibrate(self, n_rows: int, val_rows: int) -> None:
+        """Fix the median norm and the scale from the first rows ahead.
+
+        val_rows: what `held_out` will be asked for. The forward batches are those that it and `training_rows` need; their
+        activations (about n_rows) are kept for them in host memory.
+        """
+        rows = 0
+        for sequence in self.ahead():
+            rows, self.kept_until = rows + len(sequence.tokens) - self.skip_first, sequence.index
+            if rows >= n_rows:
+                break
+        found, self.calibrating = [], True
+        with progress_bar("norms of the first rows", rows, delay=0) as bar:
+
+            def note(acts: lm.PairedRows) -> None:
+                found.append((acts.norms, acts.sequence, acts.position))
+                bar.update(int((acts.sequence <= self.kept_until).sum()))
+
+            for batch, acts, _ in self.held_out_batches(val_rows):
+                note(acts)
+                if batch[-1].index > self.kept_until:
+                    self.held_out_until = sys.maxsize  # of the candidates among the first rows all are held out
+                    break
+            for drawn, _ in self.training_draws(self.ahead()):
+                if not drawn or drawn[0].index > self.kept_until:
+                    break
+                for batch in self.by_length(drawn):
+                    note(self.activations(batch))
+        self.calibrating, self.held_out_until = False, 0
+        norms, sequence, position = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        # in reading order; a candidate that was not held out came twice
+        _, first = np.unique(sequence.astype(np.int64) * self.seq_len + position, return_index=True)
+        self.median, self.scale = lm.calibrate(norms[first[:n_rows]], self.d_model, self.max_norm_ratio)
 
     def held_out(self, wanted: int, so_far: int = 0) -> Iterator[Rows]:
         """The rows of held-out sequences: with the `so_far` known ones `wanted`, as closely as whole sequences allow.
 
         One of every four sequences ahead, from `held_out_until` on; that index follows the sequences taken.
         """
-        if so_far >= wanted:
-            return
+        for batch, acts, taken in self.held_out_batches(wanted, so_far):
+            yield self.rows(batch, acts, taken)
+
+    def held_out_batches(self, wanted: int, so_far: int = 0) -> Iterator[tuple[list[Sequence], lm.PairedRows, int]]:
+        """Forward batches, and of how many of its sequences the rows are held out."""
         candidates = (s for s in self.ahead() if s.index >= self.held_out_until and is_candidate(s.index, self.seed))
-        while batch := list(itertools.islice(candidates, self.batch_size)):
+        enough = so_far >= wanted
+        while not enough and (batch := list(itertools.islice(candidates, self.batch_size))):
             acts = self.activations(batch)
-            good, _ = lm.survivors(lm.row_norms(acts), self.median, self.max_norm_ratio)
+            median = lm.median_norm(acts.norms) if self.median is None else self.median  # an estimate, to calibrate with
+            good, _ = lm.survivors(acts.norms, median, self.max_norm_ratio)
             for taken, sequence in enumerate(batch):
                 rows = so_far + int(good[acts.sequence == sequence.index].sum())
                 if enough := rows >= wanted:
@@ -151,42 +204,58 @@ class PairedModels:
                 so_far, taken = rows, taken + 1
             if taken:
                 self.held_out_until = batch[taken - 1].index + 1
-                yield self.rows(batch, acts, taken)
-            if enough:
-                return
+                yield batch, acts, taken
 
     def training_rows(self) -> Iterator[Rows]:
         """The rows of all sequences that are not held out, in reading order, `drawn` sequences at a time."""
-        batch, passed = [], []
-        for sequence in self.stream:
+        for drawn, passed in self.training_draws(self.stream):
+            if self.kept and (not drawn or drawn[0].index > self.kept_until):
+                self.kept.clear()  # more sequences were held out than the calibration had expected, so these batches never came
+            parts = [self.rows(batch, self.activations(batch)) for batch in self.by_length(drawn)]
+            if not parts:  # the texts ended with held-out sequences
+                nothing = torch.empty(0, self.d_model)
+                parts = [Rows(nothing, nothing, np.empty((3, 0), np.int32), [], Counter())]
+            base, ft, columns, _, left_out = zip(*parts, strict=True)
+            yield Rows(torch.cat(base), torch.cat(ft), np.concatenate(columns, axis=1), passed, sum(left_out, Counter()))
+
+    def training_draws(self, stream: Iterator[Sequence]) -> Iterator[tuple[list[Sequence], list[Sequence]]]:
+        """`drawn` sequences of the stream that are not held out, and all that the stream gave meanwhile."""
+        drawn, passed = [], []
+        for sequence in stream:
             passed.append(sequence)
             if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
-                batch.append(sequence)
-            if len(batch) == self.drawn:
-                yield self.rows_by_length(batch)._replace(passed=passed)
-                batch, passed = [], []
-        if batch:
-            yield self.rows_by_length(batch)._replace(passed=passed)
-        elif passed:  # the texts ended with held-out sequences
-            nothing = torch.empty(0, self.d_model)
-            yield Rows(nothing, nothing, np.empty((3, 0), np.int32), passed, Counter())
+                drawn.append(sequence)
+            if len(drawn) == self.drawn:
+                yield drawn, passed
+                drawn, passed = [], []
+        if passed:
+            yield drawn, passed
 
-    def rows_by_length(self, drawn: list[Sequence]) -> Rows:
-        """The rows of the sequences, the longest first; sequences of similar length share a forward batch."""
+    def by_length(self, drawn: list[Sequence]) -> list[list[Sequence]]:
+        """Forward batches, the longest sequences first: those of similar length share one."""
         drawn = sorted(drawn, key=lambda s: -len(s.tokens))
-        batches = [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
-        base, ft, columns, _, left_out = zip(*(self.rows(b, self.activations(b)) for b in batches), strict=True)
-        return Rows(torch.cat(base), torch.cat(ft), np.concatenate(columns, axis=1), [], sum(left_out, Counter()))
+        return [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
 
     def activations(self, batch: list[Sequence]) -> lm.PairedRows:
-        indices, sequences = [s.index for s in batch], [s.tokens for s in batch]
-        return lm.paired_activations(*self.models, *self.hooks, indices, sequences, self.skip_first, self.batch_flag)
+        """Both models over a forward batch; what the calibration has kept is taken from there."""
+        indices = tuple(s.index for s in batch)
+        if indices in self.kept:
+            acts = self.kept.pop(indices)
+            base, ft = (x.to(model._module.device) for x, model in zip((acts.base, acts.ft), self.models, strict=True))
+            return acts._replace(base=base, ft=ft)
+        sequences = [s.tokens for s in batch]
+        acts = lm.paired_activations(
+            *self.models, *self.hooks, self.d_model, indices, sequences, self.skip_first, self.batch_flag
+        )
+        if self.calibrating:
+            self.kept[indices] = acts._replace(base=acts.base.cpu(), ft=acts.ft.cpu())
+        return acts
 
     def rows(self, batch: list[Sequence], acts: lm.PairedRows, taken: int | None = None) -> Rows:
         """The rows of the first `taken` sequences of a batch (None: all)."""
         lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
         longest, taken = lengths.max(), len(batch) if taken is None else taken
-        good, finite = lm.survivors(lm.row_norms(acts), self.median, self.max_norm_ratio)
+        good, finite = lm.survivors(acts.norms, self.median, self.max_norm_ratio)
         ours = np.isin(acts.sequence, [s.index for s in batch[:taken]])  # [rows]
         keep = np.flatnonzero(good & ours)  # [kept]
         left_out = Counter(
@@ -200,8 +269,8 @@ class PairedModels:
         return Rows(base, ft, columns, [], left_out)
 
     def stored_values(self, x: Tensor, keep: np.ndarray, scale: float) -> Tensor:
-        """Rows `keep` of the activations x [rows, d_model] (float32), scaled: [kept, d_model] float16 or float32."""
-        values = x[torch.from_numpy(keep).to(x.device)] * float(scale)
+        """Rows `keep` of the activations x [rows, d_model], scaled: [kept, d_model] float16 or float32."""
+        values = x[torch.from_numpy(keep).to(x.device)].float() * float(scale)
         if self.dtype == "float16":
             values = values.half()
             if values.isinf().any():
@@ -261,6 +330,8 @@ def usable_device(name: str, flag: str) -> str:
     return name
 
 
-def progress_bar(what: str, rows: int) -> tqdm:
-    """On a terminal, and gone when it is done."""
-    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, leave=False, disable=None, dynamic_ncols=True)
+def progress_bar(what: str | None, rows: int, **options) -> tqdm:
+    """On a terminal, and gone when it is done. Without one (a cluster's log) a line every half minute, from `delay` on."""
+    terminal = sys.stderr.isatty()
+    usual = {"leave": not terminal, "mininterval": 0.5 if terminal else 30, "delay": 0 if terminal else 30}
+    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)

@@ -139,6 +139,7 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
     models = PairedModels(
         **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
         devices=[usable_device(name or str(device), flag) for name, flag in names],
+        known=known and known.get("fingerprints", {}),
     )  # fmt: skip
     if keep and not keep.pair:
         keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)

@@ -79,7 +79,6 @@ def take_turns(models: list, folder: Path, batches: int, device: torch.device) -
         shard_rows=2 * BATCH * LENGTH, skip_first=0, val_tokens=0, output=str(folder / "rows"),
     )  # fmt: skip
     collect.main(config)
-    bare_seconds, began = bare_seconds[-batches - 1 :], began[-batches - 1 :]  # before these, the first look at the norms
     ours = began[-1] - bare_seconds[-1] - began[0] - sum(bare_seconds[1:-1])
     return sum(bare_seconds[:-1]) / batches, ours / batches
 
