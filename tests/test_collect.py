@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
+import resource
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, one_line_error, run_script
 from datasets import Dataset, DatasetDict, load_from_disk
 from processes import Started, finished
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import language_model
 import text
-from paired_rows import is_candidate
+from paired_rows import PairedModels, Sequence, is_candidate
 
 COLUMNS = ("activation", "sequence", "position", "token")
 
@@ -42,7 +46,8 @@ def collect(tiny, out, *flags, **options) -> str:
     return done.stdout
 
 
-RECIPE = dict(num_tokens=50_000, shard_rows=6_000)
+RECIPE = dict(num_tokens=50_000)
+SHARDS = 16  # of training rows: a twentieth of the collection each, and what its last forward batch has more
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +187,7 @@ def test_budget_and_held_out_sequences(packed):
     assert sorted(held_out) == [i for i in range(max(held_out) + 1) if is_candidate(i, 0)]
     assert len({i // 4 for i in held_out}) == len(held_out) and len({i % 4 for i in held_out}) == 4  # one of every four
     shards = sorted(packed.glob("base/train/data-*.arrow"))
-    assert len(shards) == 8
+    assert len(shards) == SHARDS
     assert not list(packed.rglob("*.partial"))
     assert not (packed / "progress.json").exists()
 
@@ -235,20 +240,116 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
         assert process.returncode == code, errors
         if kill != signal.SIGKILL:
             assert "Traceback" not in errors
-            assert errors.splitlines()[-1].startswith("collect.py: stopped; complete shards stay")
+            kept = sum(json.loads((out / "progress.json").read_text())["rows"].values())
+            assert errors.splitlines()[-1].startswith(
+                f"collect.py: stopped; {kept:,} of 50,000 rows are kept in complete shards"
+            )
         shards = json.loads((out / "progress.json").read_text())["shards"]["train"]
-        assert 1 <= shards < 8
-    (out / "base/train/data-00007.partial").write_bytes(b"half a shard")
-    (out / "ft/train/data-00007.arrow").write_bytes(b"a shard that was never counted")
+        assert 1 <= shards < SHARDS
+    (out / "base/train/data-00015.partial").write_bytes(b"half a shard")
+    (out / "ft/train/data-00015.arrow").write_bytes(b"a shard that was never counted")
     # a restart by another recipe is refused, and leaves everything as it is
     line = failure(command(tiny, out, **RECIPE | {"seq_len": 64}))
     assert "seq-len 128 and not 64" in line
+    # a disk that takes no whole shard, as a full one does; what was complete stays, nothing else
+    process = Started(*command(tiny, out, **RECIPE))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    errors, progress = process.communicate()[1], json.loads((out / "progress.json").read_text())
+    assert process.returncode == 1 and "Traceback" not in errors and progress["shards"]["train"] == shards
+    kept = f"{sum(progress['rows'].values()):,} rows stay in complete shards: make room"
+    assert f"--output {out}: cannot be written (File too large); {kept}" in errors.splitlines()[-1]
+    assert not list(out.rglob("*.partial"))
+    # killed while it makes the folders readable
+    process = Started(*command(tiny, out, **RECIPE))
+    while not (out / "base" / "train" / "state.json").exists():
+        assert process.poll() is None, process.output()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     collect(tiny, out, **RECIPE)
     files = sorted(file.relative_to(packed) for file in packed.rglob("*.arrow"))
     assert files == sorted(file.relative_to(out) for file in out.rglob("*.arrow"))
     for file in files:
         assert (out / file).read_bytes() == (packed / file).read_bytes(), file
     assert read_pair(out) == read_pair(packed)
+
+
+def test_stopped_before_the_first_shard_says_that_nothing_is_kept(tiny, tmp_path):
+    """And without a terminal too, the first look at the norms shows that it goes on."""
+    process = Started(*command(tiny, tmp_path / "pair", **RECIPE))
+    while "norms of the first rows" not in process.output()[1]:
+        assert process.poll() is None, process.output()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("collect.py: stopped; no shard was complete yet, so nothing is kept")
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("val_rows", [0, 2_000, 20_000])
+def test_calibration_runs_no_sequence_a_second_time(tiny, monkeypatch, pack, val_rows):
+    """Few held-out rows end among the rows of the calibration, many behind them."""
+    models = PairedModels(
+        base_model=tiny["base"], ft_model=tiny["ft"], hook="model.layers.0.mlp", ft_hook=None, text=[tiny["prose"]],
+        text_column=[], chat_template=False, seq_len=128, pack=pack, model_dtype="float32", skip_first=1, max_norm_ratio=10.0,
+        batch_size=8, dtype="float16", devices=["cpu", "cpu"], seed=0,
+    )  # fmt: skip
+    sequences, run = [Sequence(i, 0, np.arange(100 - i % 7)) for i in range(1000)], []
+    forward = language_model.paired_activations
+
+    def counted(*args):
+        run.extend(args[5])
+        return forward(*args)
+
+    monkeypatch.setattr(language_model, "paired_activations", counted)
+    models.stream = iter(sequences)
+    models.calibrate(32_768, val_rows)
+    calibrated = len(run)
+    assert 32_768 / 99 < calibrated < 32_768 / 93 + 8 + 64
+    rows = [*models.held_out(val_rows), *models.training_rows()]
+    assert sum(len(r.base) for r in rows) == sum(len(s.tokens) - 1 for s in sequences)
+    held_out_twice = 8 if val_rows else 0  # of the last batch of candidates some are trained on, in another batch
+    assert len(run) <= len(sequences) + held_out_twice and not models.kept
+    monkeypatch.undo()
+    # and the rows are those of a restart, which does not calibrate
+    again = PairedModels.__new__(PairedModels)
+    again.__dict__ |= models.__dict__ | {"stream": iter(sequences), "held_out_until": 0}
+    for a, b in zip(rows, [*again.held_out(val_rows), *again.training_rows()], strict=True):
+        assert torch.equal(a.base, b.base) and torch.equal(a.ft, b.ft) and np.array_equal(a.columns, b.columns)
+
+
+def test_a_restart_over_another_model_or_text_is_refused_by_name(tiny, tmp_path):
+    """Weights and tokenizer changed in place, the first lines of a text gone: each is named; brought back, it goes on."""
+    given = {name: shutil.copytree(tiny[name], tmp_path / name) for name in ("base", "ft")}
+    rows = [{"text": "a line of text, and some more of it. " * (i % 20)} for i in range(1500)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "table").mkdir()
+    Dataset.from_list(rows).save_to_disk(tmp_path / "table")
+    argv = [*command(tiny, tmp_path / "out", "--text", tmp_path / "docs.jsonl", "--text", tmp_path / "table"),
+            "--base-model", given["base"], "--ft-model", given["ft"], "--num-tokens", "100_000"]  # fmt: skip
+    process = Started(*argv)
+    while not (tmp_path / "out" / "base" / "train" / "data-00001.arrow").exists():
+        assert process.poll() is None, process.output()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    progress = (tmp_path / "out" / "progress.json").read_bytes()
+    (shard,) = (tmp_path / "table").glob("*.arrow")
+    changes = [
+        ("--ft-model", given["ft"] / "model.safetensors", lambda b: b[:-4000] + bytes(4000)),
+        ("--base-model", given["base"] / "tokenizer_config.json", lambda b: b + b" "),
+        (f"--text {tmp_path / 'docs.jsonl'}", tmp_path / "docs.jsonl", lambda b: b.split(b"\n", 3)[-1]),
+        (f"--text {tmp_path / 'table'}", shard, lambda b: b.replace(b"a line of text", b"a line of tent", 1)),
+    ]
+    for flag, file, change in changes:
+        content = file.read_bytes()
+        assert change(content) != content
+        file.write_bytes(change(content))
+        assert f"error: {flag}: has other content than when this collection began" in failure(argv)
+        file.write_bytes(content)
+    assert progress == (tmp_path / "out" / "progress.json").read_bytes()
+    assert finished(*argv).returncode == 0
 
 
 def test_unpacked_texts_are_sorted_by_length_and_a_kill_changes_nothing(tiny, tmp_path):
@@ -272,11 +373,12 @@ def test_unpacked_texts_are_sorted_by_length_and_a_kill_changes_nothing(tiny, tm
 
 
 def failure(argv: list) -> str:
-    """The one line that a command with bad input ends with."""
+    """The one line that a command with bad input ends with; the first look at the norms may have begun before."""
     done = finished(*argv)
     assert done.returncode == 1, (argv, done.stdout, done.stderr)
-    assert done.stderr.startswith(f"{Path(argv[0]).name}: error: ") and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr.strip()
+    (line,) = [line for line in done.stderr.splitlines() if line and "norms of the first rows" not in line]
+    assert line.startswith(f"{Path(argv[0]).name}: error: "), done.stderr
+    return line
 
 
 def swapped_tokens(model: str, folder: Path, a: str, b: str) -> Path:
@@ -310,7 +412,10 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(hook="model.layers"), "--hook model.layers.output: a forward pass does not reach it"),
         ((), dict(hook="model.embed_tokens.input"), "not activations [batch, sequence, d_model]"),
         (("--text", "./none.txt"), dict(), "--text ./none.txt: there is no such file or folder"),
-        (("--text", tmp_path / "broken.jsonl"), dict(), "broken.jsonl: "),
+        (("--text", "data/none.txt"), dict(), "--text data/none.txt: there is no such file or folder"),
+        (("--text", tiny["code"] + "t"), dict(), f"there is no such file or folder; is it {tiny['code']}?"),
+        (("--text", tmp_path / "broken.jsonl"), dict(), "broken.jsonl, line 2, cannot be read"),
+        ((), dict(hook="model.rotary_emb"), "not activations [batch, sequence, d_model]"),
         ((), dict(ft_model="./none"), "--ft-model ./none: there is no such folder"),
         ((), dict(ft_model="nobody/nothing"), "--ft-model nobody/nothing: its tokenizer cannot be loaded"),
         ((), dict(ft_model=swapped), "cannot be paired"),
@@ -327,6 +432,25 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         assert want in failure(command(tiny, out, *flags, **options))
     assert not out.exists()
     assert (tmp_path / "full" / "thesis.tex").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_nan_in_one_head_or_after_one_token(tiny, tmp_path, everywhere):
+    with_nan = shutil.copytree(tiny["ft"], tmp_path / "with_nan")
+    weights = load_file(with_nan / "model.safetensors")
+    if everywhere:
+        weights["model.layers.1.self_attn.q_proj.weight"][16:32] = torch.nan  # one head of four
+    else:
+        weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(with_nan)("@").input_ids] = torch.nan
+    save_file(weights, with_nan / "model.safetensors", {"format": "pt"})
+    done = finished(*command(tiny, tmp_path / "pair", ft_model=with_nan, num_tokens=20_000))
+    if everywhere:
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "activations of the fine-tuned model all hold inf or nan" in done.stderr.splitlines()[-1]
+        return
+    assert done.returncode == 0 and "with inf or nan" in done.stdout and "more than one row in a hundred" in done.stdout
+    assert read_pair(tmp_path / "pair")["left_out"]["non_finite"] > 200
+    assert all(np.isfinite(read_rows(tmp_path / "pair", model)["activation"]).all() for model in ("base", "ft"))
 
 
 def test_activation_beyond_float16_is_refused(tiny, tmp_path):
@@ -393,6 +517,115 @@ def test_columns_and_chat_templates(tokenizer, tmp_path):
     (tmp_path / "web.csv").write_text('text,url\n"plain, with a comma",u\n,u\n')
     mixed = decoded(tokenizer, tmp_path / "chat.json", tmp_path / "web.csv", pack=False, chat_template=True)
     assert mixed == ["<bos>user: Hi<eos>\nassistant: Ho<eos>\n", "<bos>plain, with a comma"]
+
+
+CHATML = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+IN_PAIRS = "{% for m in messages %}{{ bos_token if loop.index is odd }}{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("template, done", [(None, "left out"), (CHATML, "kept"), (IN_PAIRS, "kept"), ("{{ messages }}", None)])
+def test_the_bos_of_a_chat_template_is_neither_lost_nor_doubled(tokenizer, tmp_path, template, done, pack):
+    """In ChatML and its like it is a structural token, which opens every turn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    chats = [[{"role": r, "content": f"{r} says {i}"} for r in ("user", "assistant") * (1 + i % 2)] for i in range(100)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in chats))
+    whole = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in chats]
+    (source,) = text.open_sources([str(tmp_path / "chat.jsonl")], tokenizer, 256, pack=pack, chat_template=True)
+    shown = [tokenizer.decode(tokens.tolist()) for _, tokens in text.mix([source])]
+    assert source.template_bos == done
+    assert all(s.startswith("<bos>") and "<bos><bos>" not in s for s in shown)
+    if not pack:
+        assert shown == [chat if chat.startswith("<bos>") else "<bos>" + chat for chat in whole]
+    elif done == "kept":
+        assert all(any(chat in s for s in shown) or any(shown[i + 1].startswith("<bos>") for i in range(len(shown) - 1))
+                   for chat in whole)  # fmt: skip
+        assert sum(s.count("<bos>") for s in shown) >= sum(chat.count("<bos>") for chat in whole)
+    else:
+        joined = "".join(s.removeprefix("<bos>") for s in shown)
+        assert joined == "".join(chat.removeprefix("<bos>") + "<eos>" for chat in whole)
+
+
+def test_what_was_done_with_the_bos_is_in_pair_json(padded, tiny, tmp_path):
+    assert [source["template_bos"] for source in read_pair(padded)["text"]] == [None, "left out"]
+    chatml = shutil.copytree(tiny["ft"], tmp_path / "chatml")
+    (chatml / "chat_template.jinja").write_text(CHATML)
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 100))
+    collect(tiny, tmp_path / "pair", "--text", tmp_path / "chat.jsonl", "--chat-template", ft_model=chatml, num_tokens=1000)
+    assert read_pair(tmp_path / "pair")["text"][0]["template_bos"] == "kept"
+    ids = np.concatenate(load_from_disk(str(tmp_path / "pair" / "tokens"))["input_ids"])
+    assert AutoTokenizer.from_pretrained(chatml).decode(ids[:30]).count("<bos>user\nWhat?<eos>\n<bos>assistant") >= 1
+    assert ((ids[:-1] == 1) & (ids[1:] == 1)).sum() == 0  # nowhere two of them
+
+
+def test_a_template_cannot_leave_its_sandbox_and_knows_no_day(tokenizer, tmp_path, capsys):
+    tokenizer, chat = copy.deepcopy(tokenizer), tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    flags = {"pack": False, "chat_template": True}
+    for attempt in (
+        f"{{{{ cycler.__init__.__globals__.os.popen('touch {tmp_path}/escaped').read() }}}}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ 'x' * 10**13 }}",
+    ):
+        tokenizer.chat_template = attempt
+        with pytest.raises(ValueError, match="the chat template refused all of its 1 conversations"):
+            decoded(tokenizer, chat, **flags)
+    assert not (tmp_path / "escaped").exists() and capsys.readouterr().out.count("is unsafe") == 2
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"  # as Llama 3.2 does
+    assert decoded(tokenizer, chat, **flags) == ["<bos>26 Jul 2024 hello"]
+
+
+def test_text_of_any_bytes_and_lines_of_any_length(tokenizer, tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"before \xff\xfe\x80 between \x00 after")
+    assert decoded(tokenizer, tmp_path / "bytes.txt") == ["<bos>before \ufffd\ufffd\ufffd between \x00 after<eos>"]
+    (tmp_path / "long.txt").write_bytes(b"x = 1; " * 14_300_000)  # one line of 100 MB, of which only the beginning is read
+    sources = text.open_sources([str(tmp_path / "long.txt")], tokenizer, 64)
+    assert [len(tokens) for _, tokens in itertools.islice(text.mix(sources), 100)] == [64] * 100
+
+
+@pytest.mark.parametrize(
+    "name, content, line, why",
+    [
+        ("a.jsonl", b'{"text": "fine"}\n\n{"text": ', 3, "Expecting value"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "a\xff b"}\n', 2, "codec can't decode byte 0xff"),
+        ("a.jsonl", b'{"text": "a\x00b"}\n', 1, "Invalid control character"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "a \\ud800 b"}\n', 2, "surrogates not allowed"),
+        ("a.csv", b"text\nfine\na\xff\xfe b\n", 3, "codec can't decode byte 0xff"),
+    ],
+)
+def test_broken_lines_are_counted_from_one(tokenizer, tmp_path, name, content, line, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        decoded(tokenizer, tmp_path / name)
+    message = str(error.value)
+    assert f": {name}, line {line}, cannot be read (" in message and why in message and "mend or remove" in message
+
+
+def test_names_that_the_hub_does_not_know_are_asked_for_once(tiny, tmp_path):
+    """The libraries would try six times, for half a minute, and say so each time."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for options, flag in (({}, "--text tiny/text"), ({"base_model": "tiny/bas"}, "--base-model tiny/bas")):
+        argv = command(tiny, tmp_path / "never", "--text", "tiny/text", **options)
+        done = run_script("collect.py", *argv[1:], env=env)
+        message = one_line_error(done, "collect.py")
+        assert done.stderr.count("\n") == 1 and message.startswith(f"collect.py: error: {flag}: is no ")
+        assert "the Hub does not give it as a" in message and "Connection refused" in message
+
+
+def test_an_activation_of_another_width_is_refused(tiny):
+    """A module whose output depends on what it gets: probed with three tokens, it is as wide as ever."""
+    model = AutoModelForCausalLM.from_pretrained(tiny["base"]).eval()
+    module = model.get_submodule("model.layers.1.mlp")
+    forward = module.forward
+    module.forward = lambda x: forward(x)[..., : 64 if x.shape[1] < 100 else 32]
+    model = nnsight.NNsight(model)
+    hook = language_model.parse_hook(model, "model.layers.1.mlp")
+    assert language_model.probe_hook(model, hook) == 64
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.output: gives a tensor of shape \[1, 128, 32\] for this batch"):
+        language_model.paired_activations(model, model, hook, hook, 64, [0], [np.arange(128)])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,32 @@ def test_crosscoder_goes_to_the_hub_and_comes_back(tmp_path, online):
     offline = env | {"HF_HUB_OFFLINE": "1"}
     run_script("formats.py", "me/planted", tmp_path / "cl", "--to", "crosscoder_learning", check=True, env=offline)
     assert torch.equal(read_crosscoder(tmp_path / "cl").W_dec, mine["W_dec"])
+
+
+def test_a_collection_goes_on_with_the_commits_that_it_began_with(tiny, tmp_path, online):
+    """The text and one model are on the Hub; both change there between the kill and the restart."""
+    repositories, env = online
+    texts = [json.dumps({"text": f"line {i} of a text that somebody wrote"}) for i in range(3000)]
+    repositories["datasets/me/text"] = {"text.jsonl": "\n".join(texts).encode()}
+    repositories["models/me/ft"] = {file.name: file.read_bytes() for file in Path(tiny["ft"]).iterdir()}
+    flags = ["--base-model", tiny["base"], "--ft-model", "me/ft", "--hook", "model.layers.0.mlp", "--text", "me/text"]
+    flags += ["--model-dtype", "float32", "--seq-len", 64, "--num-tokens", 60_000, "--output"]
+    run_script("collect.py", *flags, tmp_path / "straight", check=True, env=env)
+    command = [sys.executable, ROOT / "collect.py", *flags, tmp_path / "killed"]
+    process = subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "base" / "train" / "data-00001.arrow").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    repositories["datasets/me/text"] = {"text.jsonl": "\n".join(texts[1:]).encode()}
+    repositories["models/me/ft"] = {file.name: file.read_bytes() for file in Path(tiny["base"]).iterdir()}
+    run_script("collect.py", *flags, tmp_path / "killed", check=True, env=env)
+    straight, killed = (sorted((tmp_path / name).rglob("*.arrow")) for name in ("straight", "killed"))
+    assert len(straight) > 30 and [f.read_bytes() for f in straight] == [f.read_bytes() for f in killed]
+    first, second = (json.loads((tmp_path / name / "pair.json").read_text()) for name in ("straight", "killed"))
+    assert first["fingerprints"] == second["fingerprints"] and len(first["fingerprints"]["--text me/text"]) == 40
+    assert first["revisions"] == [None, first["fingerprints"]["--ft-model"]]
 
 
 def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path, online):

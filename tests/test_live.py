@@ -212,8 +212,14 @@ def test_bad_input_gives_one_line(flags, collected, straight, tiny, tmp_path):
     fresh = ["--output-dir", tmp_path / "runs", "--d-hidden", 64, "--wandb", "disabled"]
     cases = [([*given, *fresh], want) for given, want in cases] + [
         (["--resume", straight, "--hook", "model.layers.2.mlp"], "--hook is model.layers.2.mlp and was model.layers.1.mlp"),
-        (["--resume", wider, "--keep-activations", "None"], "d_model is 96 and was 64 when the run began"),
+        (["--resume", wider, "--keep-activations", "None"], "--base-model: has other content than when this run began"),
     ]
+    (tmp_path / "code.txt").write_text(Path(text[1].rpartition("=")[0]).read_text().split("\n", 3)[-1])
+    other_text = shutil.copytree(straight, tmp_path / "other_text")  # as if the file's first lines were gone
+    record = (other_text / "config.json").read_text()
+    (other_text / "config.json").write_text(record.replace(text[1].rpartition("=")[0], str(tmp_path / "code.txt")))
+    resumed = ["--resume", other_text, "--keep-activations", "None"]
+    cases.append((resumed, f"--text {tmp_path / 'code.txt'}: has other content than when this run began"))
     for given, want in cases:
         assert want in failure([ROOT / "train.py", *given])
     assert not (tmp_path / "runs").exists() and not (tmp_path / "kept").exists()
