@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from activations import ANY_NORM
 from crosscoder import CrossCoder
 from measure import Data, latent_table, measure
 
@@ -27,7 +28,7 @@ from measure import Data, latent_table, measure
 class RandomRows:
     """A source of random activations; rows are made when they are asked for."""
 
-    n_models, dtype = 2, torch.float16
+    n_models, dtype, norm_limit = 2, torch.float16, ANY_NORM
 
     def __init__(self, d_model: int, rows: int):
         self.d_model, self.val_rows, self.train_rows, self.stored_scale = d_model, rows // 20, rows, torch.ones(2)
@@ -64,7 +65,7 @@ def main() -> None:
         while not done.wait(0.02):
             peak[0] = max(peak[0], anonymous_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # an error must not wait for it
     watcher.start()
     began = time.perf_counter()
     sums, metrics = measure(crosscoder, data)

@@ -299,7 +299,7 @@ def test_calibration_runs_no_sequence_a_second_time(tiny, monkeypatch, pack, val
     forward = language_model.paired_activations
 
     def counted(*args):
-        run.extend(args[5])
+        run.extend(args[-4])
         return forward(*args)
 
     monkeypatch.setattr(language_model, "paired_activations", counted)
@@ -326,8 +326,9 @@ def test_a_restart_over_another_model_or_text_is_refused_by_name(tiny, tmp_path)
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "table").mkdir()
     Dataset.from_list(rows).save_to_disk(tmp_path / "table")
-    argv = [*command(tiny, tmp_path / "out", "--text", tmp_path / "docs.jsonl", "--text", tmp_path / "table"),
-            "--base-model", given["base"], "--ft-model", given["ft"], "--num-tokens", "100_000"]  # fmt: skip
+    texts = ["--text", tmp_path / "docs.jsonl", "--text", tmp_path / "table"]
+    models = {"base_model": given["base"], "ft_model": given["ft"]}
+    argv = command(tiny, tmp_path / "out", *texts, **models, num_tokens=100_000, shard_rows=4000)
     process = Started(*argv)
     while not (tmp_path / "out" / "base" / "train" / "data-00001.arrow").exists():
         assert process.poll() is None, process.output()
@@ -533,31 +534,33 @@ def test_the_bos_of_a_chat_template_is_neither_lost_nor_doubled(tokenizer, tmp_p
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in chats))
     whole = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in chats]
     (source,) = text.open_sources([str(tmp_path / "chat.jsonl")], tokenizer, 256, pack=pack, chat_template=True)
-    shown = [tokenizer.decode(tokens.tolist()) for _, tokens in text.mix([source])]
-    assert source.template_bos == done
+    sequences = [tokens.tolist() for _, tokens in text.mix([source])]
+    shown = [tokenizer.decode(tokens) for tokens in sequences]
     assert all(s.startswith("<bos>") and "<bos><bos>" not in s for s in shown)
     if not pack:
         assert shown == [chat if chat.startswith("<bos>") else "<bos>" + chat for chat in whole]
-    elif done == "kept":
-        assert all(any(chat in s for s in shown) or any(shown[i + 1].startswith("<bos>") for i in range(len(shown) - 1))
-                   for chat in whole)  # fmt: skip
-        assert sum(s.count("<bos>") for s in shown) >= sum(chat.count("<bos>") for chat in whole)
     else:
-        joined = "".join(s.removeprefix("<bos>") for s in shown)
-        assert joined == "".join(chat.removeprefix("<bos>") + "<eos>" for chat in whole)
+        parts = [chat.removeprefix("<bos>") if done == "left out" else chat for chat in whole]
+        left = tokenizer("".join(part + "<eos>" for part in parts), add_special_tokens=False).input_ids
+        for tokens in sequences:
+            n = len(tokens) - (left[0] != 1)  # its first token was put there, unless the text goes on with the same one
+            assert tokens[-n:] == left[:n]
+            left = left[n:]
+        assert not left
+    assert source.template_bos == done
 
 
 def test_what_was_done_with_the_bos_is_in_pair_json(padded, tiny, tmp_path):
-    assert [source["template_bos"] for source in read_pair(padded)["text"]] == [None, "left out"]
     chatml = shutil.copytree(tiny["ft"], tmp_path / "chatml")
     (chatml / "chat_template.jinja").write_text(CHATML)
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 100))
     collect(tiny, tmp_path / "pair", "--text", tmp_path / "chat.jsonl", "--chat-template", ft_model=chatml, num_tokens=1000)
-    assert read_pair(tmp_path / "pair")["text"][0]["template_bos"] == "kept"
     ids = np.concatenate(load_from_disk(str(tmp_path / "pair" / "tokens"))["input_ids"])
     assert AutoTokenizer.from_pretrained(chatml).decode(ids[:30]).count("<bos>user\nWhat?<eos>\n<bos>assistant") >= 1
     assert ((ids[:-1] == 1) & (ids[1:] == 1)).sum() == 0  # nowhere two of them
+    done = [[source["template_bos"] for source in read_pair(out)["text"]] for out in (padded, tmp_path / "pair")]
+    assert done == [[None, "left out"], ["kept"]]
 
 
 def test_a_template_cannot_leave_its_sandbox_and_knows_no_day(tokenizer, tmp_path, capsys):
