@@ -9,8 +9,8 @@ report.html        all of it on one page that needs no network
 
 from __future__ import annotations
 
-from command_line import parse
 from config import AnalyzeConfig, TrainConfig
+from run.flags import parse
 
 if __name__ == "__main__":
     CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -29,13 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-import examples as ex
-import latents
-import report
-from activations import limit_norms
-from checkpoint import as_json
-from crosscoder import CrossCoder
-from measure import (
+from analysis import examples as ex
+from analysis import report
+from analysis.measure import (
     COLUMNS,
     Data,
     choose,
@@ -48,9 +44,13 @@ from measure import (
     planted_truth,
     threshold_curve,
 )  # fmt: skip
-from paired_rows import progress_bar, usable_device
-from planted import PlantedConcepts
-from stored import hold_out_first, open_pair, open_single
+from collecting.paired_rows import progress_bar, usable_device
+from crosscoder import CrossCoder
+from ops import latents
+from run.checkpoint import as_json
+from sources.batches import limit_norms
+from sources.planted import PlantedConcepts
+from sources.stored import hold_out_first, open_pair, open_single
 
 VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
@@ -236,7 +236,7 @@ def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: 
     """Both models and their hooks, or None, noted, where there is no text to run them on."""
     if data.text is None:
         return None
-    import language_model as lm
+    from collecting import language_model as lm
 
     hook = config.hook or (data.pair or {}).get("hook")
     if hook is None:
@@ -260,7 +260,7 @@ def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: 
 
 def open_tokenizer(config: AnalyzeConfig, data: Data, notes: list[str]):
     """The tokenizer of the texts, or None, noted: then examples show token ids."""
-    import language_model as lm
+    from collecting import language_model as lm
 
     pair = data.pair or {}
     for name in (config.ft_model, config.base_model, pair.get("tokenizer"), pair.get("ft_model"), pair.get("base_model")):
@@ -277,8 +277,8 @@ def open_tokenizer(config: AnalyzeConfig, data: Data, notes: list[str]):
 
 def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Data, table: dict, tokenizer) -> dict:
     """What the models lose by the reconstruction, and what sets of latents carry over; see patching.py."""
-    import language_model as lm
-    import patching
+    from analysis import patching
+    from collecting import language_model as lm
 
     pair = data.pair or {}
     live, tags = ~table["dead"], table["tag"]
@@ -322,7 +322,7 @@ def token_texts(tokenizer, found: list[ex.Example], data: Data) -> dict[int, str
     ids = np.unique(np.concatenate([e.tokens for e in found])) if found else np.empty(0, np.int32)
     if tokenizer is None:
         return {int(i): f" {i}" for i in ids}
-    import language_model as lm
+    from collecting import language_model as lm
 
     return lm.token_texts(tokenizer, ids)
 

@@ -10,8 +10,8 @@ ends with the same rows.
 
 from __future__ import annotations
 
-from command_line import parse
 from config import CollectConfig, model_flags
+from run.flags import parse
 
 if __name__ == "__main__":
     CONFIG = parse(CollectConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import hub
-from paired_dataset import PairedDataset, size
-from paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, progress_bar, usable_device
+from collecting.paired_dataset import PairedDataset, size
+from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, progress_bar, usable_device
+from run import hub
 
 MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
 UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart

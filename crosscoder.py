@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import sparse
-from parallel import ALONE, Shard
-from selection import find_cut
+from ops import sparse
+from ops.selection import find_cut
+from ops.shard import ALONE, Shard
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
 CONFIG = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")  # what config.json of a saved one says

@@ -15,8 +15,8 @@ A .pt file may hold its tensors under `model_state_dict`. Files are read as tens
 
 from __future__ import annotations
 
-from command_line import parse
 from config import FormatsConfig
+from run.flags import parse
 
 if __name__ == "__main__":
     CONFIG = parse(FormatsConfig)  # before torch is imported, so that --help and a wrong flag answer at once

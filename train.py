@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from command_line import parse
 from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, resolve_sizes
+from run.flags import parse
 
 if __name__ == "__main__":
     CONFIG = parse(TrainConfig)  # before torch is imported, so that --help and a wrong flag answer at once
@@ -24,17 +24,16 @@ from string import ascii_uppercase
 import torch
 from torch import Tensor
 
-import checkpoint
-import hub
-import latents
-import prepare
-from activations import batches, estimate_normalization, raw_sample, validation_batches
 from crosscoder import CrossCoder, Losses, explained, explained_variance
 from formats import active_latents, read_warm_start, with_normalization
-from monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
-from parallel import Shard
-from planted import PlantedConcepts
-from sparse import fast_dtype
+from ops import latents
+from ops.shard import Shard
+from ops.sparse import fast_dtype
+from run import checkpoint, hub
+from run import resume as prepare
+from run.monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
+from sources.batches import batches, estimate_normalization, raw_sample, validation_batches
+from sources.planted import PlantedConcepts
 
 ONE_SIGNAL = 3.0  # seconds: a terminal or a scheduler that signals torchrun and its processes alike means it once
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)

@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from activations import ANY_NORM
+from analysis.measure import Data, latent_table, measure
 from crosscoder import CrossCoder
-from measure import Data, latent_table, measure
+from sources.batches import ANY_NORM
 
 
 class RandomRows:

@@ -25,7 +25,7 @@ from step import machine
 from tiny_models import standard_library_code, train_tokenizer
 
 import collect
-import language_model
+from collecting import language_model
 from config import CollectConfig
 
 BATCH, LENGTH, LAYER = 64, 128, 6

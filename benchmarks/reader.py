@@ -22,8 +22,8 @@ from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets.table import InMemoryTable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from activations import batches, limit_norms
-from stored import open_single
+from sources.batches import batches, limit_norms
+from sources.stored import open_single
 
 
 def write(path: Path, rows: int, d_model: int, seed: int) -> str:

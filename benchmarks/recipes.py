@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint
-import latents
-from activations import batches, estimate_normalization
 from crosscoder import CrossCoder
-from planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
-from stored import open_pair, open_single
+from ops import latents
+from run import checkpoint
+from sources.batches import batches, estimate_normalization
+from sources.planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
+from sources.stored import open_pair, open_single
 from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
 
 HELD_OUT = 32_768  # rows

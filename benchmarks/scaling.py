@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from step import machine, peak
 
-import sparse
 from crosscoder import CrossCoder
-from parallel import Shard
+from ops import sparse
+from ops.shard import Shard
 from train import losses_and_gradients, norm_of_gradient
 
 D_MODEL, BATCH, K = 256, 1024, 32

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import sparse
 from crosscoder import CrossCoder
+from ops import sparse
 
 CPU_CASES = [  # variant, d_model, d_hidden, batch, active latents per token; the first is the one to compare by
     ("batch_topk", 512, 16384, 2048, 64),
@@ -135,8 +135,8 @@ def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict
     """Tokens a second from float16 rows on disk to updated weights, and the share of the time spent waiting for rows."""
     from reader import python_lists
 
-    from activations import batches
-    from stored import open_single
+    from sources.batches import batches
+    from sources.stored import open_single
 
     variant, d_model, d_hidden, batch, active = case
     paths = [f"{folder}/{name}" for name in ("base", "ft")]

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
 from crosscoder import CrossCoder
-from parallel import Shard
+from ops.shard import Shard
+from run import checkpoint
 from train import norm_of_gradient
 
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5

@@ -10,8 +10,8 @@ from conftest import one_line_error, run_script
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
 from safetensors.torch import load_file
 
-from activations import batches, estimate_normalization, row_norms, validation_batches
-from stored import open_pair, open_single
+from sources.batches import batches, estimate_normalization, row_norms, validation_batches
+from sources.stored import open_pair, open_single
 
 CPU = torch.device("cpu")
 BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows

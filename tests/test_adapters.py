@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_collect import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import language_model as lm
+from collecting import language_model as lm
 
 HOOK = "model.layers.1.mlp"
 

@@ -10,7 +10,7 @@ from conftest import metrics, run_script
 from datasets import Dataset
 
 from config import TrainConfig
-from monitor import FALLEN_TO, warn, watch
+from run.monitor import FALLEN_TO, warn, watch
 
 TOPK = ["--variant", "batch_topk", "--k", 12]
 

@@ -21,11 +21,11 @@ from test_faults import needs_mount
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import analyze
-import language_model as lm
-import patching
+from analysis import patching
+from analysis.measure import COLUMNS
+from collecting import language_model as lm
 from config import AnalyzeConfig
 from crosscoder import CrossCoder
-from measure import COLUMNS
 
 HOOK = "model.layers.2"  # the residual stream after three of four blocks
 

@@ -9,8 +9,8 @@ from conftest import metrics, run_script
 from datasets import Array2D, Dataset, Features, List, Value
 from test_activations import BASE, FT, collect, numbered
 
-from activations import estimate_normalization, validation_batches
-from stored import open_single
+from sources.batches import estimate_normalization, validation_batches
+from sources.stored import open_single
 
 
 def write_cache(store, x, dtype="torch.float32", shards=(300, 512, 188), tokens=True, **config):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +110,7 @@ def test_a_full_disk_raises_at_once_and_leaves_the_last_checkpoint(tmp_path):
     code = f"""
 import resource, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint
+from run import checkpoint
 from pathlib import Path
 small = dict(enc_rows=torch.ones(6, 2, 3), b_enc=torch.ones(6))
 large = dict(enc_rows=torch.ones(600, 2, 300), b_enc=torch.ones(600))

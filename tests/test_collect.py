@@ -22,9 +22,8 @@ from processes import Started, finished
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import language_model
-import text
-from paired_rows import PairedModels, Sequence, is_candidate
+from collecting import language_model, text
+from collecting.paired_rows import PairedModels, Sequence, is_candidate
 
 COLUMNS = ("activation", "sequence", "position", "token")
 

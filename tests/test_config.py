@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, one_line_error, run_script
 
-from command_line import REQUIRED, parse
 from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags, resolve_sizes
+from run.flags import REQUIRED, parse
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 
@@ -32,12 +32,12 @@ def test_every_field_has_a_comment_and_is_used(script):
     source = (ROOT / "config.py").read_text()
     entry = (ROOT / script).read_text()
     if script == "train.py":
-        entry += (ROOT / "prepare.py").read_text()
+        entry += (ROOT / "run/resume.py").read_text()
     assert "**model_flags(config)" in entry  # these are read by name in paired_rows.py
     for field in dataclasses.fields(ENTRIES[script]):
         assert re.search(rf"    # [^\n]+\n    {field.name}: ", source), f"{field.name} has no comment above it"
         if field.name in model_flags(ENTRIES[script](**dict.fromkeys(REQUIRED.get(ENTRIES[script], ()), ""))):
-            assert len(re.findall(rf"\b{field.name}\b", (ROOT / "paired_rows.py").read_text())) > 1
+            assert len(re.findall(rf"\b{field.name}\b", (ROOT / "collecting/paired_rows.py").read_text())) > 1
             continue
         used = rf"(config|given)\.{field.name}\b|\"{field.name}\"" if field.name != "config" else "config"
         assert re.search(used, entry), f"{script} never reads {field.name}"

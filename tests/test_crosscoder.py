@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparse
 from crosscoder import CrossCoder, explained_variance
+from ops import sparse
 from train import losses_and_gradients
 
 B, D, F, K = 32, 12, 40, 4

@@ -27,11 +27,11 @@ from test_activations import numbered, write
 from test_resume import wait_for_step
 from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit
 
-import checkpoint
 from crosscoder import CrossCoder
-from stored import open_pair, open_single
+from run import checkpoint
+from sources.stored import open_pair, open_single
+from sources.windows import host_memory
 from train import ONE_SIGNAL
-from windows import host_memory
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
@@ -356,7 +356,7 @@ def test_the_memory_limit_of_a_container_counts(version):
         mount -t tmpfs none /sys/fs/cgroup && mkdir -p {where} && cd {where}
         echo 3000000000 > {limit}; echo 2000000000 > {used}
         printf 'anon 5\n{total}inactive_file 400000000\n{total}active_file 100000000\n' > memory.stat
-        PYTHONPATH={ROOT} exec {sys.executable} -c 'import windows; print(windows.host_memory())'
+        PYTHONPATH={ROOT} exec {sys.executable} -c 'from sources import windows; print(windows.host_memory())'
     """
     result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout == "1500000000\n", result.stderr

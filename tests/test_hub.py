@@ -15,12 +15,12 @@ from conftest import ROOT, one_line_error, run_script
 from hub_server import Hub, serve
 from safetensors.torch import load_file
 
-from activations import estimate_normalization
-from checkpoint import complete
 from crosscoder import CrossCoder
 from formats import read_crosscoder
-from hub import dataset_card, model_card, open_repository
-from stored import open_pair
+from run.checkpoint import complete
+from run.hub import dataset_card, model_card, open_repository
+from sources.batches import estimate_normalization
+from sources.stored import open_pair
 
 LOAD = """
 import sys, torch

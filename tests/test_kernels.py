@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels need triton")
-import kernels
+from ops import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import latents
+from ops import latents
 
 
 def test_relative_norm_runs_from_base_to_fine_tuned():

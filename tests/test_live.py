@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_collect import failure
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoint
+from run import checkpoint
 
 SEQ_LEN, MODEL_BATCH, BUFFER = 64, 8, 10_000
 FILL = BUFFER // 2 - MODEL_BATCH * SEQ_LEN  # rows that end a fill
@@ -68,10 +68,10 @@ def straight(flags, budget, tmp_path_factory) -> Path:
 DUMP = """
 import sys
 import numpy as np, torch
-from command_line import parse
+from run.flags import parse
 from config import TrainConfig, REAL, resolve_sizes
 given = parse(TrainConfig, sys.argv[2:])
-import prepare
+from run import resume as prepare
 source = prepare.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"), None)
 stop, size, rows, standings = given.num_tokens, 300, [], [None]
 for batch in source.batches(size, stop, torch.device("cpu")):

@@ -19,11 +19,11 @@ from processes import Started, several
 from safetensors.torch import load_file
 from test_activations import numbered, write
 
-import checkpoint
-from activations import STATISTICS_ROWS
 from crosscoder import CrossCoder
-from parallel import Shard
-from stored import open_single
+from ops.shard import Shard
+from run import checkpoint
+from sources.batches import STATISTICS_ROWS
+from sources.stored import open_single
 
 
 def launch(n, script, *args, check=True, **options):
@@ -111,7 +111,7 @@ def test_bytes_sent_do_not_depend_on_the_dictionary(tmp_path):
 import sys, torch
 sys.path.insert(0, {root!r})
 from crosscoder import CrossCoder
-from parallel import Shard
+from ops.shard import Shard
 shard = Shard.of_torchrun()
 shard.join(torch.device("cpu"))
 for d_hidden in (4096, 32768):
@@ -220,7 +220,10 @@ DISTURBED = """
 import os, runpy, sys, time
 from datetime import timedelta
 sys.path.insert(0, {root!r})
-import checkpoint, crosscoder, parallel, prepare
+import crosscoder
+from ops import shard as parallel
+from run import checkpoint
+from run import resume as prepare
 assert parallel.TIMEOUT <= timedelta(seconds=60)
 parallel.TIMEOUT = parallel.WHILE_ONE_WORKS = timedelta(seconds=5)
 rank = int(os.environ["RANK"])

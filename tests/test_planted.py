@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-import latents
-from planted import FT_ONLY, SHARED, PlantedConcepts
+from ops import latents
+from sources.planted import FT_ONLY, SHARED, PlantedConcepts
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-import report
-from measure import COLUMNS
+from analysis import report
+from analysis.measure import COLUMNS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>", "<!--", "&lt;", "<img src=x onerror=alert(1)>"]

@@ -13,7 +13,7 @@ from conftest import metrics, one_line_error, run_script
 from datasets import Dataset
 from test_train import QUICK, SMALL, assert_same_weights, start, train
 
-import checkpoint
+from run import checkpoint
 
 
 def wait_for_step(process, run: Path, step: int) -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import sparse
-from selection import find_cut
+from ops import sparse
+from ops.selection import find_cut
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, 999])

@@ -19,9 +19,9 @@ from processes import Started
 from safetensors.torch import load_file
 from test_parallel import launch
 
-import checkpoint
-from stored import hold_out_first, open_single
-from streamed import StreamedActivations, open_streams
+from run import checkpoint
+from sources.stored import hold_out_first, open_single
+from sources.streamed import StreamedActivations, open_streams
 
 SIZES = [(1700, 300), (50, 50), (2300, 1111), (999, 64)]  # rows of each file and of its row groups
 MODELS = ("base", "ft")

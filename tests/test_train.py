@@ -14,11 +14,11 @@ from datasets import Dataset, load_from_disk
 from processes import Started
 from safetensors.torch import load_file
 
-import checkpoint
-from command_line import parse
 from config import TrainConfig
 from crosscoder import CrossCoder
-from parallel import ALONE
+from ops.shard import ALONE
+from run import checkpoint
+from run.flags import parse
 from train import main
 
 NINE = {"loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr"}

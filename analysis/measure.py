@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import latents
-from activations import gather_kept
+from analysis.examples import Text
+from collecting.paired_rows import progress_bar
 from crosscoder import CrossCoder, explained
-from examples import Text
-from paired_rows import progress_bar
-from planted import RECOVERED, PlantedConcepts
+from ops import latents
+from sources.batches import gather_kept
+from sources.planted import RECOVERED, PlantedConcepts
 
 CODES_TOGETHER = 1 << 24  # entries of a matrix of codes: 64 MB, and a few of that size at once
 CURVE_ROWS = 8192  # held-out rows behind the threshold curve

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import ALONE, Shard
+from ops.shard import ALONE, Shard
 
 PREFETCH = 3  # batches filled ahead of the training loop
 MAX_NON_FINITE = 0.001  # share of rows that may hold NaN or inf before the run stops

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from parallel import ALONE, Shard
+from ops.shard import ALONE, Shard
 
 
 def some_more(expected: float) -> int:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import language_model as lm
-from activations import ANY_NORM, Batch
-from paired_dataset import PairedDataset, size
-from paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
-from parallel import ALONE
-from windows import Windows, host_memory
+from collecting import language_model as lm
+from collecting.paired_dataset import PairedDataset, size
+from collecting.paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
+from ops.shard import ALONE
+from sources.batches import ANY_NORM, Batch
+from sources.windows import Windows, host_memory
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
 

@@ -12,8 +12,8 @@ from string import ascii_uppercase
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import latents
+from ops import latents
+from run import checkpoint
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend

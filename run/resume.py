@@ -16,14 +16,14 @@ from string import ascii_uppercase
 
 import torch
 
-import checkpoint
-from activations import PREFETCH, fingerprints, limit_norms
 from config import TrainConfig, model_flags
-from monitor import say
-from parallel import Shard
-from planted import PlantedConcepts
-from stored import open_pair, open_several, open_single
-from windows import host_memory
+from ops.shard import Shard
+from run import checkpoint
+from run.monitor import say
+from sources.batches import PREFETCH, fingerprints, limit_norms
+from sources.planted import PlantedConcepts
+from sources.stored import open_pair, open_several, open_single
+from sources.windows import host_memory
 
 OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
 MAY_CHANGE_ON_RESUME = {  # length, logging, devices, and where the same data lies now
@@ -114,9 +114,9 @@ def check_live(config: TrainConfig, shard: Shard) -> None:
 
 def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None):
     """The two models as a source of rows; `known` is what a resumed run began with. Fills in the sizes left open."""
-    from live import LiveActivations, place_buffer, rows_of_a_fill
-    from paired_dataset import PairedDataset
-    from paired_rows import PairedModels, drawn_together, usable_device
+    from collecting.paired_dataset import PairedDataset
+    from collecting.paired_rows import PairedModels, drawn_together, usable_device
+    from sources.live import LiveActivations, place_buffer, rows_of_a_fill
 
     drawn = drawn_together(config.model_batch_size, config.pack)
     if known is None:
@@ -149,7 +149,7 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
 
 def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None):
     """Datasets read over the network as a source of rows; arguments as for `open_live`. Fills in the sizes left open."""
-    from streamed import StreamedActivations, open_streams
+    from sources.streamed import StreamedActivations, open_streams
 
     named = (given.dataset, given.base_dataset, given.ft_dataset, given.model_dataset)
     *streams, rows, revisions = open_streams(*named, (given.base_column, given.ft_column), known and known["revisions"])

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel import ALONE, Shard
+from ops.shard import ALONE, Shard
 
 # What has the latents as its first axis; Adam's moments of a parameter have its axes.
 BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")

@@ -14,8 +14,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-import latents
-from activations import ANY_NORM
+from ops import latents
+from sources.batches import ANY_NORM
 
 BLOCK = 4096  # rows made from one seed
 RECOVERED = 0.83  # cosine above which a decoder row counts as a concept; a cut of ours, the paper's is 0.8

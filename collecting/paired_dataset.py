@@ -19,8 +19,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from checkpoint import write_text
-from paired_rows import REASONS, Fill, PairedModels
+from collecting.paired_rows import REASONS, Fill, PairedModels
+from run.checkpoint import write_text
 
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
 SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from parallel import ALONE, Shard
-from selection import lowest_of_largest, mask_of_largest, some_more, true_entries
+from ops.selection import lowest_of_largest, mask_of_largest, some_more, true_entries
+from ops.shard import ALONE, Shard
 
 # Large tensors in pages of 2 MB instead of 4 kB: a step on a CPU takes a sixth less. torch looks when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -57,7 +57,7 @@ class Codes(NamedTuple):
 def find(x, rows, b_enc, dtype, weight, count, product=None, shard: Shard = ALONE) -> Codes | None:
     """The codes that `reconstruct` keeps. None where all positive ones are wanted and dense products are faster."""
     if on_cuda(x):
-        import kernels
+        from ops import kernels
 
         return None if count is None else Codes(*kernels.largest(product, b_enc, weight, count, shard))
     limit = None
@@ -269,7 +269,7 @@ def _tokens(found: Codes) -> Tensor:
 def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """[groups, width]: group g is the sum over entries e from starts[g] to starts[g + 1] of weights[e] * rows[index[e]]."""
     if on_cuda(rows):
-        import kernels
+        from ops import kernels
 
         return kernels.weighted_sums(rows, index, weights, starts)
     return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
@@ -281,7 +281,7 @@ def dots(a: Tensor, b: Tensor, tokens: Tensor, latents: Tensor, token_starts: Te
     Where b is bfloat16 on a CPU, all inner products are computed and those asked for picked.
     """
     if on_cuda(a):
-        import kernels
+        from ops import kernels
 
         return kernels.dots(a, b, tokens, latents, token_starts[-1])
     if b.dtype == torch.bfloat16:

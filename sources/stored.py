@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations import ANY_NORM
+from sources.batches import ANY_NORM
 
 CHUNK = 1024  # rows that are read together: a few megabytes from one place of the disk
 BLOCK = 64 * CHUNK  # rows within which data that is not yet shuffled is mixed

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import language_model as lm
-import text as texts
+from collecting import language_model as lm
+from collecting import text as texts
 
 CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
 BUCKET = 8  # forward batches of unpacked texts that are sorted by length together, so that little is padding

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations import ANY_NORM, Batch, batches
-from parallel import ALONE
-from stored import Column, check_alignment, hub_commit, hub_pair_file, open_dataset, read_pair
-from windows import Windows, host_memory
+from ops.shard import ALONE
+from sources.batches import ANY_NORM, Batch, batches
+from sources.stored import Column, check_alignment, hub_commit, hub_pair_file, open_dataset, read_pair
+from sources.windows import Windows, host_memory
 
 PIECE = 1024  # tokens that are taken from the stream together, or one sequence where rows are sequences
 

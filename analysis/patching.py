@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import language_model as lm
+from collecting import language_model as lm
 from crosscoder import CrossCoder
 
 FIRST_TOKENS = 10  # of an answer, or of a sequence: where fine-tuning shows most (arXiv 2504.02922)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel import ALONE, Shard
-from selection import find_bin
+from ops.selection import find_bin
+from ops.shard import ALONE, Shard
 
 SCAN = 4096  # scores of one token that a program looks at together
 TILE = 512  # columns of a wide row that a program adds up

@@ -1,0 +1,1 @@
+"""From a trained crosscoder to measurements, examples, figures and the page."""

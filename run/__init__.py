@@ -1,0 +1,1 @@
+"""What surrounds the training loop: flags, checkpoints, resuming, progress, the Hub."""
