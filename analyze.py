@@ -44,10 +44,10 @@ from analysis.measure import (
     planted_truth,
     threshold_curve,
 )  # fmt: skip
-from collecting.paired_rows import progress_bar, usable_device
 from crosscoder import CrossCoder
 from ops import latents
 from run.checkpoint import as_json
+from run.machine import progress_bar, usable_device
 from sources.batches import limit_norms
 from sources.planted import PlantedConcepts
 from sources.stored import hold_out_first, open_pair, open_single

@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from collecting.paired_dataset import PairedDataset, size
-from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels, progress_bar, usable_device
+from collecting.paired_dataset import PairedDataset
+from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels
 from run import hub
+from run.machine import progress_bar, size_text, usable_device
 
 MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
 UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart
@@ -88,7 +89,7 @@ def main(config: CollectConfig) -> None:
         while rows_left > 0 and (rows := next(batches, None)):
             taken = fills[0].add(rows, most=rows_left)
             rows_left -= taken
-            bar.set_postfix_str(size((config.num_tokens - rows_left) * row_bytes), refresh=False)
+            bar.set_postfix_str(size_text((config.num_tokens - rows_left) * row_bytes), refresh=False)
             bar.update(taken)
             if fills[0].n >= shard_rows:
                 write(split)

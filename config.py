@@ -30,7 +30,7 @@ WARM = dict(k_start=1.0, l1_warmup=0.0)
 LR_FACTOR = 2.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class DatasetFlags:
     """Activations that lie on the disk or on the Hub."""
 
@@ -51,7 +51,7 @@ class DatasetFlags:
     ft_column: str | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class ModelFlags:
     """Two models and the text that both read: what collect.py stores, and what train.py trains on without storing it."""
 
@@ -115,7 +115,7 @@ class ModelFlags:
     ft_device: str | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class TrainConfig(ModelFlags, DatasetFlags):
     """Train a crosscoder on the paired activations of a base model and its fine-tuned version.
 
@@ -293,7 +293,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     config: str | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class CollectConfig(ModelFlags):
     """Run two models over the same text and write their activations at one hook as a paired dataset for train.py."""
 
@@ -327,7 +327,7 @@ class CollectConfig(ModelFlags):
     push_to_hub: str | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class FormatsConfig:
     """Convert a crosscoder between our layout and those of other projects. Codes and reconstructions stay the same."""
 
@@ -346,7 +346,7 @@ class FormatsConfig:
     activation_scale: tuple[float, float] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class AnalyzeConfig(DatasetFlags):
     """Turn a trained crosscoder into numbers, a table of all latents, figures and one page: RUN/analysis/report.html.
 
@@ -414,8 +414,3 @@ def model_flags(config: ModelFlags) -> dict:
     """The flags that say which models read which text, and how, without the devices: {field: value}."""
     names = [f.name for f in dataclasses.fields(ModelFlags) if f.name not in ("base_device", "ft_device")]
     return {name: getattr(config, name) for name in names}
-
-
-def resolve_sizes(config: TrainConfig, sizes: dict) -> TrainConfig:
-    """A copy with every size field that is None taken from the block `sizes` (REAL or PLANTED)."""
-    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})

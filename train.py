@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig, resolve_sizes
+from config import TrainConfig
 from run.flags import parse
 
 if __name__ == "__main__":
@@ -24,97 +24,53 @@ from string import ascii_uppercase
 import torch
 from torch import Tensor
 
-from crosscoder import CrossCoder, Losses, explained, explained_variance
-from formats import active_latents, read_warm_start, with_normalization
+from crosscoder import CrossCoder, Losses, VarianceTotals, explained_variance
 from ops import latents
 from ops.shard import Shard
 from ops.sparse import fast_dtype
-from run import checkpoint, hub
-from run import resume as prepare
-from run.monitor import count_exclusive, finish_wandb, log, print_plan, print_summary, say, show, start_wandb, warn, watch
-from sources.batches import batches, estimate_normalization, raw_sample, validation_batches
-from sources.planted import PlantedConcepts
+from run import checkpoint, flags, hub, limits, machine, monitor, resume
+from run.checkpoint import Progress, TrainingState
+from run.machine import say
+from run.warm_start import WarmStart
+from sources.batches import estimate_normalization, raw_sample, validation_batches
+from sources.opening import open_source
+from sources.source import Dropped, Source
 
-ONE_SIGNAL = 3.0  # seconds: a terminal or a scheduler that signals torchrun and its processes alike means it once
+ONE_SIGNAL = 3.0  # seconds within which signals count as one: a scheduler may send its own to torchrun and to its processes
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 
 
 def main(given: TrainConfig, shard: Shard) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
-    prepare.check(given, shard)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
-    device = shard.join(device)
+    flags.check(given, shard.size)
+    device = shard.join(torch.device(machine.usable_device(given.device)))
     if shard.rank > 0:  # process 0 alone prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
-    start_from = prepare.resume_point(given, shard)  # a checkpoint, or None
-    run = start_from.parents[1] if start_from else Path(given.output_dir) / shard.from_first(prepare.run_name(given))
-    if start_from is None and given.resume is None and shard.any_process(run.exists()):  # before the first makes it
-        raise ValueError(prepare.name_is_taken(run))
-    saved, saved_data = prepare.read_record(run) if start_from else (None, None)
+    begun = resume.begin(given.resume, given.output_dir, given.run_name, given.variant, shard)
 
-    # --- data, and what follows from it
-    live = given.base_model is not None  # straight from the two models
-    streams = live or given.streaming  # through a buffer, each row once an epoch
-    usual = REAL if live or given.dataset or given.base_dataset or given.model_dataset else PLANTED
-    warm = read_warm_start(given.init_from, given.variant, given.d_hidden) if given.init_from and not saved else None
+    # --- the data, and the settings that follow from it
+    warm = WarmStart(given.init_from, given.variant, given.d_hidden) if given.init_from and not begun.checkpoint else None
+    config = flags.resolve_sizes(given, begun.resolved, warm, fast_dtype(device), shard.size)
+    source, config = open_source(given, config, device, begun.data)
+    config = flags.resolve_lengths(given, config, source.train_rows, source.d_model)
     if warm:
-        usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
-    config = resolve_sizes(given, saved or usual)
-    if config.compute_dtype == "auto":
-        config.compute_dtype = saved["compute_dtype"] if saved else fast_dtype(device)
-    if saved:
-        prepare.refuse_changes(config, saved)
-    if shard.size > config.d_hidden:
-        raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {shard.size}")
-    if config.variant == "batch_topk" and config.k > config.d_hidden:
-        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
-    if live:
-        source = prepare.open_live(given, config, device, saved_data)
-    elif given.streaming:
-        source = prepare.open_streamed(given, config, saved_data)
-    else:
-        source = prepare.open_source(given, config, saved_data)
-    stop = given.epochs * source.train_rows if given.epochs else config.num_tokens or source.train_rows  # tokens
-    config.num_tokens = stop
-    config.k_aux = config.k_aux or max(1, source.d_model // 2)
-    config.lr = config.lr or LR_FACTOR / math.sqrt(source.d_model * config.d_hidden)
-    if config.variant == "batch_topk" and given.l1_coeff is None:
-        config.l1_coeff = 0.0
-    if warm and (warm.n_models, warm.d_model) != (source.n_models, source.d_model):
-        raise ValueError(
-            f"--init-from {given.init_from}: is for {warm.n_models} models of width {warm.d_model}, the activations are of "
-            f"{source.n_models} of width {source.d_model}; give one that was trained at this hook"
-        )
-    steps, at_once = math.ceil(stop / config.batch_size), config.micro_batch_size or config.batch_size
+        config = dataclasses.replace(config, k=warm.settle_k(raw_sample(source), given.k))
+    stop, steps = config.num_tokens, steps_of(config)  # tokens, optimizer steps
     dead_after = min(DEAD_AFTER_AT_MOST, max(config.batch_size, int(config.dead_window * stop)))  # tokens
     if not any(len(x) for x in validation_batches(source, config.batch_size, torch.device("cpu"))):
         raise ValueError("every held-out row holds NaN or inf, or lies above --max-norm-ratio: give another --val-tokens")
     with shard.together():
-        prepare.require_memory(config, source, device, at_once, shard)
-        prepare.require_room(config, source, run)
-    sample = None  # raw activations for a source that has thresholds and no k (JumpReLU): it begins with as many active latents
-    if warm and warm.k is None and config.variant == "batch_topk":
-        sample = raw_sample(source)  # [rows, n_models, d_model]
-        config.k = given.k or active_latents(warm, sample)
-    if config.push_to_hub and shard.rank == 0:
-        hub.open_repository(config.push_to_hub, "model")
-    data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
-    data["stored_scale"] = source.stored_scale.tolist()
-    data |= {} if isinstance(source, PlantedConcepts) else source.record
-    if saved:
-        prepare.refuse_other_data(data, saved_data)
-    locked = None
-    if shard.rank == 0:
-        run = run if saved else prepare.make_folder(run, given)
-        locked = checkpoint.lock(run)
-        if not saved:
-            prepare.require_beginning(run)  # another process may have begun and ended there meanwhile
-        if cut_off := checkpoint.remove_leftovers(run):
-            say(f"cut off  {', '.join(cut_off)} in {run}: the run was killed while writing it; removed")
-        if not saved:
-            record = {"given": dataclasses.asdict(given), "resolved": dataclasses.asdict(config), "data": data}
-            record["given"] |= {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
-            checkpoint.write_text(run / "config.json", checkpoint.as_json(record, indent=2))
+        limits.require_memory(config, source, device, shard.size)
+        limits.require_room(config, source, begun.run)
+        if config.push_to_hub and shard.rank == 0:
+            hub.open_repository(config.push_to_hub, "model")
+    if begun.checkpoint:
+        resume.refuse_changes(dataclasses.asdict(config), begun.resolved)
+        resume.refuse_other_data(resume.facts(source), begun.data)
+    run, locked = begun.run, None
+    with shard.together():
+        if shard.rank == 0:
+            run, locked = resume.claim(begun, given, config, source)
     run = Path(shard.from_first(str(run)))
 
     # --- model, optimizer, schedule
@@ -123,173 +79,153 @@ def main(given: TrainConfig, shard: Shard) -> int:
         source.d_model, config.d_hidden, source.n_models, config.variant, config.k, config.k_aux,
         config.dec_init_norm, config.seed, getattr(torch, config.compute_dtype), shard,
     )  # fmt: skip
-    unscale = (1 / source.stored_scale.double())[:, None]  # [n_models, 1] stored values -> raw activations
-    if start_from is None:
+    progress = Progress()
+    if not begun.checkpoint:
+        since = time.perf_counter()  # live models fill their buffer for this, so it counts as training
         mean, scale = estimate_normalization(source, config.center)
-        crosscoder.mean.copy_(mean * unscale)
-        crosscoder.scale.copy_(scale / unscale[:, 0])
-    if warm:  # its codes and reconstructions, for this normalisation
-        warm = with_normalization(warm, crosscoder.mean, crosscoder.scale, config.k if config.variant == "batch_topk" else None)
-        state = warm.state_dict()
-        crosscoder.load_state_dict({n: t[crosscoder.latents] if n in checkpoint.BY_LATENT else t for n, t in state.items()})
+        crosscoder.mean.copy_(mean / source.stored_scale.double()[:, None])
+        crosscoder.scale.copy_(scale * source.stored_scale.double())
+        progress.seconds = time.perf_counter() - since
     crosscoder.to(device)
-    if sample is not None:
-        crosscoder.fit_threshold(lambda: (crosscoder.normalize(part.to(device)) for part in sample.split(at_once)))
-    unscale = unscale.float().to(device)
-    parameters = dict(crosscoder.named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    if warm:
+        warm.copy_to(crosscoder)
+    unscale = raw_factor(source).to(device)  # [n_models, 1] stored values -> raw activations
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     schedule = partial(lr_factor, steps=steps, warmup=config.lr_warmup, decay=config.lr_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     tokens_since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64, device=device)
     bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step whose loss was not finite; 0: none
-    step = tokens = position = 0
-    dropped = (0, 0)  # rows left out: with NaN or inf, and with a norm above --max-norm-ratio
-    seconds, wandb_id, standing = source.model_seconds if live else 0.0, None, None
-
-    if start_from:
-        tensors, state = checkpoint.load(start_from, crosscoder.latents)
-        try:
-            crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
-            checkpoint.restore_optimizer(optimizer, list(parameters), tensors)
-            checkpoint.restore_random_states(tensors)
-            tokens_since_fired.copy_(tensors["tokens_since_fired"])
-            del tensors  # as large as the crosscoder and Adam's moments
-            scheduler.load_state_dict(state["scheduler"])
-            step, tokens, position = (state[name] for name in ("step", "tokens", "position"))
-            dropped = (state["dropped"], 0) if isinstance(state["dropped"], int) else tuple(state["dropped"])  # int: older
-            seconds, wandb_id = state["seconds"], state["wandb_id"]
-            standing = state["stream"] if streams else None
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the checkpoint {start_from} is incomplete ({error!r}): delete it") from None
+    state = TrainingState(crosscoder, optimizer, scheduler, tokens_since_fired, source, progress)
+    if begun.checkpoint:
+        checkpoint.load(begun.checkpoint, state)
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
-            group["lr"] = config.lr * schedule(step)
+            group["lr"] = config.lr * schedule(progress.step)
     if shard.rank == 0:
-        checkpoint.cut_metrics(run, step)
-    print_plan(config, source, run, start_from, device, steps)
-    if sample is not None and given.k is None:
-        say(f"k        {config.k}, the active latents a token of {given.init_from} on these rows: it has thresholds and no k")
-    if position >= stop:
+        checkpoint.cut_metrics(run, progress.step)
+    monitor.print_plan(config, source, run, begun.checkpoint, device, steps)
+    if progress.position >= stop:
         say("finished all its steps are done: the result is measured and saved again; --num-tokens makes the run longer")
-    tracker = None
     with shard.together():  # the last wait that may be long: in the loop all answer within a minute
-        if shard.rank == 0:
-            tracker, wandb_id = start_wandb(config, run, wandb_id)
+        tracker = monitor.start_wandb(config, run, progress) if shard.rank == 0 else None
 
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
-    watched = watch(steps, step, quiet=shard.rank > 0)
-    started = logged_at = waiting_since = time.perf_counter()
-    waited, logged_tokens, logged_model_seconds = 0.0, tokens, source.model_seconds if live else 0.0
-    last_save = "a first save"
-    if streams:
-        stream = source.batches(config.batch_size, stop, device, position, dropped, standing, shard)
-    else:
-        stream = batches(source, config.batch_size, stop, device, position, dropped, shard)
-    with closing(stream), prepare.memory_explained(run):
-        for batch in stream:
-            waited += time.perf_counter() - waiting_since
-            step, position, dropped = step + 1, batch.position, batch.dropped
+    watched = monitor.watch(steps, progress, quiet=shard.rank > 0)
+    stream = source.batches(config.batch_size, stop, device, progress.position, Dropped(*progress.dropped), shard)
+    with closing(stream), limits.memory_explained(run):
+        for batch in watched.timed(stream):
+            step = progress.step = progress.step + 1
+            progress.position, progress.dropped = batch.position, batch.dropped
             recent.append((step, batch.first_row, batch.last_row))
 
             x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
             l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
             k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
-            dead = tokens_since_fired >= dead_after if tokens >= dead_after else None  # none can be before
+            dead = tokens_since_fired >= dead_after if progress.tokens >= dead_after else None  # none can be before
             if device.type == "cpu" and dead is not None and not shard.any_process(bool(dead.any())):
-                dead = None  # a free question here; on CUDA it would wait for the device
-            out = losses_and_gradients(crosscoder, x, at_once, l1_coeff, config.aux_coeff, dead, k)
+                dead = None  # costs nothing to ask here; on CUDA it would wait for the device
+            out = losses_and_gradients(crosscoder, x, config.micro_batch_size, l1_coeff, config.aux_coeff, dead, k)
+
             grad_norm = norm_of_gradient(crosscoder)
-            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)  # fused Adam divides by it as it reads
+            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)  # gradient clipping: fused Adam divides by it
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
 
-            tokens += len(x)
+            progress.tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
             bad_step = torch.where((bad_step == 0) & ~out.loss.isfinite(), step, bad_step)
             stopping = shard.any_process(bool(signals))
-            last = position >= stop or stopping
-            validate = step % config.val_every == 0 and not last
+            last = progress.position >= stop or stopping
+            validate, save = step % config.val_every == 0 and not last, step % config.save_every == 0 or last
             if step == 1 or step % config.log_every == 0 or validate or last:
-                require_finite(bad_step, recent, run)
-                elapsed = time.perf_counter() - logged_at
+                require_finite_loss(bad_step, recent, run)
                 metrics = training_metrics(out, x, tokens_since_fired >= dead_after, crosscoder, grad_norm)
-                metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": tokens}
-                metrics |= {"tokens_per_second": (tokens - logged_tokens) / elapsed, "data_wait_fraction": waited / elapsed}
-                if live:
-                    metrics["model_fraction"] = (source.model_seconds - logged_model_seconds) / elapsed
-                    logged_model_seconds = source.model_seconds
+                metrics |= {"l1_coeff": l1_coeff, "lr": lr, "tokens": progress.tokens} | watched.rates(progress, source)
                 if validate:
-                    metrics |= evaluate(crosscoder, source, at_once, unscale, l1_coeff)
+                    metrics |= evaluate(crosscoder, source, config.micro_batch_size, unscale, l1_coeff)
                 if shard.rank == 0:
-                    tracker = log(run, tracker, step, metrics)
-                    show(watched, step, metrics)
-                    warn(watched, config, step, metrics)
-                logged_at, logged_tokens, waited = time.perf_counter(), tokens, 0.0
-            if step % config.save_every == 0 or last:
-                require_finite(bad_step, recent, run)
-                if stopping:  # at once: whoever sent the signal may not wait for the save
-                    say(f"{name_of(signals)}: saving step {step} ({last_save}), then leaving; killed before that, the run "
-                        f"goes on from {kept[-1].name if (kept := checkpoint.complete(run)) else 'its beginning'}")  # fmt: skip
-                saving_since = time.perf_counter()
-                state = {"tokens": tokens, "position": position, "dropped": dropped, "wandb_id": wandb_id}
-                state |= {"seconds": seconds + time.perf_counter() - started, "scheduler": scheduler.state_dict()}
-                state |= {"stream": source.standing(position)} if streams else {}
-                tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, list(parameters))
-                tensors |= checkpoint.random_states() | {"tokens_since_fired": tokens_since_fired}
-                require_finite_weights(tensors, step, run, shard)
-                checkpoint.save(run, step, tensors, state, config.keep_checkpoints, config.d_hidden, shard)
-                last_save = f"the last save took {time.perf_counter() - saving_since:.1f} s"
+                    tracker = monitor.log(run, tracker, step, metrics)
+                    monitor.show(watched, step, metrics)
+                    monitor.warn(watched, config, step, metrics)
+                watched.begin_interval(progress)
+            if save:
+                require_finite_loss(bad_step, recent, run)
+                if stopping:  # said at once: whoever sent the signal may not wait for the save
+                    kept = checkpoint.newest(run)
+                    say(f"{name_of(signals)}: saving step {step} ({watched.last_save}), then leaving; killed before that, the "
+                        f"run goes on from {kept.name if isinstance(kept, Path) else 'its beginning'}")  # fmt: skip
+                progress.seconds = watched.seconds()
+                with watched.saving():
+                    checkpoint.save(run, state, config.keep_checkpoints)
             watched.bar.update()
-            if last or (step % config.save_every == 0 and shard.any_process(bool(signals))):
+            if last or (save and shard.any_process(bool(signals))):
                 break  # a signal that came in after a save is saved by the next step
-            waiting_since = time.perf_counter()
     watched.bar.close()
-    seconds += time.perf_counter() - started
+    progress.seconds = watched.seconds()
     if shard.any_process(bool(signals)):
-        say(f"stopped by {name_of(signals)}, saved at step {step}. Go on with:")
+        say(f"stopped by {name_of(signals)}, saved at step {progress.step}. Go on with:")
         say(f"python train.py --resume {shlex.quote(str(run))}")
-        finish_wandb(tracker, {})
+        monitor.finish_wandb(tracker, {})
         return 128 + signal.Signals[name_of(signals)]
-
-    if live:
-        source.finish()
-
-    # --- the result: an inference threshold and metrics from rows that were never trained on, in float32 as it will be used
-    crosscoder.compute_dtype = torch.float32
-    with prepare.memory_explained(run):
-        if config.variant == "batch_topk":
-            crosscoder.fit_threshold(lambda: held_out(crosscoder, source, at_once, unscale))
-        final = evaluate(crosscoder, source, at_once, unscale, config.l1_coeff)
-    require_finite_weights(crosscoder.state_dict(), step, run, shard)
-    with checkpoint.explained("the crosscoder", run, shard):
-        crosscoder.save_pretrained(run / "crosscoder")
-    dead, norms = (shard.gather_rows(x) for x in (tokens_since_fired >= dead_after, crosscoder.decoder_norms().detach()))
-    W_dec = shard.gather_rows(crosscoder.W_dec.detach()) if isinstance(source, PlantedConcepts) else None
-    if shard.rank > 0:
-        return 0
-    log(run, tracker, step, final)
-    summary = {name.removeprefix("val_"): value for name, value in final.items()}
-    summary |= {"l1_coeff": config.l1_coeff, "lr": config.lr * schedule(max(0, step - 1))}  # of the last step
-    summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
-    summary |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-    summary |= {"rows_dropped": sum(dropped), "rows_dropped_by_norm": dropped[1]}
-    count = latents.count_classes if source.n_models == 2 else count_exclusive
-    summary["latents"] = count(norms, dead)
-    if isinstance(source, PlantedConcepts):
-        summary["planted"] = source.score(W_dec, dead)
-    checkpoint.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
-    finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
-    print_summary(summary, config, source.val_rows, run)
-    if config.push_to_hub:
-        hub.push_crosscoder(config.push_to_hub, run, norms)
-    os.close(locked)
+    finish(config, state, run, tracker, dead_after)
+    if locked is not None:
+        os.close(locked)
     return 0
 
 
+def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_after: int) -> None:
+    """What follows the last step: the inference threshold, the held-out metrics, the saved crosscoder and summary.json.
+
+    In float32, as the crosscoder will be used, on rows that were never trained on.
+    """
+    crosscoder, source, progress, shard = state.crosscoder, state.source, state.progress, state.crosscoder.shard
+    source.close()
+    unscale = raw_factor(source).to(crosscoder.W_dec.device)
+    crosscoder.compute_dtype = torch.float32
+    with limits.memory_explained(run):
+        if config.variant == "batch_topk":
+            crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.micro_batch_size, unscale))
+        final = evaluate(crosscoder, source, config.micro_batch_size, unscale, config.l1_coeff)
+    checkpoint.require_finite(crosscoder.state_dict(), progress.step, run, shard)
+    with checkpoint.explained("the crosscoder", run, shard):
+        crosscoder.save_pretrained(run / "crosscoder")
+    dead = shard.gather_rows(state.tokens_since_fired >= dead_after)  # [d_hidden]
+    W_dec = shard.whole(crosscoder.W_dec.detach(), config.d_hidden)  # [d_hidden, n_models, d_model], in process 0
+    if W_dec is None:
+        return
+    monitor.log(run, tracker, progress.step, final)
+    last_step = max(0, progress.step - 1)
+    lr = config.lr * lr_factor(last_step, steps_of(config), config.lr_warmup, config.lr_decay)
+    summary = {name.removeprefix("val_"): value for name, value in final.items()} | {"l1_coeff": config.l1_coeff, "lr": lr}
+    summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
+    summary |= {"tokens": progress.tokens, "seconds": progress.seconds}
+    summary |= {"tokens_per_second": progress.tokens / max(progress.seconds, 1e-9)}
+    summary |= {"rows_dropped": sum(progress.dropped), "rows_dropped_by_norm": progress.dropped[1]}
+    summary["latents"] = latents.count_classes(W_dec.norm(dim=-1), dead)
+    if truth := source.score(W_dec, dead):
+        summary["planted"] = truth
+    with checkpoint.explained("summary.json", run):
+        machine.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
+    monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
+    monitor.print_summary(summary, config, source.val_rows, run)
+    if config.push_to_hub:
+        hub.push_crosscoder(config.push_to_hub, run, W_dec.norm(dim=-1))
+
+
 # --- during the run
+
+
+def steps_of(config: TrainConfig) -> int:
+    """Optimizer steps of the run."""
+    return math.ceil(config.num_tokens / config.batch_size)
+
+
+def raw_factor(source: Source) -> Tensor:
+    """[n_models, 1] float32 factors from stored values to raw activations."""
+    return (1 / source.stored_scale.double()).float()[:, None]
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -359,28 +295,23 @@ def held_out(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor):
 
 
 @torch.no_grad()
-def evaluate(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor, l1_coeff: float) -> dict[str, float]:
+def evaluate(crosscoder: CrossCoder, source: Source, batch_size: int, unscale: Tensor, l1_coeff: float) -> dict[str, float]:
     """val_ metrics over all held-out rows, with inference codes. Totals in float64; nothing of the run's state moves."""
-    rows, active, l1, error, total, squared = 0, 0, 0, 0, 0, 0
+    totals, active, l1 = VarianceTotals(), 0, 0
     norm_sum = crosscoder.decoder_norms().sum(-1)
     for x in held_out(crosscoder, source, batch_size, unscale):
         f = crosscoder.encode(x, normalized=True)
-        x_hat = crosscoder.decode(f, normalized=True)
-        rows += len(x)
+        totals.add(x, crosscoder.decode(f, normalized=True))
         active = active + (f > 0).sum()
         l1 = l1 + (f.sum(0) * norm_sum).sum().double()
-        error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
-        total = total + x.double().sum(0)  # [n_models, d_model]
-        squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
     active, l1 = crosscoder.shard.all_sum(active), crosscoder.shard.all_sum(l1)
-    variance = explained(error, squared - total.pow(2).sum(-1) / rows).tolist()
-    l2_loss, l1_loss = error.sum().item() / rows, l1.item() / rows
+    l2_loss, l1_loss = totals.error.sum().item() / totals.rows, l1.item() / totals.rows
     return {
         "val_loss": l2_loss + l1_coeff * l1_loss,
         "val_l2_loss": l2_loss,
         "val_l1_loss": l1_loss,
-        "val_l0_loss": active.item() / rows,
-        **by_model("val_explained_variance", variance),
+        "val_l0_loss": active.item() / totals.rows,
+        **by_model("val_explained_variance", totals.explained().tolist()),
     }
 
 
@@ -408,7 +339,7 @@ def norm_of_gradient(crosscoder: CrossCoder) -> Tensor:
     return (squared + crosscoder.b_dec.grad.square().sum()).sqrt()
 
 
-def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
+def require_finite_loss(bad_step: Tensor, recent: deque, run: Path) -> None:
     """ValueError if the loss was not finite at some step since the last look."""
     if step := int(bad_step):
         where = next((f"rows {low} to {high} of the training rows" for at, low, high in recent if at == step), "unknown rows")
@@ -418,20 +349,10 @@ def require_finite(bad_step: Tensor, recent: deque, run: Path) -> None:
         )
 
 
-def require_finite_weights(tensors: dict[str, Tensor], step: int, run: Path, shard: Shard) -> None:
-    """ValueError if what is to be saved holds NaN, inf, or values whose squares overflow. Waits for the device."""
-    norm = torch.nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()])
-    if shard.any_process(not norm.isfinite()):
-        raise ValueError(
-            f"the weights after step {step} are not finite, or too large for finite norms: lower --lr. They were not saved. "
-            f"Last good checkpoint: {checkpoint.newest(run, step)}"
-        )
-
-
 if __name__ == "__main__":
     shard = Shard.of_torchrun()
     try:
-        with prepare.memory_explained():
+        with limits.memory_explained():
             status = main(CONFIG, shard)
         shard.leave()
         sys.exit(status)

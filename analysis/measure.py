@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from analysis.examples import Text
-from collecting.paired_rows import progress_bar
-from crosscoder import CrossCoder, explained
+from crosscoder import CrossCoder, VarianceTotals
 from ops import latents
+from run.machine import progress_bar
 from sources.batches import gather_kept
 from sources.planted import RECOVERED, PlantedConcepts
 
@@ -105,7 +105,7 @@ def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.Laten
     batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     n_texts = len(data.text.names) if data.text else 1
     sums: dict[str, latents.LatentSums] = {}
-    error, total, squared, per_token = 0, 0, 0, []
+    totals, per_token = VarianceTotals(), []
     with progress_bar("latents", data.val_rows + data.train_rows) as bar:
         for split, rows, x in normalized_rows(crosscoder, data, batch_size):
             group = None
@@ -115,15 +115,13 @@ def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.Laten
             part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
             sums[split] = sums[split] + part if split in sums else part
             if split == "validation":
-                error = error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
-                total = total + x.double().sum(0)  # [n_models, d_model]
-                squared = squared + x.double().pow(2).sum((0, 2))  # [n_models]
+                totals.add(x, x_hat)
                 per_token.append((f > 0).sum(1).cpu())
             bar.update(len(x))
     if "validation" not in sums:
         raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
     per_token = torch.cat(per_token).float()
-    together, base, ft = explained(error, squared - total.pow(2).sum(-1) / len(per_token)).tolist()
+    together, base, ft = totals.explained().tolist()
     return sums, {
         "explained_variance": together,
         "explained_variance_A": base,
@@ -235,14 +233,13 @@ def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
             if not 0 < count <= len(kept):
                 continue
             theta = (kept[count - 1] + kept[count]) / 2 if count < len(kept) else kept[count - 1] / 2
-            error = total = squared = 0
+            totals = VarianceTotals()
             for _, _, x in normalized_rows(crosscoder, few, batch_size):
                 f = crosscoder.encode(x, normalized=True)
                 f = f * (crosscoder.score(f) > theta)
                 _, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec)
-                error, total = error + (x - x_hat).double().pow(2).sum((0, 2)), total + x.double().sum(0)
-                squared = squared + x.double().pow(2).sum((0, 2))
-            ev = explained(error, squared - total.pow(2).sum(-1) / rows)[0].item()
+                totals.add(x, x_hat)
+            ev = totals.explained()[0].item()
             points.append({"threshold": theta.item(), "l0": count / rows, "explained_variance": ev, "own": factor == 1})
     finally:
         crosscoder.threshold.copy_(own)

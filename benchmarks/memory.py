@@ -1,21 +1,29 @@
-"""How much memory of its own a training takes while its dataset is far larger: peak RssAnon of train.py against bytes on disk.
+"""How much memory of its own a run takes while its dataset is far larger: training, and the analysis of all latents.
 
-    python benchmarks/memory.py                     8 GB of rows, one epoch; needs the disk for them
+    python benchmarks/memory.py                     training: 8 GB of rows, one epoch; needs the disk for them
     python benchmarks/memory.py --gigabytes 100
+    python benchmarks/memory.py --analysis          analyze.py's pass over all latents, with its speed
 
-Writes a paired dataset as collect.py does (2 x d_model float16 values a row and the columns of tokens, shuffled), the same
-block of random rows again and again, and trains on it through the command line; then as many steps on 12,288 rows. Sampled is
-RssAnon of /proc/PID/status: memory that belongs to no file. Pages of a mapped dataset do not count, as the kernel drops them
-when it needs room. Exit status 1 unless the files are ten times larger than what the run takes above its imports.
+Sampled is RssAnon of /proc/PID/status: memory that belongs to no file. Pages of a mapped dataset do not count, as the kernel
+drops them when it needs room.
+
+Training: writes a paired dataset as collect.py does (2 x d_model float16 values a row and the columns of tokens, shuffled),
+the same block of random rows again and again, and trains on it through the command line; then as many steps on 12,288 rows.
+Exit status 1 unless the files are ten times larger than what the run takes above its imports.
+
+Analysis: a crosscoder of random weights with a threshold that keeps about --active latents a token, on random activations.
+Prints the memory that the pass takes above the weights, which must not grow with --num-tokens, and the tokens a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +33,7 @@ from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets.table import InMemoryTable
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 COLUMNS = ("sequence", "position", "token")
 BLOCK = 4096  # rows that are written again and again, and held out
 SMALL = 3 * BLOCK  # rows: enough for every buffer to reach its full size
@@ -66,15 +75,62 @@ def peak_of(process) -> int:
     return peak
 
 
-def main() -> int:
+class RandomRows:
+    """A source of random activations; rows are made when they are asked for."""
+
+    def __init__(self, d_model: int, rows: int):
+        import torch
+
+        self.n_models, self.dtype, self.d_model, self.stored_scale = 2, torch.float16, d_model, torch.ones(2)
+        self.val_rows, self.train_rows = rows // 20, rows
+
+    def gather(self, split: str, rows: np.ndarray, out) -> None:
+        import torch
+
+        out.copy_(torch.randn(out.shape, generator=torch.Generator().manual_seed(int(rows[0]))))
+
+
+def analysis(args) -> int:
+    """Memory and speed of the pass over all latents, in this process."""
+    import torch
+
+    from analysis.measure import Data, latent_table, measure
+    from crosscoder import CrossCoder
+
+    torch.set_grad_enabled(False)
+    crosscoder = CrossCoder(args.d_model, args.d_hidden)
+    source = RandomRows(args.d_model, args.num_tokens)
+    sample = torch.empty(2, 256, args.d_model)
+    source.gather("train", np.arange(256), sample)
+    scores = crosscoder.score(crosscoder.encode(sample.transpose(0, 1))).flatten()
+    crosscoder.threshold.fill_(scores.topk(256 * args.active).values.min())
+    del sample, scores
+    data = Data(source, torch.ones(2, 1), "random", None, None, source.val_rows, args.num_tokens - source.val_rows)
+    before, peak, done = anonymous(os.getpid()), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], anonymous(os.getpid()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    sums, metrics = measure(crosscoder, data)
+    latent_table(crosscoder, sums, data)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    weights = sum(p.numel() for p in crosscoder.parameters()) * 4
+    print(
+        f"{args.num_tokens:,} tokens, {args.d_hidden:,} latents of 2 x {args.d_model}, L0 {metrics['l0_loss']:.1f}: weights "
+        f"{weights / 1e9:.3f} GB, above them {(peak[0] - before) / 1e9:.3f} GB, {args.num_tokens / seconds:,.0f} tokens/s"
+    )
+    return 0
+
+
+def training(args) -> int:
+    """Peaks of a training on many rows and of one on few."""
     disable_progress_bars()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8)
-    parser.add_argument("--d-model", type=int, default=1152)
-    parser.add_argument("--d-hidden", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--folder", type=Path, help="where the rows are written and removed again; default: the system's own")
-    args = parser.parse_args()
     peaks, sizes = [], []
     large = int(args.gigabytes * 1e9 / (4 * args.d_model))
     for rows in (large, SMALL):
@@ -94,6 +150,22 @@ def main() -> int:
     whole, above = sizes[0] / peaks[0], sizes[0] / (peaks[0] - imports)
     print(f"the files are {whole:.1f} times that, and {above:.1f} times what it has above its imports ({imports / 1e9:.2f} GB)")
     return 0 if above >= 10 else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--analysis", action="store_true", help="measure the pass over all latents instead of a training")
+    parser.add_argument("--d-model", type=int, help="width; 1152 for training, 256 for analysis")
+    parser.add_argument("--d-hidden", type=int, help="latents; 64 for training, 16384 for analysis")
+    parser.add_argument("--gigabytes", type=float, default=8, help="training: rows on disk")
+    parser.add_argument("--batch-size", type=int, default=512, help="training: rows a step")
+    parser.add_argument("--folder", type=Path, help="training: where the rows are written and removed again")
+    parser.add_argument("--num-tokens", type=int, default=1_000_000, help="analysis: rows measured")
+    parser.add_argument("--active", type=int, default=64, help="analysis: active latents a token")
+    args = parser.parse_args()
+    args.d_model = args.d_model or (256 if args.analysis else 1152)
+    args.d_hidden = args.d_hidden or (16_384 if args.analysis else 64)
+    return analysis(args) if args.analysis else training(args)
 
 
 if __name__ == "__main__":

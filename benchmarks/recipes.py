@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from crosscoder import CrossCoder
 from ops import latents
 from run import checkpoint
-from sources.batches import batches, estimate_normalization
+from sources.batches import estimate_normalization
 from sources.planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
 from sources.stored import open_pair, open_single
 from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
@@ -146,7 +146,7 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
-        since_fired = checkpoint.load(checkpoint.find(out))[0]["tokens_since_fired"]
+        since_fired = checkpoint.read(checkpoint.find(out))[0]["tokens_since_fired"]
         dead = since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * tokens))
     seconds = time.perf_counter() - started
     result = {"world": name, "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens, "seconds": round(seconds, 1)}
@@ -172,7 +172,7 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=lr, fused=True)
     steps = -(-tokens // world.batch_size)
     silent = torch.zeros(world.d_hidden, dtype=torch.int64)  # tokens since each latent fired
-    stream = batches(source, world.batch_size, tokens, torch.device("cpu"))
+    stream = source.batches(world.batch_size, tokens, torch.device("cpu"))
     for step, batch in enumerate(tqdm(stream, total=steps, desc=f"crosscoder_learning, lr {lr:g}", unit="step", mininterval=5)):
         x = crosscoder.normalize(batch.x.float() * unscale.float())  # [batch, 2, d_model]
         if step == 0:

@@ -1,7 +1,7 @@
 """One training step: ours against the plain way of writing it, and against the best that this machine could do.
 
     python benchmarks/step.py                  # tokens a second, milliseconds by part, peak memory, share of the floor
-    python benchmarks/step.py --end-to-end     # reading rows from disk as well (needs requirements.txt)
+    python benchmarks/step.py --end-to-end     # rows from disk: the reader alone, then with the step (needs requirements.txt)
 
 Needs torch alone (on CUDA also triton, which comes with it). Every measurement is a process of its own, so that its peak of
 memory is its own. `benchmarks/README.md` says how to read the table.
@@ -131,21 +131,95 @@ def measure(way: str, case: tuple, device: torch.device) -> dict:
     }
 
 
-def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict:
-    """Tokens a second from float16 rows on disk to updated weights, and the share of the time spent waiting for rows."""
-    from reader import python_lists
+# --- rows from disk
 
-    from sources.batches import batches
+
+def write_rows(path: Path, rows: int, d_model: int, seed: int) -> None:
+    """A save_to_disk dataset of random float16 rows."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
+    from datasets.table import InMemoryTable
+
+    disable_progress_bars()
+    features = Features({"activation": List(Value("float16"), length=d_model)})
+    values = np.random.default_rng(seed).standard_normal(rows * d_model, dtype=np.float32).astype(np.float16)
+    table = pa.table({"activation": pa.FixedSizeListArray.from_arrays(pa.array(values), d_model)})
+    Dataset(InMemoryTable(table.replace_schema_metadata(features.arrow_schema.metadata))).save_to_disk(str(path))
+
+
+def python_lists(base: str, ft: str, batch: int):
+    """What a plain training script does: slice both datasets, turn the lists into tensors, stack: [batch, 2, d_model]."""
+    from datasets import Dataset
+
+    base, ft = Dataset.load_from_disk(base), Dataset.load_from_disk(ft)
+    for start in range(0, len(base), batch):
+        part = slice(start, start + batch)
+        yield torch.stack([torch.tensor(base[part]["activation"]), torch.tensor(ft[part]["activation"])], dim=1)
+
+
+def torch_format(base: str, ft: str, batch: int):
+    """The same with the datasets library's torch format."""
+    from datasets import Dataset
+
+    base, ft = (Dataset.load_from_disk(path).with_format("torch", dtype=torch.float16) for path in (base, ft))
+    for start in range(0, len(base), batch):
+        part = slice(start, start + batch)
+        yield torch.stack([base[part]["activation"], ft[part]["activation"]], dim=1)
+
+
+def training_reader(base: str, ft: str, batch: int, device: torch.device, shuffled: bool = False):
+    """The reader of train.py, background thread and check for outliers and non-finite values included."""
+    from sources.batches import limit_norms
     from sources.stored import open_single
 
-    variant, d_model, d_hidden, batch, active = case
-    paths = [f"{folder}/{name}" for name in ("base", "ft")]
+    source = open_single(base, ft, (None, None), 2, 0, seed=0)
+    source.shuffled = shuffled
+    limit_norms(source, 10.0)
+    for item in source.batches(batch, source.train_rows, device):
+        yield item.x
+
+
+def reading_rate(stream, at_most: float) -> float:
+    """Rows a second over the stream, stopped after `at_most` seconds; the first batch pays for opening and is left out."""
+    next(stream)
+    started, rows = time.perf_counter(), 0
+    for x in stream:
+        rows += len(x)
+        if time.perf_counter() - started > at_most:
+            break
+    return rows / (time.perf_counter() - started)
+
+
+def compare_readers(rows: int = 100_000, d_model: int = 2304, batch: int = 4096) -> None:
+    """Rows a second into batches, page cache warm: what is measured is the reader, not the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{name}" for name in ("base", "ft")]
+        for seed, path in enumerate(paths):
+            write_rows(Path(path), rows, d_model, seed)
+        cpu = torch.device("cpu")
+        ways = {
+            "Python lists": lambda: python_lists(*paths, batch),
+            "datasets' torch format": lambda: torch_format(*paths, batch),
+            "train.py, shuffled on disk": lambda: training_reader(*paths, batch, cpu, shuffled=True),
+            "train.py, shuffled while reading": lambda: training_reader(*paths, batch, cpu),
+        }
+        found = {
+            name: max(reading_rate(make(), at_most=20) for _ in range(1 if name == "Python lists" else 3))
+            for name, make in ways.items()
+        }
+    print(f"{rows:,} rows of 2 x {d_model} float16, batches of {batch}, read alone\n")
+    print("| reader | rows/s | GB/s | against lists |\n|---|---:|---:|---:|")
+    for name, value in found.items():
+        print(f"| {name} | {value:,.0f} | {value * 4 * d_model / 1e9:.2f} | {value / found['Python lists']:,.0f}x |")
+
+
+def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict:
+    """Tokens a second from float16 rows on disk to updated weights, and the share of the time spent waiting for rows."""
+    batch, paths = case[3], [f"{folder}/{name}" for name in ("base", "ft")]
     step, _ = make_step(way, *case, device)
-    if way == "ours":
-        source = open_single(*paths, (None, None), 2, 0, seed=0)
-        stream = (item.x.float() for item in batches(source, batch, 10**9, device))
-    else:
-        stream = (x.float().to(device) for x in python_lists(*paths, batch))
+    rows = training_reader(*paths, batch, device) if way == "ours" else python_lists(*paths, batch)
+    stream = (x.float().to(device) for x in rows)
     step(next(stream))
     tokens, waited, started = 0, 0.0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < 20:
@@ -156,9 +230,11 @@ def end_to_end(way: str, case: tuple, device: torch.device, folder: str) -> dict
         waited += time.perf_counter() - before
         step(x)
         tokens += len(x)
-    if way == "ours":
-        stream.close()
+    rows.close()
     return {"tokens_per_second": tokens / elapsed, "waited": waited / elapsed}
+
+
+# --- what the machine could do
 
 
 def rates(device: torch.device) -> dict:
@@ -235,6 +311,7 @@ def main() -> None:
     cases = CUDA_CASES if device.type == "cuda" else CPU_CASES
     ways = ["plain", "plain, bf16", "ours"] if device.type == "cuda" else ["plain", "ours"]
     if args.end_to_end:
+        compare_readers()
         compare_end_to_end(cases[0], device)
         return
     dtype = sparse.fast_dtype(device)
@@ -262,14 +339,13 @@ def main() -> None:
 
 
 def compare_end_to_end(case: tuple, device: torch.device) -> None:
-    from reader import write
-
+    """Tokens a second of the plain way and of ours, rows from disk included."""
     variant, d_model, d_hidden, batch, active = case
     with tempfile.TemporaryDirectory() as folder:
         for seed, name in enumerate(("base", "ft")):
-            write(Path(folder) / name, 100_000, d_model, seed)
+            write_rows(Path(folder) / name, 100_000, d_model, seed)
         found = {way: alone("end_to_end", way, case, folder, str(device)) for way in ("plain", "ours")}
-    print(f"{machine(device)}: {variant}, 2 x {d_model}, {d_hidden:,} latents, batches of {batch}, k {active}, from disk\n")
+    print(f"\n{machine(device)}: {variant}, 2 x {d_model}, {d_hidden:,} latents, batches of {batch}, k {active}, from disk\n")
     print("| way | tokens/s | against plain | of the time waiting for rows |\n|---|---:|---:|---:|")
     for way, value in found.items():
         ratio = value["tokens_per_second"] / found["plain"]["tokens_per_second"]

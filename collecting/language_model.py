@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import transformers
 
+from run.machine import first_line
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -37,12 +39,6 @@ class PairedRows(NamedTuple):
 
 
 # --- loading
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of a library's error, for errors of one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(" .") if lines else type(error).__name__
 
 
 @lru_cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from collecting.paired_rows import REASONS, Fill, PairedModels
-from run.checkpoint import write_text
+from run.machine import size_text, whole_file, write_text
 
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
 SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch
@@ -92,11 +91,11 @@ class PairedDataset:
         free = shutil.disk_usage(next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())).free
         print(
             f"{rows:,} rows of 2 x {d_model} {self.recipe['dtype']} values to write: "
-            f"about {size(rows * row_bytes)}, {size(free)} of disk are free"
+            f"about {size_text(rows * row_bytes)}, {size_text(free)} of disk are free"
         )
         if rows * row_bytes > free:
             raise ValueError(
-                f"{self.flag} {self.out}: about {size(rows * row_bytes)} do not fit into {size(free)} of free disk; "
+                f"{self.flag} {self.out}: about {size_text(rows * row_bytes)} do not fit into {size_text(free)} of free disk; "
                 "lower --num-tokens, choose another folder" + (" or --dtype float16" if row_bytes > 4 * d_model + 28 else "")
             )
         return row_bytes
@@ -246,20 +245,6 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 def write_arrow(path: Path, schema, record_batches: Iterable) -> None:
     """An Arrow stream file, complete or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            for batch in record_batches:
-                writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def size(n_bytes: float) -> str:
-    for unit in ("kB", "MB", "GB"):
-        n_bytes /= 1000
-        if n_bytes < 1000:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1000:,.1f} TB"
+    with whole_file(path) as partial, open(partial, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in record_batches:
+            writer.write_batch(batch)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from collecting import language_model as lm
 from collecting import text as texts
+from run.machine import progress_bar
 
 CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
 BUCKET = 8  # forward batches of unpacked texts that are sorted by length together, so that little is padding
@@ -317,21 +317,3 @@ def is_candidate(sequence: int, seed: int) -> bool:
 def drawn_together(batch_size: int, pack: bool) -> int:
     """Sequences whose rows come at once. Packed ones are of one length, so there is nothing to sort."""
     return batch_size * (1 if pack else BUCKET)
-
-
-def usable_device(name: str, flag: str) -> str:
-    """The device, CUDA or the CPU for auto. ValueError, naming the flag, if it cannot be used."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):  # each for its own kind of missing device
-        raise ValueError(f"{flag} {name}: is not a device of this machine; auto chooses one") from None
-    return name
-
-
-def progress_bar(what: str | None, rows: int, **options) -> tqdm:
-    """On a terminal, and gone when it is done. Without one (a cluster's log) a line every half minute, from `delay` on."""
-    terminal = sys.stderr.isatty()
-    usual = {"leave": not terminal, "mininterval": 0.5 if terminal else 30, "delay": 0 if terminal else 30}
-    return tqdm(total=rows, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)

@@ -21,6 +21,8 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
+from run.machine import first_line
+
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors reach the user as ours, in one line
 
@@ -155,7 +157,7 @@ def load_hub(name: str, commit: str | None = None) -> tuple[datasets.IterableDat
         return datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit), commit
     except Exception as error:  # the library raises a dozen types here, from HTTP errors to missing configs
         raise ValueError(
-            f"--text {name}: is no existing path, and the Hub does not give it as a dataset ({one_line(error)}); "
+            f"--text {name}: is no existing path, and the Hub does not give it as a dataset ({first_line(error)}); "
             "check the name and the network, or give a file or folder"
         ) from None
 
@@ -171,7 +173,7 @@ def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.Itera
                 rows = rows["train"] if "train" in rows else next(iter(rows.values()))
             return rows, [Path(file["filename"]) for file in rows.cache_files]
     except Exception as error:  # whatever a damaged folder makes the library raise
-        raise ValueError(f"--text {name}: cannot be read as a dataset folder ({one_line(error)})") from None
+        raise ValueError(f"--text {name}: cannot be read as a dataset folder ({first_line(error)})") from None
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p[0] == "." for p in f.relative_to(path).parts))
@@ -187,7 +189,7 @@ def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.Itera
             rows = datasets.load_dataset(kinds.pop(), data_files=[str(f) for f in tables], split="train", streaming=True)
             return rows, tables
         except Exception as error:  # whatever a broken file makes the reader raise
-            raise ValueError(f"--text {name}: cannot be read ({one_line(error)})") from None
+            raise ValueError(f"--text {name}: cannot be read ({first_line(error)})") from None
     if not texts:
         what = "holds no file with content" if path.is_dir() or not files else "is of an unknown kind"
         raise ValueError(f"--text {name}: {what}; known are {KINDS} and folders of save_to_disk")
@@ -208,10 +210,6 @@ def fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
-
-
 def read_rows(source: Source, rows: Iterable[dict]) -> Iterator[dict]:
     """The rows, with the errors of broken files and connections as one sentence."""
     n_read = 0
@@ -222,7 +220,7 @@ def read_rows(source: Source, rows: Iterable[dict]) -> Iterator[dict]:
     except Exception as error:  # parsers and HTTP clients each raise their own
         if line := broken_line(source.files):
             raise ValueError(f"--text {source.name}: {line}; mend or remove that line") from None
-        reason = re.sub(r" in row \d+$", "", one_line(error))  # which the parser counts from 0, and anew in each block
+        reason = re.sub(r" in row \d+$", "", first_line(error))  # which the parser counts from 0, and anew in each block
         raise ValueError(f"--text {source.name}: reading stopped after {n_read:,} rows ({reason})") from None
 
 
@@ -238,7 +236,7 @@ def broken_line(files: list[Path]) -> str | None:
                     if file.suffix == ".jsonl" and text.strip():
                         json.dumps(json.loads(text), ensure_ascii=False).encode()  # a lone half of a surrogate pair fails here
                 except (ValueError, RecursionError) as error:
-                    return f"{file.name}, line {number}, cannot be read ({one_line(error)})"
+                    return f"{file.name}, line {number}, cannot be read ({first_line(error)})"
     return None
 
 
@@ -311,7 +309,9 @@ def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], to
             text = format_chat(tokenizer, turns) if any(t["content"] for t in turns) else ""
         except Exception as error:  # a template may raise anything
             if source.refused == 0:
-                tqdm.write(f"--text {source.name}: left out what the chat template refuses, the first time: {one_line(error)}")
+                tqdm.write(
+                    f"--text {source.name}: left out what the chat template refuses, the first time: {first_line(error)}"
+                )
             source.refused += 1
             continue
         yield text.removeprefix(tokenizer.bos_token) if source.template_bos == "left out" else text

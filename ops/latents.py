@@ -47,7 +47,20 @@ def classify(norms: Tensor) -> Tensor:
 
 
 def count_classes(norms: Tensor, dead: Tensor) -> dict[str, int]:
-    """How many live latents belong to each class, and how many latents are dead. dead: [d_hidden] bool."""
+    """How many live latents belong to each class, and how many latents are dead.
+
+    Of more than two models: how many have over 0.8 of their decoder norm in one (A: the base model).
+
+    norms: [d_hidden, n_models]; dead: [d_hidden] bool.
+    """
+    if norms.shape[1] > 2:
+        share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
+        only = (share > FT_ONLY_ABOVE).sum(0).tolist()
+        return {
+            "shared": len(share) - sum(only),
+            **{f"{chr(65 + model)}_only": n for model, n in enumerate(only)},
+            "dead": int(dead.sum()),
+        }
     counts = torch.bincount(classify(norms)[~dead], minlength=3).tolist()
     return dict(zip(CLASSES, counts, strict=True), dead=int(dead.sum()))
 

@@ -21,8 +21,10 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,13 +32,88 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ops.shard import ALONE, Shard
+from run.machine import first_line, free_disk, sync, write_text
 
 # What has the latents as its first axis; Adam's moments of a parameter have its axes.
 BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")
 HASHED_TOGETHER = 1 << 24  # bytes
+FORMAT = 2  # number of the layout above
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int, d_hidden: int, shard: Shard = ALONE) -> Path:
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    tokens: int = 0  # rows trained on
+    position: int = 0  # rows of the source's stream used up, dropped ones included
+    dropped: tuple[int, int] = (0, 0)  # of those, left out: with NaN or inf, and as outliers
+    seconds: float = 0.0  # of training, in all processes that went on with the run
+    wandb_id: str | None = None
+
+
+@dataclass
+class TrainingState:
+    """All that a training step changes."""
+
+    crosscoder: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    tokens_since_fired: Tensor  # [latents of this process] int64
+    source: Any
+    progress: Progress
+
+
+def save(run: Path, state: TrainingState, keep: int) -> None:
+    """Write the checkpoint of the step that `state` stands at and delete all but the newest `keep`.
+
+    ValueError where the weights are not finite; else as `write`.
+    """
+    crosscoder, progress = state.crosscoder, state.progress
+    names = [name for name, _ in crosscoder.named_parameters()]
+    tensors = crosscoder.state_dict() | optimizer_tensors(state.optimizer, names)
+    tensors |= random_states() | {"tokens_since_fired": state.tokens_since_fired}
+    require_finite(tensors, progress.step, run, crosscoder.shard)
+    numbers = asdict(progress) | {"scheduler": state.scheduler.state_dict()}
+    numbers["stream"] = state.source.state_dict(progress.position)
+    write(run, progress.step, tensors, numbers, keep, crosscoder.d_hidden, crosscoder.shard)
+
+
+def load(folder: Path, state: TrainingState) -> None:
+    """Bring `state` to where the checkpoint stands. ValueError where it is broken or incomplete."""
+    crosscoder = state.crosscoder
+    tensors, numbers = read(folder, crosscoder.latents)
+    try:
+        crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+        restore_optimizer(state.optimizer, [name for name, _ in crosscoder.named_parameters()], tensors)
+        restore_random_states(tensors)
+        state.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+        state.scheduler.load_state_dict(numbers["scheduler"])
+        for field in fields(Progress):
+            setattr(state.progress, field.name, numbers[field.name])
+        if isinstance(numbers["dropped"], int):  # of a run that began before outliers were counted
+            state.progress.dropped = (numbers["dropped"], 0)
+        state.source.load_state_dict(numbers.get("stream", {}))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint {folder} is incomplete ({error!r}): delete it") from None
+
+
+def require_finite(tensors: dict[str, Tensor], step: int, run: Path, shard: Shard) -> None:
+    """ValueError if what is to be saved holds NaN, inf, or values whose squares overflow. Waits for the device."""
+    norm = torch.nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()])
+    if shard.any_process(not norm.isfinite()):
+        raise ValueError(
+            f"the weights after step {step} are not finite, or too large for finite norms: lower --lr. They were not saved. "
+            f"Last good checkpoint: {newest(run, step)}"
+        )
+
+
+# --- files
+
+
+def write(
+    run: Path, step: int, tensors: dict[str, Tensor], numbers: dict, keep: int, d_hidden: int, shard: Shard = ALONE
+) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder.
 
     Of several processes each writes the slice of the d_hidden latents that it owns, process 0 the rest.
@@ -61,8 +138,8 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: in
         with shard.together():
             if shard.rank == 0:
                 save_file({name: t for name, t in host.items() if name not in by_latent}, partial / "shared.safetensors")
-                (partial / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
-                write_index(partial, {"format": 2, "d_hidden": d_hidden, "by_latent": by_latent, "slices": slices})
+                (partial / "state.json").write_text(json.dumps({"step": step} | numbers, indent=1))
+                write_index(partial, {"format": FORMAT, "d_hidden": d_hidden, "by_latent": by_latent, "slices": slices})
                 for path in [*partial.iterdir(), partial]:
                     sync(path)
                 if os.path.lexists(folder):  # an abandoned attempt at this step
@@ -163,16 +240,20 @@ def find(resume: Path, shard: Shard = ALONE) -> Path:
     raise ValueError(f"--resume {resume}: holds no complete checkpoint{finished}")
 
 
-def load(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and the state of a checkpoint, of those with a latent axis the wanted latents alone (None: all).
+def read(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and numbers of a checkpoint, of those with a latent axis the wanted latents alone (None: all).
 
     However many processes wrote it. ValueError where a file is missing or was changed.
     """
-    why = damage(folder)
+    why, number = damage(folder), FORMAT
+    with suppress(OSError, ValueError, AttributeError):
+        number = json.loads((folder / "index.json").read_text()).get("format")
+    if number != FORMAT:
+        raise ValueError(f"the checkpoint {folder} has the format {number} and this code reads {FORMAT}: use the code it is of")
     try:
         if why:
             raise ValueError(why)
-        index, state = (json.loads((folder / name).read_text()) for name in ("index.json", "state.json"))
+        index, numbers = (json.loads((folder / name).read_text()) for name in ("index.json", "state.json"))
         tensors = load_file(folder / "shared.safetensors")
         latents = latents or slice(0, index["d_hidden"])
         parts: dict[str, list[Tensor]] = {name: [] for name in index["by_latent"]}
@@ -187,7 +268,7 @@ def load(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor],
         raise ValueError(
             f"the checkpoint {folder} is broken ({error}): give --resume the run's folder, and it takes the newest whole one"
         ) from None
-    return tensors, state
+    return tensors, numbers
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -235,7 +316,8 @@ def cut_metrics(run: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_text(path, "".join(kept))
+    with explained(path.name, run):
+        write_text(path, "".join(kept))
 
 
 def as_json(values: dict, **options) -> str:
@@ -268,15 +350,6 @@ def lock(run: Path) -> int:
     return handle
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with explained(path.name, path.parent):
-        partial.write_text(text)
-        sync(partial)
-        os.replace(partial, path)
-
-
 @contextmanager
 def explained(what: str, run: Path, shard: Shard = ALONE):
     """OSError with one sentence when `what` cannot be written to a run's folder; nothing half-written stays."""
@@ -287,22 +360,8 @@ def explained(what: str, run: Path, shard: Shard = ALONE):
             remove_leftovers(run)
         if isinstance(error, OSError) and error.errno is None:  # already one sentence
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise OSError(
-            f"{what} could not be written to {run} ({reason}; {room(run) / 1e9:.2f} GB free): make room "
+            f"{what} could not be written to {run} ({reason}; {free_disk(run / 'checkpoints') / 1e9:.2f} GB free): make room "
             "or choose a folder you can write to; earlier checkpoints are untouched"
         ) from None
-
-
-def room(run: Path) -> int:
-    """Free bytes of the disk that a run's checkpoints lie on."""
-    return shutil.disk_usage(next(f for f in (run / "checkpoints", run, *run.absolute().parents) if f.exists())).free
-
-
-def sync(path: Path) -> None:
-    """Push a file or folder through to the disk: a rename must not survive a power cut that its content does not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,6 +8,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from typing import Literal
 
 import tyro
 
-from config import AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig
+from config import LR_FACTOR, PLANTED, REAL, WARM, AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig
 
 QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
 REQUIRED = {
@@ -91,17 +92,15 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
         name, equals, weight = spec.rpartition("=")
         return f"{full(name)}={weight}" if equals and full(spec) == spec else full(spec)
 
+    data = ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from")
+    paths = {name: full(value) for name in data if (value := getattr(config, name))}
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
-            setattr(config, name, str(Path(value).expanduser()))
-    for name in ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from"):
-        if value := getattr(config, name):
-            setattr(config, name, full(value))
+            paths[name] = str(Path(value).expanduser())
     if config.keep_activations:
-        config.keep_activations = str(Path(config.keep_activations).expanduser().absolute())
-    config.text = [full_text(spec) for spec in config.text]
-    config.model_dataset = [full(name) for name in config.model_dataset]
-    return config
+        paths["keep_activations"] = str(Path(config.keep_activations).expanduser().absolute())
+    lists = {"text": list(map(full_text, config.text)), "model_dataset": list(map(full, config.model_dataset))}
+    return dataclasses.replace(config, **paths, **lists)
 
 
 def resumed_config_file(config: TrainConfig) -> Path | None:
@@ -113,9 +112,8 @@ def resumed_config_file(config: TrainConfig) -> Path | None:
             raise ValueError("--resume auto needs --run-name NAME, or give the run itself: --resume runs/NAME")
         folders = [Path(config.output_dir).expanduser() / config.run_name]
     else:
-        resume = Path(config.resume).expanduser()
-        paths = (Path(os.path.abspath(resume)), resume.resolve())  # checkpoints/ may lead to another disk
-        folders = [folder for path in paths for folder in (path, *path.parents[:2])]  # a run, or a checkpoint inside it
+        resume = Path(config.resume).expanduser().resolve()
+        folders = [resume, *resume.parents[:2]]  # a run, or a checkpoint inside it
     return next((f / "config.json" for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
 
 
@@ -151,3 +149,117 @@ def _fits(value, hint) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+# --- checks before anything is opened
+
+
+def check(config: TrainConfig, processes: int) -> None:
+    """ValueError, naming the flag, for values that cannot be trained with."""
+    if config.dataset and (config.base_dataset or config.ft_dataset):
+        raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
+    if bool(config.base_dataset) != bool(config.ft_dataset):
+        there, missing = ("--base-dataset", "--ft-dataset") if config.base_dataset else ("--ft-dataset", "--base-dataset")
+        raise ValueError(f"{there} is given without {missing}: a crosscoder needs the same tokens' activations of both models")
+    if config.model_dataset and (config.dataset or config.base_dataset):
+        raise ValueError("--model-dataset names each model's activations: leave out --dataset, --base-dataset and --ft-dataset")
+    if len(config.model_dataset) == 1:
+        raise ValueError("--model-dataset is given once: give it for each model, the base model first")
+    if (config.base_column or config.ft_column) and not (config.dataset or config.base_dataset or config.model_dataset):
+        raise ValueError("--base-column and --ft-column need --base-dataset and --ft-dataset")
+    if config.epochs is not None and config.num_tokens is not None:
+        raise ValueError("--epochs and --num-tokens both set the length of the run: give one (the other as None)")
+    check_live(config, processes)
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, (int, float)) and not abs(value) < (2**53 if isinstance(value, int) else math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {str(value):.20}: must be a finite number, a whole one below 2^53")
+    if config.run_name in (".", "..") or (config.run_name and Path(config.run_name).name != config.run_name):
+        raise ValueError(f"--run-name {config.run_name}: must be a name alone; --output-dir is the folder that it lies in")
+    for name in ("k", "k_start"):
+        if config.variant == "vanilla" and config.resume is None and (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g}: belongs to --variant batch_topk; give that variant or leave it out"
+            )
+    if config.streaming and not (config.dataset or config.base_dataset or config.model_dataset):
+        raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
+    if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
+        raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
+    if not config.max_norm_ratio > 1:
+        raise ValueError(f"--max-norm-ratio {config.max_norm_ratio:g}: must be above 1; 1e9 keeps rows of every norm")
+    for name in (
+        "d_hidden", "k", "k_aux", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every",
+        "val_every", "save_every", "keep_checkpoints", "lr", "grad_clip", "dec_init_norm", "buffer_tokens", "model_batch_size",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name, low, high in (
+        ("seed", 0, 2**31), ("batch_size", 1, 2**24), ("l1_coeff", 0, 1e6), ("aux_coeff", 0, 1e6), ("l1_warmup", 0, 1),
+        ("lr_warmup", 0, 1), ("lr_decay", 0, 1), ("k_start", 1, 1e6), ("k_anneal", 0, 1), ("dead_window", 1e-9, 1),
+        ("beta1", 0, 0.999999), ("beta2", 0, 0.999999),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if ":" in config.device and processes > 1:
+        kind = config.device.split(":")[0]
+        raise ValueError(f"--device {config.device}: several processes take a device each; give --device {kind}")
+
+
+def check_live(config: TrainConfig, processes: int) -> None:
+    """ValueError, naming the flag, if training straight from the models is asked for by halves."""
+    wanted = ("base_model", "ft_model", "hook", "text", "num_tokens")
+    alone = ("ft_hook", "text_column", "chat_template", "keep_activations", "base_device", "ft_device")
+    alone += ("base_revision", "ft_revision", "ft_adapter", *(() if config.streaming else ("buffer_tokens",)))
+    asked = [name for name in (*wanted[:-1], *alone) if getattr(config, name)]
+    if not asked:
+        return
+    flag = f"--{asked[0].replace('_', '-')}"
+    if processes > 1:
+        raise ValueError(f"{flag}: several processes train from stored activations; collect them first with collect.py")
+    if config.dataset or config.base_dataset or config.model_dataset:
+        other = "--dataset" if config.dataset else "--base-dataset" if config.base_dataset else "--model-dataset"
+        raise ValueError(f"{flag} trains straight from two models and {other} from stored activations: give one of them")
+    if config.epochs is not None:
+        raise ValueError("--epochs: the length of streamed texts is not known before their end, give --num-tokens")
+    for name in wanted:
+        if not getattr(config, name) and not (name == "ft_model" and config.ft_adapter):
+            why = "the length of streamed texts is not known" if name == "num_tokens" else "both models read the same text"
+            raise ValueError(f"{flag} is given without --{name.replace('_', '-')}: {why}")
+
+
+# --- what is left open on the command line
+
+
+def resolve_sizes(given: TrainConfig, saved: dict | None, warm, fast_dtype: str, processes: int = 1) -> TrainConfig:
+    """The settings of a run, as far as its data need not be known: usual sizes filled in, or those that it began with.
+
+    Args:
+        saved: the settings that a resumed run began with. warm: the crosscoder that a fresh one begins with.
+        fast_dtype: the compute dtype for "auto".
+    """
+    usual = REAL if given.base_model or given.dataset or given.base_dataset or given.model_dataset else PLANTED
+    if warm:
+        usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
+    known = {name: value for name, value in (saved or usual).items() if getattr(given, name, value) is None}
+    config = dataclasses.replace(given, **known)
+    if config.compute_dtype == "auto":
+        config = dataclasses.replace(config, compute_dtype=saved["compute_dtype"] if saved else fast_dtype)
+    if processes > config.d_hidden:
+        raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {processes}")
+    if config.variant == "batch_topk" and config.k > config.d_hidden:
+        raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
+    return config
+
+
+def resolve_lengths(given: TrainConfig, config: TrainConfig, train_rows: int | None, d_model: int) -> TrainConfig:
+    """The settings that follow from the data: the run's length, the learning rate, the auxiliary loss, the part of a step."""
+    l1_coeff = 0.0 if config.variant == "batch_topk" and given.l1_coeff is None else config.l1_coeff
+    return dataclasses.replace(
+        config,
+        num_tokens=given.epochs * train_rows if given.epochs else config.num_tokens or train_rows,
+        k_aux=config.k_aux or max(1, d_model // 2),
+        lr=config.lr or LR_FACTOR / math.sqrt(d_model * config.d_hidden),
+        l1_coeff=l1_coeff,
+        micro_batch_size=config.micro_batch_size or config.batch_size,
+    )

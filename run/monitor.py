@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import ascii_uppercase
 
 import torch
 from tqdm import tqdm
 
 from ops import latents
 from run import checkpoint
+from run.machine import say
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
@@ -26,26 +29,8 @@ EARLY = 0.1  # share of the run in which nothing need be explained yet
 WAITING_SHARE = 0.5  # of the time
 
 
-def say(text: str, file=None) -> None:
-    """Print at once. When nobody reads any more (`| head`, a full disk under a log file) the run goes on in silence."""
-    file = file or sys.stdout
-    try:
-        print(text, file=file, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
-
-
 def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
-    rows = "endless" if source.train_rows is None else f"{source.train_rows:,} rows"
-    if config.streaming:
-        rows = f"{'' if source.train_rows is None else rows + ' '}streamed in fills of {source.capacity:,} rows"
-    single = f"{config.base_dataset} + {config.ft_dataset}" if config.base_dataset else "planted concepts"
-    what = config.dataset or " + ".join(config.model_dataset) or single
-    if config.base_model:
-        what, rows = (
-            f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}",
-            f"fills of {source.fill_rows:,} live rows",
-        )
+    """What will be trained on what, for how long, and where it goes."""
     count = 2 * source.n_models * source.d_model * config.d_hidden
     state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
     detail = f"k {config.k}" if config.variant == "batch_topk" else f"l1_coeff {config.l1_coeff:g}"
@@ -54,7 +39,7 @@ def print_plan(config, source, run: Path, start_from: Path | None, device: torch
         detail = f"k from {start} to {config.k} over {share:.0%} of the run (explained variance falls with it, as it should)"
     if config.variant == "batch_topk" and config.l1_coeff:
         detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
-    say(f"data     {what}: {rows} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
+    say(f"data     {source.describe()} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
     say(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
     say(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
     if start_from:
@@ -76,24 +61,60 @@ def log(run: Path, tracker, step: int, metrics: dict[str, float]):
 
 @dataclass
 class Watched:
-    """What is remembered of a run to show how far it is and to warn once of each trouble."""
+    """What is remembered of a run to show how far it is, how fast, and to warn once of each trouble."""
 
     steps: int
     first: int  # steps that were done before this process began
+    seconds_before: float  # of training before this process began
     bar: tqdm
-    began: float = field(default_factory=time.monotonic)
-    shown: float = -LINE_EVERY
+    began: float = field(default_factory=time.perf_counter)
+    interval_began: float = field(default_factory=time.perf_counter)  # the last logged step
+    interval_tokens: int = 0  # trained on before it
+    waited: float = 0.0  # seconds of the interval in which the loop waited for a batch
+    last_save: str = "a first save"
+    shown: float = -math.inf
     best: float = SOME  # explained variance; while k is annealed, that of the last logged step
     best_step: int = 0
     in_a_row: list[int] = field(default_factory=lambda: [0, 0, 0])  # logged steps with each trouble
     told: set[int] = field(default_factory=set)
 
+    def timed(self, stream: Iterator) -> Iterator:
+        """The stream's batches; the time until each comes counts as waiting."""
+        while True:
+            since = time.perf_counter()
+            batch = next(stream, None)
+            self.waited += time.perf_counter() - since
+            if batch is None:
+                return
+            yield batch
 
-def watch(steps: int, step: int, quiet: bool = False) -> Watched:
-    """Begin to show a run of `steps` steps that stands at `step`: a bar on a terminal, else lines with the time."""
+    def seconds(self) -> float:
+        """Of training, in all processes that went on with the run."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def rates(self, progress, source) -> dict[str, float]:
+        """Speed and waiting since the last logged step, with the source's own metrics."""
+        elapsed = time.perf_counter() - self.interval_began
+        speed = (progress.tokens - self.interval_tokens) / elapsed
+        return {"tokens_per_second": speed, "data_wait_fraction": self.waited / elapsed} | source.metrics(elapsed)
+
+    def begin_interval(self, progress) -> None:
+        """A step was logged: what comes next counts for the next line."""
+        self.interval_began, self.interval_tokens, self.waited = time.perf_counter(), progress.tokens, 0.0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Remember how long a save takes."""
+        since = time.perf_counter()
+        yield
+        self.last_save = f"the last save took {time.perf_counter() - since:.1f} s"
+
+
+def watch(steps: int, progress, quiet: bool = False) -> Watched:
+    """Begin to show a run of `steps` steps: a bar on a terminal, else lines with the time."""
     hidden = quiet or not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
-    return Watched(steps, step, bar)
+    bar = tqdm(total=steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
+    return Watched(steps, progress.step, progress.seconds, bar, interval_tokens=progress.tokens)
 
 
 def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
@@ -103,7 +124,7 @@ def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
         + (f", models {metrics['model_fraction']:.0%} of the time" if "model_fraction" in metrics else "")
     )
-    now = time.monotonic()
+    now = time.perf_counter()
     if not watched.bar.disable:
         watched.bar.set_postfix_str(text, refresh=False)
     elif now - watched.shown >= LINE_EVERY or step == watched.steps:
@@ -148,13 +169,13 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
             say(f"warning  step {step:,}: {text}", sys.stderr)
 
 
-def start_wandb(config, run: Path, run_id: str | None):
-    """The wandb run (None when disabled or not to be had) and its id, which a resumed run keeps."""
+def start_wandb(config, run: Path, progress):
+    """The wandb run, None when disabled. A resumed run keeps its id, which is kept in `progress`."""
     mode = config.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "auto")  # wandb's own switch
     if mode == "disabled":
-        return None, run_id
+        return None
     import wandb
 
     # A network that is gone must hold up neither the start nor the end for long; the files stay.
@@ -163,8 +184,8 @@ def start_wandb(config, run: Path, run_id: str | None):
 
     def init(mode):
         return wandb.init(
-            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), id=run_id, mode=mode,
-            resume="allow" if mode == "online" else None, config=vars(config),
+            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), mode=mode,
+            id=progress.wandb_id, resume="allow" if mode == "online" else None, config=vars(config),
             settings=wandb.Settings(silent=True, **waits),
         )  # fmt: skip
 
@@ -180,24 +201,14 @@ def start_wandb(config, run: Path, run_id: str | None):
         except wandb.errors.Error:
             raise ValueError(f"wandb refuses to start ({why}); check --wandb-project and --wandb-entity") from None
     say("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
-    return tracker, tracker.id
+    progress.wandb_id = tracker.id
+    return tracker
 
 
 def finish_wandb(tracker, summary: dict[str, float]) -> None:
     if tracker is not None:
         tracker.summary.update(summary)
         tracker.finish()
-
-
-def count_exclusive(norms: torch.Tensor, dead: torch.Tensor) -> dict[str, int]:
-    """For more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
-
-    norms: [d_hidden, n_models]. dead: [d_hidden] bool.
-    """
-    share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
-    only = (share > latents.FT_ONLY_ABOVE).sum(0).tolist()
-    counts = {f"{letter}_only": n for letter, n in zip(ascii_uppercase, only)}  # noqa: B905 - letters are left over
-    return {"shared": len(share) - sum(only), **counts, "dead": int(dead.sum())}
 
 
 def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:

@@ -1,8 +1,4 @@
-"""Batches of activations from any source, filled ahead of the training loop, and what is estimated over them.
-
-A *source* (`stored.PairedActivations`, `planted.PlantedConcepts`) says how many rows it has and writes chosen rows into a
-given tensor. `streamed.StreamedActivations` does so for rows in the order they come, `live.py` makes its batches itself.
-"""
+"""Batches of a source's rows, filled ahead of the training loop, and what is estimated over them."""
 
 from __future__ import annotations
 
@@ -10,47 +6,29 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ops.shard import ALONE, Shard
+from sources.source import ANY_NORM, BUFFERS, NONE_DROPPED, Batch, Dropped, Source
 
-PREFETCH = 3  # batches filled ahead of the training loop
 MAX_NON_FINITE = 0.001  # share of rows that may hold NaN or inf before the run stops
 STATISTICS_ROWS = 65_536  # rows behind the mean and the scale
 MEDIAN_ROWS = 4096  # rows behind the median norm, which only has to be right within a few percent
 FINGERPRINT_ROWS = 64  # rows of each split behind the fingerprint of the data
-ANY_NORM = torch.finfo(torch.float32).max  # norm_limit of a source that leaves out no outliers; inf and NaN lie beyond it
 CONVERTED_TOGETHER = 1 << 18  # values: 1 MB of float32, which stays in the processor's cache
 
 
-class Batch(NamedTuple):
-    """One batch of the training stream, and where the stream stands after it."""
-
-    x: Tensor  # [rows, n_models, d_model] stored values, on the device
-    position: int  # rows of the stream used up so far, over all epochs
-    dropped: tuple[int, int]  # of those, pairs left out: for a NaN or inf, and for a norm above the source's norm_limit
-    first_row: int  # lowest and highest row of the dataset in this batch
-    last_row: int
-
-
-def batches(
-    source,
-    batch_size: int,
-    stop: int,
-    device: torch.device,
-    position: int = 0,
-    dropped: tuple[int, int] = (0, 0),
+def read_ahead(
+    source: Source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: Dropped = NONE_DROPPED,
     shard: Shard = ALONE,
-) -> Iterator[Batch]:
-    """Batches of the rows at the places `position` to `stop` of the source's stream; the last one may be shorter.
+) -> Iterator[Batch]:  # fmt: skip
+    """`Source.batches` of a source that can tell which rows come at a place of its stream: `order(position, count)`.
 
-    A background thread reads ahead; closing the generator ends it. Of several processes each reads a part of a batch, and all
-    get the whole one. A batch's tensor is overwritten after the next one has been asked for. Outliers and rows with a
-    non-finite value are left out of their batch; ValueError when the latter are more than 0.1 %.
+    A background thread reads ahead; closing the generator ends it. Outliers and rows with a non-finite value are left out of
+    their batch; ValueError when the latter are more than 0.1 %.
     """
     ready: queue.Queue = queue.Queue()
     free: queue.Queue = queue.Queue()
@@ -58,10 +36,10 @@ def batches(
     on_cuda = device.type == "cuda"
     uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
     shape = (source.n_models, -(-batch_size // shard.size), source.d_model)
-    for _ in range(PREFETCH + 3):  # two more are in the loop's hands, one in the thread's
+    for _ in range(BUFFERS):
         free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
 
-    def read_ahead(position):
+    def fill_buffers(position):
         try:
             while position < stop:
                 buffer, copied = free.get()  # [n_models, rows of this process, d_model]
@@ -91,9 +69,10 @@ def batches(
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
             ready.put(error)
 
-    thread = threading.Thread(target=read_ahead, args=(position,), name="read-ahead", daemon=True)
+    thread = threading.Thread(target=fill_buffers, args=(position,), name="read-ahead", daemon=True)
     thread.start()
-    held = None  # a batch is given when the next is there: the last one takes over the position of dropped rows after it
+    # A batch is yielded only when the next one is there: where all rows of the next are dropped, it takes over their position.
+    held = None
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -105,9 +84,9 @@ def batches(
             x = shard.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
             if places > len(x):  # in every process, so that all of them add up
                 outliers = int(shard.all_sum(torch.tensor(outliers)))
-                dropped = (dropped[0] + places - len(x) - outliers, dropped[1] + outliers)
-            if dropped[0] > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
-                raise ValueError(too_many_non_finite(dropped[0], position))
+                dropped = Dropped(dropped.non_finite + places - len(x) - outliers, dropped.outliers + outliers)
+            if dropped.non_finite > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
+                raise ValueError(too_many_non_finite(dropped.non_finite, position))
             if len(x):
                 if held:
                     yield held[0]

@@ -14,19 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from collecting import language_model as lm
-from collecting.paired_dataset import PairedDataset, size
-from collecting.paired_rows import CALIBRATION_ROWS, Fill, PairedModels, progress_bar
-from ops.shard import ALONE
-from sources.batches import ANY_NORM, Batch
-from sources.windows import Windows, host_memory
+from collecting.paired_dataset import PairedDataset
+from collecting.paired_rows import CALIBRATION_ROWS, Fill, PairedModels
+from ops.shard import ALONE, Shard
+from run.machine import free_memory, progress_bar, size_text
+from sources.source import NONE_DROPPED, Batch, Dropped, Source
+from sources.windows import Refill, Windows
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
 
 
-class LiveActivations(Windows):
-    """A source of paired activations that no disk holds. Stands beside `stored.PairedActivations`.
+class LiveActivations(Source):
+    """A source of paired activations that the two models compute while the crosscoder trains.
 
     Args:
+        name: what the plan of a run calls it.
         buffer_tokens: most rows in the buffer, both fills together.
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
         num_tokens: length of the run; the calibration reads no more rows than that.
@@ -38,16 +40,14 @@ class LiveActivations(Windows):
     n_models = 2
     dtype = torch.float16
     train_rows = None  # not known before the texts have run out
-    what = "the texts"
-    norm_limit = ANY_NORM  # outliers are left out before rows come into the buffer
 
     def __init__(
-        self, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
+        self, name: str, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
         known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
-        self.models, self.keep, self.d_model = models, keep, models.d_model
+        self.name, self.models, self.keep, self.d_model = name, models, keep, models.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
-        self.model_seconds = 0.0  # spent in filling the buffer
+        self.model_seconds = self.told_seconds = 0.0  # spent in filling the buffer, and how much of it `metrics` told
         models.start()
         if known is None:
             models.calibrate(min(CALIBRATION_ROWS, num_tokens), val_tokens)
@@ -55,11 +55,12 @@ class LiveActivations(Windows):
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
         if keep is not None and not keep.pair:
             keep.begin(models)
-        self.begin(models.seed, buffer_tokens)
-        shape = (2 * self.capacity, 2, self.d_model)
+        self.windows, self.resumed = Windows(self, models.seed, buffer_tokens, "--text", "the texts"), None
+        half = self.windows.capacity
+        shape = (2 * half, 2, self.d_model)
         pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
         self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
-        self.fills = [Fill(self.buffer[: self.capacity]), Fill(self.buffer[self.capacity :])]
+        self.fills = [Fill(self.buffer[:half]), Fill(self.buffer[half:])]
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
         self.stored_scale = torch.from_numpy(models.scale)
@@ -93,21 +94,32 @@ class LiveActivations(Windows):
 
     # --- the stream
 
-    def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=(0, 0), standing=None, shard=ALONE
-    ) -> Iterator[Batch]:
-        """Batches of the rows from `position` to `stop` of the stream; the last one may be shorter.
+    def describe(self) -> str:
+        return f"{self.name}: fills of {self.fill_rows:,} live rows"
 
-        dropped: handed on; the filter of the models' rows leaves no non-finite ones.
-        standing: what `standing(position)` said; None at the beginning.
-        shard: always ALONE, as several processes would each run both models.
-        """
-        if standing is not None and position < stop:
-            self.go_to(standing, position)
+    def state_dict(self, position: int) -> dict:
+        return self.windows.state_dict(position)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.resumed = state
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """The share of the time in which the models filled the buffer."""
+        filling, self.told_seconds = self.model_seconds - self.told_seconds, self.model_seconds
+        return {"model_fraction": filling / seconds}
+
+    def batches(
+        self, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: Dropped = NONE_DROPPED,
+        shard: Shard = ALONE,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """As `Source.batches`. Outliers are left out before rows come into the buffer, so none is dropped here."""
+        self.told_seconds = self.model_seconds
+        if self.resumed and position < stop:
+            self.windows.load_state_dict(self.resumed, position)
         while position < stop:
             wanted, parts = min(batch_size, stop - position), []
             while wanted:
-                places = torch.from_numpy(self.take(position, wanted)).to(self.buffer.device)
+                places = torch.from_numpy(self.windows.take(position, wanted)).to(self.buffer.device)
                 parts.append(self.buffer[places].to(device))  # [rows, 2, d_model]; before a refill takes their place
                 position += len(places)
                 wanted -= len(places)
@@ -120,8 +132,8 @@ class LiveActivations(Windows):
         self.models.start(self.sequence)
         self.ahead = self.models.training_rows()
 
-    def read(self, number: int) -> tuple[int, int]:
-        """Let the models read fill `number` of the epoch into its half. Its rows, and the sequence after its last one."""
+    def read(self, number: int) -> Refill:
+        """Let the models read fill `number` of the epoch into its half. It ends with the number of the sequence after it."""
         began, fill = time.perf_counter(), self.fills[number % 2]
         fill.clear()
         with progress_bar("both models", self.fill_rows) as bar:
@@ -132,21 +144,18 @@ class LiveActivations(Windows):
         if self.buffer.device.type == "cuda":
             torch.cuda.synchronize(self.buffer.device)
         self.model_seconds += time.perf_counter() - began
-        if self.epoch == 0 and fill.passed:
+        if self.windows.epoch == 0 and fill.passed:
             self.store("train", number, fill)
         self.sequence += len(fill.passed)
-        return fill.n, self.sequence
+        return Refill(fill.n, self.sequence)
 
     def end_epoch(self) -> None:
-        self.finish()
+        self.close()
 
     # --- single rows, for the normalisation and the held-out metrics
 
     def sample_rows(self, count: int) -> np.ndarray:
-        """At most `count` evenly spaced rows of the first fill."""
-        if self.window is None:
-            self.next_window(0)
-        return np.unique(np.linspace(0, self.fills[0].n - 1, min(count, self.fills[0].n)).astype(np.int64))
+        return self.windows.first_rows(count)
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
         """Write rows of "validation", or of the first fill while it is there, into out [n_models, rows, d_model]."""
@@ -166,7 +175,7 @@ class LiveActivations(Windows):
             )
         self.keep.write_shard(split, fill, self.models.held_out_until)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Make what was kept a complete dataset."""
         if self.keep is not None and not self.keep.pair:
             rows = self.keep.finish(self.models)["rows"]
@@ -194,22 +203,23 @@ def place_buffer(
     buffer, held_out = buffer_tokens * row, val_tokens * row
     state = 16 * 2 * 2 * models.d_model * d_hidden  # weights, gradient, two moments; float32
     codes = 6 * 4 * batch_size * d_hidden
-    host, free = host_memory(), host_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    host, free = free_memory(), free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     fits = device.type == "cpu" or state + codes + buffer <= (1 - FORWARD_ROOM) * free
     place = device if fits else torch.device("cpu")
-    where = [f"{size(lm.memory(m))} on {m._module.device}" for m in models.models]
+    where = [f"{size_text(lm.memory(m))} on {m._module.device}" for m in models.models]
     print(
-        f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size(buffer)} on {place}, held-out rows "
-        f"{size(held_out)} on cpu; crosscoder, gradient and Adam's moments {size(state)}, codes about {size(codes)} on {device}"
+        f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size_text(buffer)} on {place}, held-out rows "
+        f"{size_text(held_out)} on cpu; crosscoder, gradient and Adam's moments {size_text(state)}, codes about "
+        f"{size_text(codes)} on {device}"
     )
     if state + codes + (buffer + held_out if device.type == "cpu" else 0) > free:
         raise ValueError(
-            f"--device {device}: {size(free)} are free beside the models, too little for this run; lower --buffer-tokens, "
+            f"--device {device}: {size_text(free)} are free beside the models, too little for this run; lower --buffer-tokens, "
             "--d-hidden or --batch-size" + ("" if device.type == "cpu" else ", or move a model with --ft-device")
         )
     if place.type == "cpu" and buffer + held_out > host:
         raise ValueError(
-            f"--buffer-tokens {buffer_tokens}: {size(buffer + held_out)} with the held-out rows do not fit into the "
-            f"{size(host)} that are free on the host; lower it or --val-tokens"
+            f"--buffer-tokens {buffer_tokens}: {size_text(buffer + held_out)} with the held-out rows do not fit into the "
+            f"{size_text(host)} that are free on the host; lower it or --val-tokens"
         )
     return place

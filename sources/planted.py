@@ -7,6 +7,7 @@ of the two models. Each model also has its own scale and mean, as real ones do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -15,17 +16,18 @@ from einops import einsum
 from torch import Tensor
 
 from ops import latents
-from sources.batches import ANY_NORM
+from sources.batches import read_ahead
+from sources.source import Batch, Source
 
 BLOCK = 4096  # rows made from one seed
 RECOVERED = 0.83  # cosine above which a decoder row counts as a concept; a cut of ours, the paper's is 0.8
 BASE_ONLY, SHARED, FT_ONLY = range(3)  # as in latents.CLASSES
 
 
-class PlantedConcepts:
+class PlantedConcepts(Source):
     """An endless source of paired activations [rows, 2, d_model] with known shared, base-only and ft-only directions.
 
-    A row is a function of (seed, split, its number). Takes the place of `activations.PairedActivations`.
+    A row is a function of (seed, split, its number).
 
     Args:
         hard: as real models are. Frequencies have a long tail, exclusive concepts are active on only .05 % to 1 % of the
@@ -37,7 +39,6 @@ class PlantedConcepts:
     n_models = 2
     dtype = torch.float32
     train_rows = None  # endless: there are no epochs
-    norm_limit = ANY_NORM
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class PlantedConcepts:
         null: bool = False,
     ):
         self.seed, self.val_rows, self.d_model, self.hard = seed, val_rows, d_model, hard
-        self.stored_scale = torch.ones(2)
+        self.stored_scale, self.record = torch.ones(2), {}
         draw = torch.Generator().manual_seed(seed)
         exclusive = 0 if null else n_concepts // 20  # 5 % for each model
         self.kind = torch.full((n_concepts,), SHARED)
@@ -85,6 +86,12 @@ class PlantedConcepts:
             self.mean[:, :2] += torch.tensor([20.0, -30.0])
         if null:
             self.mean[1], self.scale[1] = self.mean[0], self.scale[0]
+
+    def describe(self) -> str:
+        return "planted concepts: endless rows"
+
+    def batches(self, *args, **options) -> Iterator[Batch]:
+        return read_ahead(self, *args, **options)
 
     def order(self, position: int, count: int) -> np.ndarray:
         """[count] the rows at these places of the stream: each place is its own row."""

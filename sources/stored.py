@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache, reduce
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sources.batches import ANY_NORM
+from sources.batches import read_ahead
+from sources.source import Batch, Source
 
 CHUNK = 1024  # rows that are read together: a few megabytes from one place of the disk
 BLOCK = 64 * CHUNK  # rows within which data that is not yet shuffled is mixed
@@ -126,25 +128,35 @@ def pick_column(schema, name: str | None, flag: str) -> str:
     return name or lists[0]
 
 
-class PairedActivations:
+class PairedActivations(Source):
     """A source of the same tokens' activations in several models.
 
     Args:
+        name: what the plan of a run calls it.
         splits: for "train" and "validation" the columns of each model (base first), the first row and the number of rows.
         stored_scale: [n_models] factor the stored values carry: stored = activation * stored_scale.
         shuffled: rows are already in random order, so contiguous runs of them may go into a batch.
         seed: decides the order of the rows together with the epoch.
     """
 
-    def __init__(self, splits: dict[str, tuple[list[Column], int, int]], stored_scale: Tensor, shuffled: bool, seed: int):
+    def __init__(
+        self, name: str, splits: dict[str, tuple[list[Column], int, int]], stored_scale: Tensor, shuffled: bool, seed: int
+    ):
         columns, _, self.train_rows = splits["train"]
+        self.name = name
         self.splits, self.stored_scale, self.shuffled, self.seed = splits, stored_scale, shuffled, seed
-        self.norm_limit, self.record = ANY_NORM, {}
+        self.record: dict = {}
         self.val_rows = splits["validation"][2]
         self.n_models, self.d_model = len(columns), columns[0].d_model
         # Values of different types meet in the wider one, float16 and bfloat16 in float32.
         dtypes = [c.dtype for columns, _, _ in splits.values() for c in columns]
         self.dtype = reduce(torch.promote_types, dtypes)
+
+    def describe(self) -> str:
+        return f"{self.name}: {self.train_rows:,} rows"
+
+    def batches(self, *args, **options) -> Iterator[Batch]:
+        return read_ahead(self, *args, **options)
 
     def order(self, position: int, count: int) -> np.ndarray:
         """Rows, ascending, at `count` places of the endless stream, fewer at the end of an epoch or block.
@@ -213,7 +225,7 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
                 "truncated or missing; copy it again or collect again"
             )
     splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
-    return PairedActivations(splits, stored_scale, shuffled, seed)
+    return PairedActivations(dataset, splits, stored_scale, shuffled, seed)
 
 
 def read_pair(dataset: str, pair_file) -> tuple[Tensor, bool, dict[str, int]]:
@@ -233,14 +245,14 @@ def open_single(base_dataset: str, ft_dataset: str, columns, val_tokens: int | N
     flags = ("--base-dataset", "--ft-dataset")
     base, ft = open_dataset(base_dataset, flags[0]), open_dataset(ft_dataset, flags[1])
     splits = pair_up([base, ft], flags, columns, val_tokens, default_val)
-    return PairedActivations(splits, torch.ones(2), False, seed)
+    return PairedActivations(f"{base_dataset} + {ft_dataset}", splits, torch.ones(2), False, seed)
 
 
 def open_several(datasets: list[str], columns, val_tokens: int | None, default_val: int, seed: int):
     """One dataset for each of several models, base first. Arguments as for `open_pair`; columns[0] is that of all."""
     parts, flags = [open_dataset(name, "--model-dataset") for name in datasets], [f"--model-dataset {d}" for d in datasets]
     splits = pair_up(parts, flags, [columns[0]] * len(parts), val_tokens, default_val)
-    return PairedActivations(splits, torch.ones(len(parts)), False, seed)
+    return PairedActivations(" + ".join(datasets), splits, torch.ones(len(parts)), False, seed)
 
 
 def pair_up(parts: list[dict], flags, names, val_tokens: int | None, default_val: int) -> dict:

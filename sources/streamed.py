@@ -20,18 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.shard import ALONE
-from sources.batches import ANY_NORM, Batch, batches
+from ops.shard import ALONE, Shard
+from run.machine import free_memory
+from sources.batches import read_ahead
+from sources.source import NONE_DROPPED, Batch, Dropped, Source
 from sources.stored import Column, check_alignment, hub_commit, hub_pair_file, open_dataset, read_pair
-from sources.windows import Windows, host_memory
+from sources.windows import Refill, Windows
 
 PIECE = 1024  # tokens that are taken from the stream together, or one sequence where rows are sequences
 
 
-class StreamedActivations(Windows):
-    """A source of the same tokens' activations in several models, read over the network; as `stored.PairedActivations`.
+class StreamedActivations(Source):
+    """A source of the same tokens' activations in several models, read over the network.
 
     Args:
+        name: what the plan of a run calls it.
         parts: for each model (base first) its streamed splits, as `stored.open_dataset` gives them.
         flags, names: of each model, the flag it was given by and the column of activations (None to find it).
         stored_scale: [n_models] factor the stored values carry.
@@ -42,11 +45,11 @@ class StreamedActivations(Windows):
     The mean and the scale are estimated on the first fill. ValueError, naming the flag, for what cannot be read or paired.
     """
 
-    what = "the rows"
-
-    def __init__(self, parts, flags, names, stored_scale: Tensor, rows: dict, val_tokens: int, buffer_tokens: int, seed: int):
+    def __init__(
+        self, name: str, parts, flags, names, stored_scale: Tensor, rows: dict, val_tokens: int, buffer_tokens: int, seed: int
+    ):
         self.parts, self.flags, self.names, self.stored_scale, self.rows = parts, flags, names, stored_scale, rows
-        self.n_models, self.norm_limit, self.record = len(parts), ANY_NORM, {}
+        self.name, self.n_models, self.record = name, len(parts), {}
         for part, flag in zip(parts, flags, strict=True):
             if missing := set(parts[0]) ^ set(part):
                 raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
@@ -57,16 +60,16 @@ class StreamedActivations(Windows):
         self.dtype = reduce(torch.promote_types, [c.dtype for c in columns])
         self.d_model, sequence = columns[0].d_model, len(columns[0])  # tokens in a row of the datasets, nearly always 1
         self.rows_at_once = PIECE if sequence == 1 else 1
-        self.begin(seed, buffer_tokens)
-        self.read_ahead = max(1, self.capacity // max(PIECE, sequence))  # pieces
+        self.windows = Windows(self, seed, buffer_tokens, flags[0], "the rows")
+        self.capacity, self.resumed = self.windows.capacity, None
+        self.pieces_ahead = max(1, self.capacity // max(PIECE, sequence))
         row = self.n_models * self.d_model * self.dtype.itemsize  # bytes
-        if (needed := row * (buffer_tokens * 3 // 2 + val_tokens)) > (free := host_memory()):
+        if (needed := row * (buffer_tokens * 3 // 2 + val_tokens)) > (free := free_memory()):
             raise ValueError(
                 f"--buffer-tokens {buffer_tokens}: the buffer, what is read ahead and the held-out rows need "
                 f"{needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; lower it or --val-tokens"
             )
         self.buffer = torch.empty(self.n_models, 2 * self.capacity, self.d_model, dtype=self.dtype)
-        self.checksums = [0, 0]  # of the two fills
 
         self.ready, self.closed, self.thread = None, threading.Event(), None  # of the thread that reads ahead
         self.beginning = {"states": [None] * self.n_models, "row": 0, "skip": 0}
@@ -153,8 +156,8 @@ class StreamedActivations(Windows):
         if self.ready:
             self.start_reading()
 
-    def read(self, number: int) -> tuple[int, dict]:
-        """Put the next rows into half `number % 2`. How many, and where the stream then stands."""
+    def read(self, number: int) -> Refill:
+        """Put the next rows into half `number % 2`."""
         half, n = number % 2 * self.capacity, 0
         while n < self.capacity:
             if self.used == self.x.shape[1]:
@@ -167,23 +170,10 @@ class StreamedActivations(Windows):
         if number == 0 and n < 2:
             raise ValueError(f"{self.flags[0]}: gives no two rows to train on; give more, or lower --val-tokens")
         some = self.buffer[:, half : half + n, :8].contiguous()  # values that tell one row from another
-        self.checksums[number % 2] = zlib.crc32(some.view(torch.uint8).numpy())
-        return n, self.where | {"skip": self.used + self.skip}
+        return Refill(n, self.where | {"skip": self.used + self.skip}, zlib.crc32(some.view(torch.uint8).numpy()))
 
     def end_epoch(self) -> None:
         pass
-
-    def open_window(self, number: int, position: int) -> None:
-        super().open_window(number, position)
-        self.opened[-1][1]["checksums"] = list(self.checksums)
-
-    def go_to(self, standing: dict, position: int) -> None:
-        super().go_to(standing, position)
-        if self.checksums != standing["checksums"]:
-            raise ValueError(
-                f"{self.flags[0]}: gives other rows than when the run began; resume on the same data, or start a new run with "
-                "--config"
-            )
 
     # --- reading ahead
 
@@ -191,7 +181,7 @@ class StreamedActivations(Windows):
         """The next piece, of the thread where it runs; None at the end of the stream."""
         item = None if self.ended else self.ready.get() if self.ready else next(self.stream, None)
         if self.closed.is_set():
-            raise RuntimeError("the stream was closed")  # heard by nobody: the loop is over
+            raise RuntimeError("the stream was closed")  # ends the thread of read_ahead; nothing waits for its batches any more
         if isinstance(item, BaseException):
             raise item
         self.ended = item is None
@@ -208,7 +198,7 @@ class StreamedActivations(Windows):
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are used
                 ready.put(error)
 
-        self.ready = queue.Queue(self.read_ahead)
+        self.ready = queue.Queue(self.pieces_ahead)
         self.thread = threading.Thread(target=run, args=(self.stream, self.ready), name="stream", daemon=True)
         self.thread.start()
 
@@ -227,14 +217,27 @@ class StreamedActivations(Windows):
 
     # --- what batches and the held-out metrics read
 
+    def describe(self) -> str:
+        rows = "" if self.train_rows is None else f"{self.train_rows:,} rows "
+        return f"{self.name}: {rows}streamed in fills of {self.capacity:,} rows"
+
+    def host_bytes(self, batch_size: int) -> dict[str, int]:
+        return super().host_bytes(batch_size) | {"buffer_tokens": self.buffer.nbytes}  # taken when it is filled
+
+    def state_dict(self, position: int) -> dict:
+        return self.windows.state_dict(position)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.resumed = state
+
     def batches(
-        self, batch_size: int, stop: int, device: torch.device, position=0, dropped=(0, 0), standing=None, shard=ALONE
-    ) -> Iterator[Batch]:
-        """As `activations.batches`; standing: what `standing(position)` said, None at the beginning."""
-        if standing is not None and position < stop:
-            self.go_to(standing, position)
+        self, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: Dropped = NONE_DROPPED,
+        shard: Shard = ALONE,
+    ) -> Iterator[Batch]:  # fmt: skip
+        if self.resumed and position < stop:
+            self.windows.load_state_dict(self.resumed, position)
         self.start_reading()
-        stream = batches(self, batch_size, stop, device, position, dropped, shard)
+        stream = read_ahead(self, batch_size, stop, device, position, dropped, shard)
         try:
             for batch in stream:  # noqa: UP028 - `yield from` would close the stream first, and that may wait for a piece
                 yield batch
@@ -244,16 +247,13 @@ class StreamedActivations(Windows):
 
     def order(self, position: int, count: int) -> np.ndarray:
         """[<= count] training rows, ascending, at these places of the stream. Goes on from the last call."""
-        places = self.take(position, count)
+        places = self.windows.take(position, count)
         half, place = divmod(places, self.capacity)
-        fill = self.window - (half != self.window % 2)  # of each row
+        fill = self.windows.window - (half != self.windows.window % 2)  # of each row
         return np.sort(fill * self.capacity + place)
 
     def sample_rows(self, count: int) -> np.ndarray:
-        """At most `count` evenly spaced rows of the first fill."""
-        if self.window is None:
-            self.next_window(0)
-        return np.unique(np.linspace(0, self.counts[0] - 1, min(count, self.counts[0])).astype(np.int64))
+        return self.windows.first_rows(count)
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
         """Write rows of "validation", or training rows while the buffer holds them, into out [n_models, rows, d_model]."""

@@ -33,7 +33,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
     done, lines = 0, []
     if start_from:
-        tensors, state = checkpoint.load(start_from, crosscoder.latents)
+        tensors, state = checkpoint.read(start_from, crosscoder.latents)
         crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
         checkpoint.restore_optimizer(optimizer, names, tensors)
         since_fired.copy_(tensors["tokens_since_fired"])
@@ -54,7 +54,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
             out.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(out, step, tensors | {"tokens_since_fired": since_fired}, {}, 2, D_HIDDEN, shard)
+            checkpoint.write(out, step, tensors | {"tokens_since_fired": since_fired}, {}, 2, D_HIDDEN, shard)
     crosscoder.save_pretrained(out / "crosscoder")
     if shard.rank == 0:
         save_file({"metrics": torch.stack(lines)}, out / "steps.safetensors")

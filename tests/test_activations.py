@@ -10,7 +10,7 @@ from conftest import one_line_error, run_script
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
 from safetensors.torch import load_file
 
-from sources.batches import batches, estimate_normalization, row_norms, validation_batches
+from sources.batches import estimate_normalization, row_norms, validation_batches
 from sources.stored import open_pair, open_single
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def singles(tmp_path, rows=5000, seed=0, val_tokens=None, default_val=500, **opt
 def collect(source, batch_size, stop, **where):
     """Row numbers of each batch; checks on the way that both models are at the same token."""
     out = []
-    for batch in batches(source, batch_size, stop, CPU, **where):
+    for batch in source.batches(batch_size, stop, CPU, **where):
         base, ft = numbers(batch.x[:, 0]), numbers(batch.x[:, 1])
         assert torch.equal(base, ft)
         large = base >= 1000
@@ -116,7 +116,7 @@ def test_stream_goes_on_from_a_position(tmp_path, steps):
 
 
 def test_closing_the_stream_ends_its_thread(tmp_path):
-    stream = batches(singles(tmp_path), 100, 9000, CPU)
+    stream = singles(tmp_path).batches(100, 9000, CPU)
     next(stream)
     assert any(thread.name == "read-ahead" for thread in threading.enumerate())
     stream.close()
@@ -166,7 +166,7 @@ def test_from_dict_of_python_lists(tmp_path):
     for name in ("base", "ft"):
         Dataset.from_dict({f"{name}_acts": x.tolist(), "text": ["a"] * 300}).save_to_disk(str(tmp_path / name))
     source = open_single(str(tmp_path / "base"), str(tmp_path / "ft"), (None, None), 30, 0, seed=0)
-    assert len(torch.cat([b.x[:, 0] for b in batches(source, 64, 270, CPU)])) == 270
+    assert len(torch.cat([b.x[:, 0] for b in source.batches(64, 270, CPU)])) == 270
 
 
 def test_paired_folder_carries_its_scale(tmp_path):
@@ -187,7 +187,7 @@ def test_pairs_with_a_non_finite_value_are_left_out_of_both_models_and_counted(t
     seen = torch.cat([b for b, _ in got]).sort().values
     assert torch.equal(seen, torch.tensor([i for i in range(4500) if i not in (10, 2000)]))
     assert sorted(len(b) for b, _ in got) == [99, 99] + [100] * 43 and got[-1][1] == 4500
-    assert list(batches(source, 100, 4500, CPU))[-1].dropped == (2, 0)
+    assert list(source.batches(100, 4500, CPU))[-1].dropped == (2, 0)
 
 
 def test_the_last_batch_is_known_although_only_dropped_rows_follow(tmp_path):
@@ -195,7 +195,7 @@ def test_the_last_batch_is_known_although_only_dropped_rows_follow(tmp_path):
     clean = open_single(*[write(tmp_path / name, x) for name in "bf"], (None, None), 100, 0, seed=0)
     x[clean.order(999, 1)] = np.nan  # the row that comes last
     source = open_single(*[write(tmp_path / (name + "nan"), x) for name in "bf"], (None, None), 100, 0, seed=0)
-    got = [(len(b.x), b.position, b.dropped) for b in batches(source, 111, 1000, CPU)]
+    got = [(len(b.x), b.position, b.dropped) for b in source.batches(111, 1000, CPU)]
     assert [size for size, _, _ in got] == [111] * 9 and got[-1] == (111, 1000, (1, 0))
 
 
@@ -204,7 +204,7 @@ def test_too_many_non_finite_pairs_stop_the_run(tmp_path):
     x[::500] = np.nan
     source = open_single(write(tmp_path / "b", x), write(tmp_path / "f", x), (None, None), 500, 0, seed=0)
     with pytest.raises(ValueError, match="NaN or inf.*--dtype float32"):
-        list(batches(source, 100, 4500, CPU))
+        list(source.batches(100, 4500, CPU))
     with pytest.raises(ValueError, match="NaN or inf"):
         estimate_normalization(source, center=True)
 
@@ -394,7 +394,7 @@ def test_rows_of_a_paired_dataset_keep_any_norm(tmp_path):
         write(tmp_path / name, numbered(200) * np.where(np.arange(200) == 5, 1e4, 1).astype("float32")[:, None])
     (tmp_path / "pair.json").write_text('{"stored_scale": [1.0, 1.0]}')
     source = open_pair(str(tmp_path), (None, None), 20, 0, seed=0)
-    assert sum(len(batch.x) for batch in batches(source, 64, 180, CPU)) == 180
+    assert sum(len(batch.x) for batch in source.batches(64, 180, CPU)) == 180
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -10,6 +10,7 @@ from conftest import metrics, run_script
 from datasets import Dataset
 
 from config import TrainConfig
+from run.checkpoint import Progress
 from run.monitor import FALLEN_TO, warn, watch
 
 TOPK = ["--variant", "batch_topk", "--k", 12]
@@ -93,11 +94,13 @@ def share_of_waiting(run) -> float:
 
 def test_rows_made_by_the_models_keep_waiting_and_stored_ones_do_not(tiny, tmp_path):
     models = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", 64]
-    models += ["--text", tiny["code"], "--model-dtype", "float32", "--num-tokens", 40_000, "--val-tokens", 1000]
+    models += ["--text", tiny["code"], "--model-dtype", "float32", "--val-tokens", 1000]
     flags = ["--batch-size", 256, "--d-hidden", 256, "--log-every", 40, "--wandb", "disabled", "--output-dir", tmp_path]
-    live = run_script("train.py", *models, *flags, "--buffer-tokens", 10_000, "--run-name", "live", check=True)
+    # The models take most of the time on any machine, from the 32,768 rows on whose norms were measured before.
+    slow = ["--buffer-tokens", 10_000, "--model-batch-size", 1, "--num-tokens", 60_000]
+    live = run_script("train.py", *models, *slow, *flags, "--run-name", "live", check=True)
     assert "of the time goes into waiting for data: the models fill the buffer meanwhile; try collect.py" in live.stderr
-    run_script("collect.py", *models, "--output", tmp_path / "pair", check=True)
+    run_script("collect.py", *models, "--num-tokens", 40_000, "--output", tmp_path / "pair", check=True)
     stored = run_script("train.py", "--dataset", tmp_path / "pair", *flags, "--run-name", "stored", check=True)
     assert "waiting" not in stored.stderr
     assert share_of_waiting(tmp_path / "live") > 0.5 > share_of_waiting(tmp_path / "stored")
@@ -105,7 +108,7 @@ def test_rows_made_by_the_models_keep_waiting_and_stored_ones_do_not(tiny, tmp_p
 
 def test_waiting_is_warned_of_once_and_only_where_something_can_be_done(capfd):
     def shown(waiting, **where):
-        config, watched = TrainConfig(l1_coeff=1.0, k=8, k_start=16, d_hidden=64, lr=0.01, **where), watch(100, 0)
+        config, watched = TrainConfig(l1_coeff=1.0, k=8, k_start=16, d_hidden=64, lr=0.01, **where), watch(100, Progress())
         for step, waited in enumerate(waiting, 1):
             line = {"explained_variance": 0.9, "dead_fraction": 0.0, "data_wait_fraction": waited}
             warn(watched, config, step, line)

@@ -25,9 +25,9 @@ def tensors(value=1.0, d_hidden=6):
 
 def test_round_trip(tmp_path):
     written, state = tensors(), {"position": 12, "seconds": 0.1 + 0.2, "wandb_id": None}
-    folder = checkpoint.save(tmp_path, 7, written, state, keep=2, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 7, written, state, keep=2, d_hidden=6)
     assert folder == tmp_path / "checkpoints" / "step_00000007" and checkpoint.find(tmp_path) == folder
-    read, read_state = checkpoint.load(folder)
+    read, read_state = checkpoint.read(folder)
     assert read_state == {"step": 7} | state
     assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in written)
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}  # nothing that could run code
@@ -38,7 +38,7 @@ def test_tensors_with_a_latent_axis_are_joined_from_slices(tmp_path):
     from safetensors.torch import load_file, save_file
 
     written = tensors()
-    folder = checkpoint.save(tmp_path, 1, written, {}, keep=1, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 1, written, {}, keep=1, d_hidden=6)
     index = json.loads((folder / "index.json").read_text())
     whole = load_file(folder / index["slices"][0]["file"])
     assert set(whole) == set(written) - {"b_dec"}
@@ -47,54 +47,54 @@ def test_tensors_with_a_latent_axis_are_joined_from_slices(tmp_path):
         save_file(part, folder / f"part{start}.safetensors")
     index["slices"] = [{"file": f"part{start}.safetensors", "start": start, "stop": stop} for start, stop in ((4, 6), (0, 4))]
     checkpoint.write_index(folder, {name: part for name, part in index.items() if "checksum" not in name})
-    read, _ = checkpoint.load(folder)
+    read, _ = checkpoint.read(folder)
     assert all(torch.equal(read[name], written[name]) for name in written)
-    some, _ = checkpoint.load(folder, slice(2, 5))
+    some, _ = checkpoint.read(folder, slice(2, 5))
     assert all(torch.equal(some[name], t if name == "b_dec" else t[2:5]) for name, t in written.items())
 
 
 def test_only_the_newest_are_kept_and_later_steps_of_another_past_go(tmp_path):
     for step in (10, 20, 30):
-        checkpoint.save(tmp_path, step, tensors(), {}, keep=2, d_hidden=6)
+        checkpoint.write(tmp_path, step, tensors(), {}, keep=2, d_hidden=6)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000020", "step_00000030"]
-    checkpoint.save(tmp_path, 25, tensors(), {}, keep=2, d_hidden=6)  # the run was resumed from step 20
+    checkpoint.write(tmp_path, 25, tensors(), {}, keep=2, d_hidden=6)  # the run was resumed from step 20
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000020", "step_00000025"]
-    checkpoint.save(tmp_path, 25, tensors(2.0), {}, keep=1, d_hidden=6)
+    checkpoint.write(tmp_path, 25, tensors(2.0), {}, keep=1, d_hidden=6)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000025"]
-    assert checkpoint.load(checkpoint.find(tmp_path))[0]["enc_rows"][0, 0, 0] == 2.0
+    assert checkpoint.read(checkpoint.find(tmp_path))[0]["enc_rows"][0, 0, 0] == 2.0
 
 
 def test_a_users_own_copies_are_left_alone(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
     copy, archive = folder.with_name("step_00000001_mine"), folder.with_name("step_00000001.tar")
     copy.mkdir()
     archive.write_bytes(b"")
     assert checkpoint.complete(tmp_path) == [folder]
-    checkpoint.save(tmp_path, 2, tensors(), {}, keep=1, d_hidden=6)
+    checkpoint.write(tmp_path, 2, tensors(), {}, keep=1, d_hidden=6)
     assert copy.exists() and archive.exists() and not folder.exists()
 
 
 def test_a_checkpoint_can_be_named_from_inside_its_folder(tmp_path, monkeypatch):
-    folder = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
     monkeypatch.chdir(folder)
     assert checkpoint.find(Path(".")) == folder and checkpoint.find(Path("../..")) == folder
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), {}, keep=2, d_hidden=6)
+    checkpoint.write(tmp_path, 1, tensors(), {}, keep=2, d_hidden=6)
     (tmp_path / "checkpoints" / ".step_00000002.partial").mkdir()
     assert checkpoint.find(tmp_path).name == "step_00000001"
-    checkpoint.save(tmp_path, 3, tensors(), {}, keep=2, d_hidden=6)
+    checkpoint.write(tmp_path, 3, tensors(), {}, keep=2, d_hidden=6)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000003"]
 
 
 @pytest.mark.parametrize("broken", ["index.json", "state.json", "shared.safetensors", "latents_0_6.safetensors"])
 def test_broken_checkpoints_are_named(tmp_path, broken):
-    folder = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 1, tensors(), {}, keep=1, d_hidden=6)
     content = (folder / broken).read_bytes()
     (folder / broken).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"step_00000001 is broken .*--resume the run's folder") as error:
-        checkpoint.load(folder)
+        checkpoint.read(folder)
     assert "\n" not in str(error.value)
 
 
@@ -114,10 +114,10 @@ from run import checkpoint
 from pathlib import Path
 small = dict(enc_rows=torch.ones(6, 2, 3), b_enc=torch.ones(6))
 large = dict(enc_rows=torch.ones(600, 2, 300), b_enc=torch.ones(600))
-checkpoint.save(Path({str(tmp_path)!r}), 1, small, {{}}, keep=1, d_hidden=6)
+checkpoint.write(Path({str(tmp_path)!r}), 1, small, {{}}, keep=1, d_hidden=6)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:
-    checkpoint.save(Path({str(tmp_path)!r}), 2, large, {{}}, keep=1, d_hidden=600)
+    checkpoint.write(Path({str(tmp_path)!r}), 2, large, {{}}, keep=1, d_hidden=600)
 except OSError as error:
     print("refused:", error)
 """
@@ -125,7 +125,7 @@ except OSError as error:
     assert "refused: the checkpoint of step 2 could not be written" in result.stdout, result.stderr
     assert "GB free" in result.stdout and "earlier checkpoints are untouched" in result.stdout
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
-    checkpoint.load(checkpoint.find(tmp_path))
+    checkpoint.read(checkpoint.find(tmp_path))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -161,10 +161,10 @@ def test_optimizer_and_random_states_round_trip(tmp_path):
     names = [n for n, _ in first.named_parameters()]
     steps(first, optimizer, 3)
     saved = dict(first.state_dict()) | checkpoint.optimizer_tensors(optimizer, names) | checkpoint.random_states()
-    folder = checkpoint.save(tmp_path, 3, saved, {}, keep=1, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 3, saved, {}, keep=1, d_hidden=6)
     torch.manual_seed(99)
     second, optimizer = model()
-    loaded, _ = checkpoint.load(folder)
+    loaded, _ = checkpoint.read(folder)
     second.load_state_dict({n: loaded[n] for n in names})
     checkpoint.restore_optimizer(optimizer, names, loaded)
     assert not [name for name in loaded if "exp_avg" in name]  # memory does not hold them twice

@@ -423,7 +423,7 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(ft_model=few), "--ft-model: the text holds the token id"),
         ((), dict(seq_len=2048), "--base-model was made for 1024 positions"),
         ((), dict(num_tokens=10**13), "of free disk; lower --num-tokens"),
-        ((), dict(device="cuda:77"), "--device cuda:77: is not a device of this machine"),
+        ((), dict(device="cuda:77"), "--device cuda:77: not usable here"),
         ((), dict(output=tmp_path / "full"), "is not empty and holds no collection"),
         ((), dict(output=packed, seed=5), "num-tokens 50000 and not 1000000"),
         ((), dict(val_tokens=10**7), "--val-tokens 10000000: must lie between"),

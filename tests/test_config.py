@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, one_line_error, run_script
 
-from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags, resolve_sizes
-from run.flags import REQUIRED, parse
+from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags
+from run.flags import REQUIRED, parse, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 
@@ -32,7 +32,7 @@ def test_every_field_has_a_comment_and_is_used(script):
     source = (ROOT / "config.py").read_text()
     entry = (ROOT / script).read_text()
     if script == "train.py":
-        entry += (ROOT / "run/resume.py").read_text()
+        entry += "".join((ROOT / f"{room}.py").read_text() for room in ("run/flags", "run/monitor", "sources/opening"))
     assert "**model_flags(config)" in entry  # these are read by name in paired_rows.py
     for field in dataclasses.fields(ENTRIES[script]):
         assert re.search(rf"    # [^\n]+\n    {field.name}: ", source), f"{field.name} has no comment above it"
@@ -109,9 +109,9 @@ def test_missing_config_file_is_refused():
 
 
 def test_sizes_come_from_the_block_unless_given():
-    config = resolve_sizes(TrainConfig(k=3), REAL)
+    config = resolve_sizes(TrainConfig(k=3, dataset="x", variant="batch_topk"), None, None, "float32")
     assert config.k == 3 and config.d_hidden == REAL["d_hidden"] and TrainConfig(k=3).d_hidden is None
-    assert resolve_sizes(TrainConfig(), PLANTED).num_tokens == PLANTED["num_tokens"]
+    assert resolve_sizes(TrainConfig(), None, None, "float32").num_tokens == PLANTED["num_tokens"]
 
 
 def test_help_into_a_pipe_that_closes_early_says_nothing_more():

@@ -29,8 +29,8 @@ from test_train import QUICK, SMALL, assert_same_weights, start, train, train_wi
 
 from crosscoder import CrossCoder
 from run import checkpoint
+from run.machine import free_memory
 from sources.stored import open_pair, open_single
-from sources.windows import host_memory
 from train import ONE_SIGNAL
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
@@ -104,7 +104,7 @@ def test_every_damage_to_every_file_is_found(tmp_path, finished, name, how, caps
     assert checkpoint.find(tmp_path / "a") == older
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="step_00000100 is broken"):
-        checkpoint.load(newer)
+        checkpoint.read(newer)
     flip(older / "state.json")
     with pytest.raises(ValueError, match=r"all its checkpoints are damaged .*--config .*config\.json"):
         checkpoint.find(tmp_path / "a")
@@ -137,7 +137,7 @@ def test_no_pickle_is_loaded(tmp_path, finished):
             if name != "index.json":
                 checkpoint.write_index(folder, {key: value for key, value in index.items() if "checksum" not in key})
             with pytest.raises(ValueError, match="broken"):
-                checkpoint.load(folder)
+                checkpoint.read(folder)
             shutil.rmtree(run)
     for name in ("model.safetensors", "config.json"):
         shutil.copytree(finished / "crosscoder", tmp_path / "model")
@@ -227,7 +227,7 @@ def test_killed_in_the_middle_of_writing_the_final_model(tmp_path):
     assert not (run / "crosscoder" / "model.safetensors").exists() and not (run / "summary.json").exists()
     result = run_script("train.py", "--resume", run, check=True)
     assert f"cut off  crosscoder in {run}: " in result.stdout
-    tensors, _ = checkpoint.load(checkpoint.find(run))
+    tensors, _ = checkpoint.read(checkpoint.find(run))
     assert torch.equal(CrossCoder.from_pretrained(run / "crosscoder").W_dec, tensors["W_dec"])
     assert not list(run.rglob("*.partial")) and (run / "summary.json").exists()
 
@@ -339,7 +339,7 @@ def test_a_run_in_a_read_only_output_dir_is_refused(tmp_path, resume):
 )
 def test_a_run_that_needs_more_memory_than_is_free_is_refused(tmp_path, flags, named):
     """1.3 times what is free: about 30 GB on a machine of 23."""
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *QUICK, *flags(host_memory()))
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *QUICK, *flags(free_memory()))
     message = one_line_error(result, "train.py")
     assert "GB of memory on the host and" in message and f"lower {named} (for " in message and not (tmp_path / "a").exists()
 
@@ -356,7 +356,7 @@ def test_the_memory_limit_of_a_container_counts(version):
         mount -t tmpfs none /sys/fs/cgroup && mkdir -p {where} && cd {where}
         echo 3000000000 > {limit}; echo 2000000000 > {used}
         printf 'anon 5\n{total}inactive_file 400000000\n{total}active_file 100000000\n' > memory.stat
-        PYTHONPATH={ROOT} exec {sys.executable} -c 'from sources import windows; print(windows.host_memory())'
+        PYTHONPATH={ROOT} exec {sys.executable} -c 'from run import machine; print(machine.free_memory())'
     """
     result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout == "1500000000\n", result.stderr

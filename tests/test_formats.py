@@ -13,7 +13,9 @@ from conftest import ROOT, one_line_error, run_script
 from safetensors.torch import load_file, save_file
 
 from crosscoder import CrossCoder
-from formats import read_crosscoder, with_normalization, write_crosscoder
+from formats import write_crosscoder
+from run.foreign import read_crosscoder
+from run.warm_start import with_normalization
 
 D, F, K = 16, 48, 5
 close = dict(rtol=1e-5, atol=1e-5)

@@ -16,8 +16,8 @@ from hub_server import Hub, serve
 from safetensors.torch import load_file
 
 from crosscoder import CrossCoder
-from formats import read_crosscoder
 from run.checkpoint import complete
+from run.foreign import read_crosscoder
 from run.hub import dataset_card, model_card, open_repository
 from sources.batches import estimate_normalization
 from sources.stored import open_pair

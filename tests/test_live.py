@@ -69,17 +69,18 @@ DUMP = """
 import sys
 import numpy as np, torch
 from run.flags import parse
-from config import TrainConfig, REAL, resolve_sizes
+from config import TrainConfig
+from run.flags import resolve_sizes
 given = parse(TrainConfig, sys.argv[2:])
-from run import resume as prepare
-source = prepare.open_live(given, resolve_sizes(given, REAL), torch.device("cpu"), None)
-stop, size, rows, standings = given.num_tokens, 300, [], [None]
+from sources.opening import open_source
+source, _ = open_source(given, resolve_sizes(given, None, None, "float32"), torch.device("cpu"))
+stop, size, rows, states = given.num_tokens, 300, [], [{"epoch": 0, "window": 0, "served": 0, "start": None}]
 for batch in source.batches(size, stop, torch.device("cpu")):
     rows.append(batch.x.numpy().copy())
-    standings.append(source.standing(batch.position))
+    states.append(source.state_dict(batch.position))
 for i in list(range(0, len(rows), 61)) + [len(rows) - 1]:  # from any place of the stream, both epochs
-    again = [b.x.numpy().copy() for b, _ in zip(source.batches(size, stop, torch.device("cpu"), i * size, 0, standings[i] or
-             {"epoch": 0, "window": 0, "served": 0, "start": None}), range(3))]
+    source.load_state_dict(states[i])
+    again = [b.x.numpy().copy() for b, _ in zip(source.batches(size, stop, torch.device("cpu"), i * size), range(3))]
     assert all(np.array_equal(a, b) for a, b in zip(again, rows[i:])), i
 np.save(sys.argv[1], np.concatenate(rows))
 """
@@ -155,9 +156,9 @@ def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(straight, fla
         process.send_signal(kill)
         errors = process.communicate()[1]
         assert process.returncode == code and "Traceback" not in errors, errors
-        standing = checkpoint.load(checkpoint.find(run))[1]["stream"]
-        assert standing["served"] % FILL > 0 and standing["window"] > 0 or kill == signal.SIGTERM
-        assert standing["epoch"] == (0 if kill == signal.SIGKILL else 1)
+        state = checkpoint.read(checkpoint.find(run))[1]["stream"]
+        assert state["served"] % FILL > 0 and state["window"] > 0 or kill == signal.SIGTERM
+        assert state["epoch"] == (0 if kill == signal.SIGKILL else 1)
     run_script("train.py", "--resume", run, check=True)
     first, second = (load_file(r / "crosscoder" / "model.safetensors") for r in (straight, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -203,7 +204,7 @@ def test_bad_input_gives_one_line(flags, collected, straight, tiny, tmp_path):
         ([*run, "--max-norm-ratio", 1], "--max-norm-ratio 1: must be above 1"),
         ([*run, "--max-norm-ratio", "inf"], "--max-norm-ratio inf: must be a finite number"),  # its resume could not read it
         ([*run, "--grad-clip", "nan"], "--grad-clip nan: must be a finite number"),
-        ([*run, "--ft-device", "quantum"], "--ft-device quantum: is not a device of this machine"),
+        ([*run, "--ft-device", "quantum"], "--ft-device quantum: not usable here"),
         ([*run, "--keep-activations", tmp_path / "full"], "is not empty and holds no collection"),
         ([*run, "--keep-activations", collected], "was begun with"),
         ([*two, "--text", tmp_path / "blank.jsonl"], "blank.jsonl: gives no text"),

@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 
 
 def metrics_and_weights(folder):
-    weights, _ = checkpoint.load(checkpoint.find(folder))
+    weights, _ = checkpoint.read(checkpoint.find(folder))
     return load_file(folder / "steps.safetensors")["metrics"], weights
 
 

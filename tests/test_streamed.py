@@ -60,7 +60,7 @@ def data(tmp_path_factory) -> tuple[str, str]:
 
 def open_(base: str, ft: str, buffer: int = BUFFER) -> StreamedActivations:
     *streams, rows, _ = open_streams(None, base, ft, [], (None, None), None)
-    return StreamedActivations(*streams, rows, HELD_OUT, buffer, seed=0)
+    return StreamedActivations("rows", *streams, rows, HELD_OUT, buffer, seed=0)
 
 
 def keys(rows: np.ndarray) -> list[bytes]:
@@ -71,10 +71,10 @@ def test_every_row_comes_once_an_epoch_mixed_and_from_any_place_again(data):
     x, n, size, cpu = activations(), ROWS - HELD_OUT, 96, torch.device("cpu")
     source = open_(*data)
     assert np.array_equal(source.validation.numpy(), x[:, :HELD_OUT])
-    batches, standings = [], [None]
+    batches, states = [], [None]
     for batch in source.batches(size, 2 * n, cpu):
         batches.append(batch.x.numpy().copy())
-        standings.append(json.loads(json.dumps(source.standing(batch.position))))
+        states.append(json.loads(json.dumps(source.state_dict(batch.position))))
     consumed = np.concatenate(batches)
     first, second, stored = keys(consumed[:n]), keys(consumed[n:]), keys(x[:, HELD_OUT:].swapaxes(0, 1))
     assert sorted(first) == sorted(second) == sorted(stored) and first != second
@@ -83,13 +83,14 @@ def test_every_row_comes_once_an_epoch_mixed_and_from_any_place_again(data):
     in_window_3 = fill_of[BUFFER // 4 + 2 * BUFFER // 2 :][: BUFFER // 2]
     assert set(in_window_3) == {2, 3} and 0.4 < (in_window_3[:300] == 3).mean() < 0.6
     for i in [*range(1, len(batches), 7), len(batches) - 1]:
-        standing = standings[i]
+        state = states[i]
         for first in (i, i + 1):  # the second time from where the resumed stream says that it stands
             again = open_(*data)
-            stream = again.batches(size, 2 * n, cpu, first * size, standing=standing)
+            again.load_state_dict(state)
+            stream = again.batches(size, 2 * n, cpu, first * size)
             got = [batch.x.numpy().copy() for batch in itertools.islice(stream, 3)]
             assert np.array_equal(np.concatenate(got), consumed[first * size : (first + 3) * size]), first
-            standing = again.standing((i + 1) * size)
+            state = again.state_dict((i + 1) * size)
             stream.close()
             if i == len(batches) - 1:
                 break
@@ -119,7 +120,7 @@ def test_killed_twice_then_resumed_to_the_same_weights(data, tmp_path):
         process.send_signal(kill)
         errors = process.communicate()[1]
         assert process.returncode == code and "Traceback" not in errors, errors
-        state = checkpoint.load(checkpoint.find(run))[1]["stream"]
+        state = checkpoint.read(checkpoint.find(run))[1]["stream"]
         assert state["epoch"] == (kill == signal.SIGTERM) and state["window"] > 0 and state["served"] > 0
     run_script("train.py", "--resume", run, check=True)
     first, second = (load_file(tmp_path / name / "crosscoder" / "model.safetensors") for name in ("straight", "killed"))

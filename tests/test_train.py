@@ -276,7 +276,7 @@ def test_a_model_paired_with_itself_has_no_exclusive_latents_and_with_shuffled_r
 def test_evaluation_moves_nothing(tmp_path):
     often = train(tmp_path, "often", *SMALL, "--variant", "batch_topk", "--val-every", 10)
     never = train(tmp_path, "never", *SMALL, "--variant", "batch_topk", "--val-every", 1000)
-    (a, state_a), (b, state_b) = (checkpoint.load(checkpoint.find(run)) for run in (often, never))
+    (a, state_a), (b, state_b) = (checkpoint.read(checkpoint.find(run)) for run in (often, never))
     assert all(torch.equal(a[name], b[name]) for name in a) and state_a["scheduler"] == state_b["scheduler"]
 
 

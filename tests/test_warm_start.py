@@ -10,7 +10,9 @@ from datasets import Dataset, Features, List, Value
 from safetensors.torch import load_file, save_file
 
 from crosscoder import CrossCoder, explained_variance
-from formats import read_crosscoder, read_warm_start, write_crosscoder
+from formats import write_crosscoder
+from run.foreign import read_crosscoder
+from run.warm_start import WarmStart
 
 D, F = 16, 64
 FLAGS = ["--compute-dtype", "float32", "--batch-size", 256, "--val-tokens", 1000, "--wandb", "disabled", "--log-every", 1]
@@ -167,6 +169,6 @@ def test_what_does_not_fit_is_refused(tmp_path, data, trained):
     assert not (tmp_path / "a").exists()
     for wanted, other, codes in (("vanilla", "batch_topk", "plain ReLU codes"), ("batch_topk", "vanilla", "above a threshold")):
         with pytest.raises(ValueError, match=f"^--variant {other}: .* has .*{codes}; give --variant {wanted}"):
-            read_warm_start(str(trained[wanted]), other, None)
+            WarmStart(str(trained[wanted]), other, None)
     with pytest.raises(ValueError, match="--init-from ./nowhere: there is no such file or folder"):
-        read_warm_start("./nowhere", "vanilla", None)
+        WarmStart("./nowhere", "vanilla", None)

@@ -1,0 +1,66 @@
+"""Whether this machine's memory and disk hold a run, asked before it starts, and what is said where they did not."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from run import checkpoint
+from run.machine import first_line, free_disk, free_memory
+
+
+def require_memory(config, source, device: torch.device, processes: int) -> None:
+    """ValueError if the device or the host cannot hold the run, by the formula of docs/speed.md."""
+    values = 2 * source.n_models * source.d_model * config.d_hidden / processes  # in this process's weights
+    scores, batch = config.micro_batch_size * config.d_hidden / processes, config.batch_size * source.n_models * source.d_model
+    on_cpu = device.type == "cpu"
+    # A step holds weights, gradient, both moments and a copy of one of the weights; the end no gradient, but scores in float32.
+    state, codes = max((20 * values, (4 if on_cpu else 12) * scores), (12 * values, 20 * scores), key=sum)
+    on_device = {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * batch}
+    on_host = source.host_bytes(config.batch_size)
+    if on_cpu:
+        on_host |= on_device | {"batch_size": on_host["batch_size"] + on_device["batch_size"]}
+    else:
+        on_host["d_hidden"] = 12 * values  # what a checkpoint holds, on its way to the disk
+    on_host = {name: size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for name, size in on_host.items()}
+    places = [("the host", free_memory(), on_host)]
+    if not on_cpu:
+        places.append((device, torch.cuda.mem_get_info(device)[0], on_device))
+    for place, free, needed in places:
+        if sum(needed.values()) > free:
+            flags = [
+                f"--{name.replace('_', '-')} (for {size / 1e9:.1f} GB)" for name, size in needed.items() if size > free / 10
+            ]
+            raise ValueError(
+                f"the run needs {sum(needed.values()) / 1e9:.1f} GB of memory on {place} and {free / 1e9:.1f} GB are free: "
+                f"lower {' or '.join(flags)}"
+            )
+
+
+@contextmanager
+def memory_explained(run: Path | None = None):
+    """ValueError with one sentence where the memory of a device or of the host runs out. run: where checkpoints lie."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|bad_alloc", str(error)):
+            raise
+        raise ValueError(
+            f"out of memory ({first_line(error)}): lower --micro-batch-size, --batch-size or "
+            f"--d-hidden, or end what else uses the memory. Last checkpoint: {checkpoint.newest(run) if run else 'none yet'}"
+        ) from None
+
+
+def require_room(config, source, run: Path) -> None:
+    """ValueError if the disk cannot hold the run's checkpoints: weights and two Adam moments each, float32."""
+    size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
+    needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))
+    if needed > (room := free_disk(run / "checkpoints")):
+        raise ValueError(
+            f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
+            "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"
+        )

@@ -1,0 +1,148 @@
+"""What every entry needs from the machine: whole files, free disk and memory, devices, progress bars, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# --- files
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed to it when the block ends: `path` is the old file or the new one, whole.
+
+    The content reaches the disk before the name does, so that a power cut cannot leave the name without it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is either the old one or the new one, whole."""
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes where `path` is or will be."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
+
+
+# --- memory and devices
+
+
+def free_memory() -> int:
+    """Bytes of host memory that are free or can be freed, within the limits of a container."""
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *left_in_containers()])
+
+
+def left_in_containers(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left under each memory limit of this process's control groups, version 1 or 2. Their file caches count as free."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+        _, kind, path = line.split(":", 2)
+        if kind in ("", "memory"):
+            names, total = ("memory.max", "memory.current"), ""
+            if kind:
+                names, total = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+            for folder in (root / kind / path.lstrip("/"), *(root / kind / path.lstrip("/")).parents):
+                try:
+                    limit, used = (int((folder / name).read_text()) for name in names)
+                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    left.append(limit - used + int(stat[f"{total}active_file"]) + int(stat[f"{total}inactive_file"]))
+                except (OSError, ValueError, KeyError):  # no such folder here, or "max": no limit
+                    continue
+    return left
+
+
+def usable_device(name: str, flag: str = "--device") -> str:
+    """The device, CUDA or the CPU for auto. ValueError, naming the flag, if it cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for its own kind of missing device
+        raise ValueError(f"{flag} {name}: not usable here ({first_line(error)}); auto chooses one") from None
+    return name
+
+
+# --- words
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, for messages of one line; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(" .") if lines else type(error).__name__
+
+
+def size_text(n_bytes: float) -> str:
+    for unit in ("kB", "MB", "GB"):
+        n_bytes /= 1000
+        if n_bytes < 1000:
+            return f"{n_bytes:.1f} {unit}"
+    return f"{n_bytes / 1000:,.1f} TB"
+
+
+def progress_bar(what: str | None, total: int, **options) -> tqdm:
+    """On a terminal, and gone when it is done. Without one (a cluster's log) a line every half minute, from `delay` on."""
+    terminal = sys.stderr.isatty()
+    usual = {"leave": not terminal, "mininterval": 0.5 if terminal else 30, "delay": 0 if terminal else 30}
+    return tqdm(total=total, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)
+
+
+def say(text: str, file=None) -> None:
+    """Print at once. When nobody reads any more (`| head`, a full disk under a log file) the run goes on in silence."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
+
+
+# --- entries
+
+
+def run_entry(name: str, main: Callable, config, stopped: str) -> None:
+    """Run an entry's `main(config)` and exit: errors of the user's input in one line, Ctrl-C and SIGTERM with `stopped`."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: error: {error}")
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
+        sys.exit(143 if stop.args else 130)

@@ -1,0 +1,120 @@
+"""From the flags of train.py to one `Source`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from config import TrainConfig, model_flags
+from run.machine import say
+from sources.batches import fingerprints, limit_norms
+from sources.planted import PlantedConcepts
+from sources.source import Source
+from sources.stored import open_pair, open_several, open_single
+
+OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
+
+
+def open_source(
+    given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None = None
+) -> tuple[Source, TrainConfig]:
+    """The activations that the flags name, and the config with the sizes that were still open.
+
+    Args:
+        given: what the user asked for; a size that is None there may follow from the data.
+        config: the same with the usual sizes filled in.
+        known: what the run's record says of the data, for a run that goes on.
+    """
+    if config.base_model:
+        return open_live(given, config, device, known)
+    if config.streaming:
+        return open_streamed(given, config, known)
+    rest = ((config.base_column, config.ft_column), given.val_tokens, config.val_tokens, config.seed)
+    if config.dataset:
+        source = open_pair(config.dataset, *rest)
+    elif config.base_dataset:
+        source = open_single(config.base_dataset, config.ft_dataset, *rest)
+    elif config.model_dataset:
+        source = open_several(config.model_dataset, *rest)
+    else:
+        return PlantedConcepts(config.seed, config.val_tokens), config
+    source.record = {"fingerprint": fingerprints(source)}
+    leave_out_outliers(source, config, known)
+    return source, config
+
+
+def leave_out_outliers(source: Source, config: TrainConfig, known: dict | None) -> None:
+    """The rule of collect.py for datasets without pair.json, with the medians that a resumed run began with."""
+    if config.dataset or (known is not None and "median_norm" not in known):
+        return  # collect.py left them out, or the run began before there was this rule
+    share = limit_norms(source, config.max_norm_ratio, known and known["median_norm"])
+    medians, limit = ", ".join(f"{median:.4g}" for median in source.record["median_norm"]), f"{config.max_norm_ratio:g}"
+    say(f"norms    medians {medians}; rows above {limit} times that are left out of all models (--max-norm-ratio)")
+    if share > OUTLIERS_SHARE:
+        say(f"warning  that leaves out {share:.1%} of the rows: look at them, or raise --max-norm-ratio")
+
+
+def within_a_tenth(given: TrainConfig, config: TrainConfig, length: int, **least: int) -> TrainConfig:
+    """The config with the sizes named in `least` at most a tenth of the run's `length`, unless the user gave them."""
+    sizes = {name: max(low, min(getattr(config, name), length // 10)) for name, low in least.items()}
+    return dataclasses.replace(config, **{name: n for name, n in sizes.items() if getattr(given, name) is None})
+
+
+def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None) -> tuple[Source, TrainConfig]:
+    """The two models as a source of rows. Arguments as for `open_source`."""
+    from collecting.paired_dataset import PairedDataset
+    from collecting.paired_rows import PairedModels, drawn_together
+    from run.machine import usable_device
+    from sources.live import LiveActivations, place_buffer, rows_of_a_fill
+
+    drawn = drawn_together(config.model_batch_size, config.pack)
+    if known is None:
+        config = within_a_tenth(given, config, config.num_tokens, val_tokens=1, buffer_tokens=4 * drawn * config.seq_len)
+    fill_rows = rows_of_a_fill(config.buffer_tokens, drawn, config.seq_len)
+    keep = None
+    if given.keep_activations:  # under collect.py's names for the same things
+        recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
+        recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
+        keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
+        if keep.pair and known is None:
+            raise ValueError(
+                f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
+            )
+        if keep.pair:
+            say(f"kept     {keep.out} is complete and stays as it is")
+    names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
+    models = PairedModels(
+        **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
+        devices=[usable_device(name or str(device), flag) for name, flag in names],
+        known=known and known.get("fingerprints", {}),
+    )  # fmt: skip
+    if keep and not keep.pair:
+        keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
+    place = place_buffer(models, config.buffer_tokens, config.val_tokens, config.d_hidden, config.batch_size, device)
+    name = f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}"
+    lengths = (config.buffer_tokens, config.val_tokens, config.num_tokens)
+    return LiveActivations(name, models, *lengths, place, known, keep), config
+
+
+def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -> tuple[Source, TrainConfig]:
+    """Datasets read over the network as a source of rows. Arguments as for `open_source`."""
+    from sources.streamed import StreamedActivations, open_streams
+
+    named = (config.dataset, config.base_dataset, config.ft_dataset, config.model_dataset)
+    *streams, rows, revisions = open_streams(*named, (config.base_column, config.ft_column), known and known["revisions"])
+    length = config.num_tokens or rows.get("train", 0) * (config.epochs or 1)
+    if not length or (given.epochs and "train" not in rows):
+        raise ValueError("--streaming: the length of the streams is not known before their end, give --num-tokens")
+    if known is None:
+        config = within_a_tenth(given, config, length, val_tokens=2, buffer_tokens=4)
+    for name, least in (("val_tokens", 2), ("buffer_tokens", 4)):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    singles = config.model_dataset or [config.base_dataset, config.ft_dataset]
+    name = config.dataset or " + ".join(singles)
+    source = StreamedActivations(name, *streams, rows, config.val_tokens, config.buffer_tokens, config.seed)
+    source.record = {"revisions": revisions, "fingerprint": fingerprints(source, ("validation",))}
+    leave_out_outliers(source, config, known)
+    return source, config
