@@ -1,17 +1,12 @@
 """Real models, real datasets and real command lines, made once for all tests."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # ignored in a shell's background, and then by what is started here too
@@ -20,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on CPU tensors; read when triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sizes here are so small that threads would only wait for each other
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch is here already
+pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(scope="session")
@@ -33,32 +29,10 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def pair(tiny, tmp_path_factory) -> Path:
     """210,000 rows of the two models' middle MLP outputs, collected by the command line."""
+    from helpers import run_script  # after the environment above: its libraries read it
+
     out = tmp_path_factory.mktemp("pair") / "pair"
     flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", "256"]
     flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
     run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
     return out
-
-
-def run_script(script: str, *flags, check=False, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
-    """Run an entry as a user does, and return its output; with `options` of subprocess.run Python starts anew."""
-    if options:
-        command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, **options)
-    else:
-        result = processes.finished(ROOT / script, *flags, cwd=cwd)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def one_line_error(result: subprocess.CompletedProcess, name: str) -> str:
-    """The message of a command that refused its input: one line, no traceback, a non-zero status."""
-    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]

@@ -6,71 +6,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import one_line_error, run_script
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
+from helpers import BASE, CPU, FT, collect, numbered, numbers, one_line_error, run_script, write
 from safetensors.torch import load_file
 
 from sources.batches import estimate_normalization, row_norms, validation_batches
 from sources.stored import open_pair, open_single
-
-CPU = torch.device("cpu")
-BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows
-
-
-def numbered(rows, d_model=4, sign=BASE, dtype="float32"):
-    """Activations whose first two values spell the row number, small enough for float16."""
-    number = np.arange(rows)
-    x = np.random.default_rng(0).normal(size=(rows, d_model))
-    x[:, 0], x[:, 1] = sign * (number // 1000), number % 1000
-    return x.astype(dtype)
-
-
-def numbers(x):
-    """[rows, d_model] -> the row numbers that `numbered` wrote."""
-    return x[:, 0].abs().long() * 1000 + x[:, 1].long()
-
-
-def write(path, x, fixed=True, batch=None, name="activation", **columns):
-    """A save_to_disk folder of activations x [rows, d_model] with record batches of `batch` rows."""
-    d = x.shape[1]
-    value = Value(str(x.dtype))
-    features = Features({name: List(value, length=d) if fixed else List(value)} | {c: Value("int32") for c in columns})
-    offsets = np.arange(0, x.size + 1, d, dtype=np.int32)
-    flat = pa.array(x.ravel())
-    lists = pa.FixedSizeListArray.from_arrays(flat, d) if fixed else pa.ListArray.from_arrays(offsets, flat)
-    table = pa.table({name: lists} | {c: pa.array(v, pa.int32()) for c, v in columns.items()})
-    Dataset(datasets_table(table, features)).save_to_disk(str(path))
-    if batch:  # the same rows again in record batches of another size
-        file = next(path.glob("*.arrow"))
-        whole = pa.ipc.open_stream(file.read_bytes()).read_all().combine_chunks()
-        with pa.ipc.new_stream(file, whole.schema) as out:
-            out.write_table(whole, max_chunksize=batch)
-    return str(path)
-
-
-def datasets_table(table, features):
-    from datasets.table import InMemoryTable
-
-    return InMemoryTable(table.replace_schema_metadata(features.arrow_schema.metadata))
 
 
 def singles(tmp_path, rows=5000, seed=0, val_tokens=None, default_val=500, **options):
     base = write(tmp_path / "base", numbered(rows, sign=BASE), batch=700, **options)
     ft = write(tmp_path / "ft", numbered(rows, sign=FT), batch=999, **options)
     return open_single(base, ft, (None, None), val_tokens, default_val, seed)
-
-
-def collect(source, batch_size, stop, **where):
-    """Row numbers of each batch; checks on the way that both models are at the same token."""
-    out = []
-    for batch in source.batches(batch_size, stop, CPU, **where):
-        base, ft = numbers(batch.x[:, 0]), numbers(batch.x[:, 1])
-        assert torch.equal(base, ft)
-        large = base >= 1000
-        assert (batch.x[large, 0, 0] > 0).all() and (batch.x[large, 1, 0] < 0).all()
-        assert batch.first_row <= base.min() and base.max() <= batch.last_row
-        out.append((base.clone(), batch.position))
-    return out
 
 
 @pytest.mark.parametrize("rows", [2, 1000, 1024, 5000, 140_000])

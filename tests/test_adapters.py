@@ -11,10 +11,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import metrics, one_line_error, run_script
 from datasets import load_from_disk
+from helpers import metrics, one_line_error, read_rows, run_script
 from safetensors.torch import load_file, save_file
-from test_collect import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collecting import language_model as lm

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import metrics, run_script
 from datasets import Dataset
+from helpers import metrics, run_script
 
 from config import TrainConfig
 from run.checkpoint import Progress

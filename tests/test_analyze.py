@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run_script
 from datasets import Dataset, load_from_disk
+from helpers import ROOT, needs_mount, one_line_error, run_script
 from processes import Started
-from test_faults import needs_mount
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import analyze

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 from processes import Started
 
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair

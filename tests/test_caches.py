@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, run_script
 from datasets import Array2D, Dataset, Features, List, Value
-from test_activations import BASE, FT, collect, numbered
+from helpers import BASE, FT, collect, metrics, numbered, run_script
 
 from sources.batches import estimate_normalization, validation_batches
 from sources.stored import open_single

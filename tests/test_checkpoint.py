@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from run import checkpoint
-
-ROOT = Path(__file__).parent.parent
 
 
 def tensors(value=1.0, d_hidden=6):

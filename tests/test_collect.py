@@ -16,16 +16,14 @@ import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run_script
 from datasets import Dataset, DatasetDict, load_from_disk
+from helpers import ROOT, failure, one_line_error, read_pair, read_rows, run_script
 from processes import Started, finished
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from collecting import language_model, text
 from collecting.paired_rows import PairedModels, Sequence, is_candidate
-
-COLUMNS = ("activation", "sequence", "position", "token")
 
 
 def command(tiny, out, *flags, **options) -> list[str]:
@@ -81,16 +79,6 @@ def filtered(tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("filtered") / "pair"
     collect(tiny, out, num_tokens=12_000, max_norm_ratio=1.2, ft_hook="model.layers.2.mlp")
     return out
-
-
-def read_rows(out: Path, model: str, splits=("train", "validation")) -> dict[str, np.ndarray]:
-    data = load_from_disk(str(out / model))
-    parts = [data[split].with_format("numpy")[:] for split in splits]
-    return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-
-
-def read_pair(out: Path) -> dict:
-    return json.loads((out / "pair.json").read_text())
 
 
 @torch.no_grad()
@@ -370,15 +358,6 @@ def test_unpacked_texts_are_sorted_by_length_and_a_kill_changes_nothing(tiny, tm
     pair = read_pair(tmp_path / "straight")
     tokens = load_from_disk(str(tmp_path / "straight" / "tokens"))["input_ids"]
     assert pair["left_out"]["padding"] < 0.1 * sum(map(len, tokens))  # in the order of the texts about .7 of it
-
-
-def failure(argv: list) -> str:
-    """The one line that a command with bad input ends with; the first look at the norms may have begun before."""
-    done = finished(*argv)
-    assert done.returncode == 1, (argv, done.stdout, done.stderr)
-    (line,) = [line for line in done.stderr.splitlines() if line and "norms of the first rows" not in line]
-    assert line.startswith(f"{Path(argv[0]).name}: error: "), done.stderr
-    return line
 
 
 def swapped_tokens(model: str, folder: Path, a: str, b: str) -> Path:

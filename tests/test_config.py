@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, one_line_error, run_script
+from helpers import ROOT, one_line_error, run_script
 
 from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags
 from run.flags import REQUIRED, parse, resolve_sizes

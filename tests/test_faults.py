@@ -20,21 +20,30 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, metrics, one_line_error, run_script
+from helpers import (
+    QUICK,
+    ROOT,
+    SMALL,
+    assert_same_weights,
+    metrics,
+    needs_mount,
+    numbered,
+    one_line_error,
+    run_script,
+    start,
+    train,
+    train_with_a_limit,
+    wait_for_step,
+    write,
+)
 from processes import several
 from safetensors.torch import load_file, save_file
-from test_activations import numbered, write
-from test_resume import wait_for_step
-from test_train import QUICK, SMALL, assert_same_weights, start, train, train_with_a_limit
 
 from crosscoder import CrossCoder
 from run import checkpoint
 from run.machine import free_memory
 from sources.stored import open_pair, open_single
 from train import ONE_SIGNAL
-
-CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
-needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run_script
+from helpers import ROOT, one_line_error, run_script
 from safetensors.torch import load_file, save_file
 
 from crosscoder import CrossCoder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, one_line_error, run_script
+from helpers import ROOT, one_line_error, run_script
 from hub_server import Hub, serve
 from safetensors.torch import load_file
 

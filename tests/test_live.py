@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run_script
 from datasets import load_from_disk
+from helpers import ROOT, failure, metrics, run_script
 from processes import Started
 from safetensors.torch import load_file
-from test_collect import failure
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from run import checkpoint

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, one_line_error, run_script
 from datasets import Dataset
+from helpers import metrics, one_line_error, run_script
 
 from crosscoder import CrossCoder, explained_variance
 

@@ -14,28 +14,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, one_line_error, run_script
+from helpers import ROOT, launch, metrics, numbered, one_line_error, run_script, write
 from processes import Started, several
 from safetensors.torch import load_file
-from test_activations import numbered, write
 
 from crosscoder import CrossCoder
 from ops.shard import Shard
 from run import checkpoint
 from sources.batches import STATISTICS_ROWS
 from sources.stored import open_single
-
-
-def launch(n, script, *args, check=True, **options):
-    """The script under torchrun, or plainly for one process."""
-    command = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else [sys.executable]
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / script), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error, run_script
 from datasets import load_from_disk
+from helpers import one_line_error, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None

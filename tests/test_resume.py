@@ -9,22 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import metrics, one_line_error, run_script
 from datasets import Dataset
-from test_train import QUICK, SMALL, assert_same_weights, start, train
+from helpers import QUICK, SMALL, assert_same_weights, metrics, one_line_error, run_script, start, train, wait_for_step
 
 from run import checkpoint
-
-
-def wait_for_step(process, run: Path, step: int) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        lines = run / "metrics.jsonl"
-        complete = lines.read_text().rpartition("\n")[0].splitlines() if lines.exists() else []
-        if complete and json.loads(complete[-1])["step"] >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
 @pytest.mark.parametrize(

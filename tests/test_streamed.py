@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, metrics, one_line_error, run_script
+from helpers import ROOT, launch, metrics, one_line_error, run_script
 from processes import Started
 from safetensors.torch import load_file
-from test_parallel import launch
 
 from run import checkpoint
 from sources.stored import hold_out_first, open_single

@@ -1,18 +1,14 @@
 """End-to-end runs through the command line: every variant, what moves the weights, every input that is refused."""
 
 import json
-import resource
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, one_line_error, run_script
 from datasets import Dataset, load_from_disk
-from processes import Started
-from safetensors.torch import load_file
+from helpers import QUICK, SMALL, assert_same_weights, metrics, one_line_error, run_script, train, train_with_a_limit, weights
 
 from config import TrainConfig
 from crosscoder import CrossCoder
@@ -24,14 +20,6 @@ from train import main
 NINE = {"loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr"}
 NINE |= {"explained_variance", "explained_variance_A", "explained_variance_B"}
 ALSO = {"aux_loss", "dead_fraction", "threshold", "grad_norm", "tokens", "tokens_per_second", "data_wait_fraction"}
-QUICK = ["--wandb", "disabled", "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--log-every", 10]
-SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50]  # planted concepts, 100 steps
-
-
-def train(tmp_path, name, *flags, check=True) -> Path:
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return tmp_path / name
 
 
 def train_here(folder, name, *flags) -> Path:
@@ -43,27 +31,6 @@ def train_here(folder, name, *flags) -> Path:
         for number, handler in handlers:
             signal.signal(number, handler)
     return folder / name
-
-
-def start(tmp_path, name, *flags) -> Started:
-    return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
-
-
-def train_with_a_limit(tmp_path, name, most: int, *flags) -> subprocess.CompletedProcess:
-    """A run whose files may have at most that many bytes: what is longer meets a full disk."""
-    process = start(tmp_path, name, *flags)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "crosscoder" / "model.safetensors")
-
-
-def assert_same_weights(a: Path, b: Path):
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # --- a run and its files

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, one_line_error, run_script
 from datasets import Dataset, Features, List, Value
+from helpers import metrics, one_line_error, run_script
 from safetensors.torch import load_file, save_file
 
 from crosscoder import CrossCoder, explained_variance

@@ -1,0 +1,174 @@
+"""What several test files use: the commands as a user runs them, small runs, made-up activations, what a run left behind."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import processes
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets.table import InMemoryTable
+from processes import Started
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows
+COLUMNS = ("activation", "sequence", "position", "token")  # of a collected dataset
+QUICK = ["--wandb", "disabled", "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--log-every", 10]
+SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50]  # planted concepts, 100 steps
+CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")
+
+
+# --- commands
+
+
+def run_script(script: str, *flags, check=False, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
+    """Run an entry as a user does, and return its output; with `options` of subprocess.run Python starts anew."""
+    if options:
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, **options)
+    else:
+        result = processes.finished(ROOT / script, *flags, cwd=cwd)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def one_line_error(result: subprocess.CompletedProcess, name: str) -> str:
+    """The message of a command that refused its input: one line, no traceback, a non-zero status."""
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def failure(argv: list) -> str:
+    """The one line that a command with bad input ends with; the first look at the norms may have begun before."""
+    done = processes.finished(*argv)
+    assert done.returncode == 1, (argv, done.stdout, done.stderr)
+    (line,) = [line for line in done.stderr.splitlines() if line and "norms of the first rows" not in line]
+    assert line.startswith(f"{Path(argv[0]).name}: error: "), done.stderr
+    return line
+
+
+def launch(n, script, *args, check=True, **options):
+    """The script under torchrun, or plainly for one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(torchrun if n > 1 else []), str(ROOT / script), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+# --- training runs
+
+
+def train(tmp_path, name, *flags, check=True) -> Path:
+    """The folder of a run that `train.py` has made."""
+    run_script("train.py", "--output-dir", tmp_path, "--run-name", name, *flags, check=check)
+    return tmp_path / name
+
+
+def start(tmp_path, name, *flags) -> Started:
+    return Started(ROOT / "train.py", "--output-dir", tmp_path, "--run-name", name, *flags)
+
+
+def train_with_a_limit(tmp_path, name, most: int, *flags) -> subprocess.CompletedProcess:
+    """A run whose files may have at most that many bytes: what is longer meets a full disk."""
+    process = start(tmp_path, name, *flags)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for_step(process, run: Path, step: int) -> None:
+    """Waits until the run's metrics.jsonl has a complete line of that step or a later one."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        lines = run / "metrics.jsonl"
+        complete = lines.read_text().rpartition("\n")[0].splitlines() if lines.exists() else []
+        if complete and json.loads(complete[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "crosscoder" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- activations
+
+
+def numbered(rows, d_model=4, sign=BASE, dtype="float32"):
+    """Activations whose first two values spell the row number, small enough for float16."""
+    number = np.arange(rows)
+    x = np.random.default_rng(0).normal(size=(rows, d_model))
+    x[:, 0], x[:, 1] = sign * (number // 1000), number % 1000
+    return x.astype(dtype)
+
+
+def numbers(x):
+    """[rows, d_model] -> the row numbers that `numbered` wrote."""
+    return x[:, 0].abs().long() * 1000 + x[:, 1].long()
+
+
+def write(path, x, fixed=True, batch=None, name="activation", **columns):
+    """A save_to_disk folder of activations x [rows, d_model] with record batches of `batch` rows."""
+    d = x.shape[1]
+    value = Value(str(x.dtype))
+    features = Features({name: List(value, length=d) if fixed else List(value)} | {c: Value("int32") for c in columns})
+    offsets = np.arange(0, x.size + 1, d, dtype=np.int32)
+    flat = pa.array(x.ravel())
+    lists = pa.FixedSizeListArray.from_arrays(flat, d) if fixed else pa.ListArray.from_arrays(offsets, flat)
+    table = pa.table({name: lists} | {c: pa.array(v, pa.int32()) for c, v in columns.items()})
+    schema = features.arrow_schema.metadata  # says that a list has a fixed length
+    Dataset(InMemoryTable(table.replace_schema_metadata(schema))).save_to_disk(str(path))
+    if batch:  # the same rows again in record batches of another size
+        file = next(path.glob("*.arrow"))
+        whole = pa.ipc.open_stream(file.read_bytes()).read_all().combine_chunks()
+        with pa.ipc.new_stream(file, whole.schema) as out:
+            out.write_table(whole, max_chunksize=batch)
+    return str(path)
+
+
+def collect(source, batch_size, stop, **where):
+    """Row numbers of each batch; checks on the way that both models are at the same token."""
+    out = []
+    for batch in source.batches(batch_size, stop, CPU, **where):
+        base, ft = numbers(batch.x[:, 0]), numbers(batch.x[:, 1])
+        assert torch.equal(base, ft)
+        large = base >= 1000
+        assert (batch.x[large, 0, 0] > 0).all() and (batch.x[large, 1, 0] < 0).all()
+        assert batch.first_row <= base.min() and base.max() <= batch.last_row
+        out.append((base.clone(), batch.position))
+    return out
+
+
+def read_rows(out: Path, model: str, splits=("train", "validation")) -> dict[str, np.ndarray]:
+    data = load_from_disk(str(out / model))
+    parts = [data[split].with_format("numpy")[:] for split in splits]
+    return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+
+
+def read_pair(out: Path) -> dict:
+    return json.loads((out / "pair.json").read_text())
