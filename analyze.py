@@ -203,8 +203,7 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
     pair = text = None
     if dataset:
         source, name = open_pair(dataset, *rest), dataset
-        pair_file = Path(dataset).expanduser() / "pair.json"
-        pair = json.loads(pair_file.read_text()) if pair_file.is_file() else None
+        pair = source.pair
         try:
             text = ex.open_text(dataset, source)
         except ValueError as error:

@@ -212,7 +212,7 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
     monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     monitor.print_summary(summary, config, source.val_rows, run)
     if config.push_to_hub:
-        hub.push_crosscoder(config.push_to_hub, run, W_dec.norm(dim=-1))
+        hub.push_crosscoder(config.push_to_hub, run, W_dec.norm(dim=-1), source.pair)
 
 
 # --- during the run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,8 +67,7 @@ def open_text(dataset: str, source: PairedActivations) -> Text:
     if "input_ids" not in sequences.column_names or any(len(s) and s.max() >= len(sequences) for s, _ in rows.values()):
         raise ValueError(f"the tokens of {dataset} do not belong to its activations")
     text_of, names = np.zeros(len(sequences), np.int32), ["text"]
-    pair = folder / "pair.json"
-    listed = [source["source"] for source in json.loads(pair.read_text()).get("text", [])] if pair.is_file() else []
+    listed = [text["source"] for text in source.pair.get("text", [])]
     if listed and "source" in sequences.column_names:
         text_of, names = sequences.data.table.column("source").to_numpy(), [Path(name).name for name in listed]
     return Text(sequences, text_of, names, rows)

@@ -29,9 +29,10 @@ def open_repository(name: str, kind: str) -> None:
         raise ValueError(f"{FLAG} {name}: {reason(error)}; log in with `hf auth login`, or leave the flag out") from None
 
 
-def push_crosscoder(name: str, run: Path, norms: Tensor) -> None:
-    """Upload RUN/crosscoder and RUN/summary.json with a model card. norms: [d_hidden, n_models] decoder norms."""
-    card = model_card(name, *(json.loads((run / file).read_text()) for file in ("config.json", "summary.json")), norms)
+def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> None:
+    """Upload RUN/crosscoder and RUN/summary.json with a model card. norms, pair: as for `model_card`."""
+    record, summary = (json.loads((run / file).read_text()) for file in ("config.json", "summary.json"))
+    card = model_card(name, record, summary, norms, pair)
     files = {"config.json": run / "crosscoder" / "config.json", "model.safetensors": run / "crosscoder" / "model.safetensors"}
     files |= {"summary.json": run / "summary.json", "README.md": card.encode()}
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
@@ -82,13 +83,15 @@ def front(**fields) -> str:
     return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()) + "---\n\n"
 
 
-def model_card(name: str, record: dict, summary: dict, norms: Tensor) -> str:
-    """Data, hook, metrics, classes and how to load, from a run's config.json and summary.json."""
+def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict | None = None) -> str:
+    """Data, hook, metrics, classes and how to load, from a run's config.json and summary.json.
+
+    norms: [d_hidden, n_models] decoder norms. pair: what the pair.json of the run's paired dataset says.
+    """
     config, data = record["resolved"], record["data"]
     origin, made = config, "planted concepts, activations with known directions"
     if config["dataset"]:
-        pair = Path(config["dataset"]) / "pair.json"
-        origin = json.loads(pair.read_text()) if pair.is_file() else {}
+        origin = pair or {}
         made = f"the paired dataset {shown(config['dataset'])}"
     elif config["base_dataset"]:
         made = f"the datasets {shown(config['base_dataset'])} (base) and {shown(config['ft_dataset'])} (fine-tuned)"

@@ -103,7 +103,8 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -
     from sources.streamed import StreamedActivations, open_streams
 
     named = (config.dataset, config.base_dataset, config.ft_dataset, config.model_dataset)
-    *streams, rows, revisions = open_streams(*named, (config.base_column, config.ft_column), known and known["revisions"])
+    *streams, pair, revisions = open_streams(*named, (config.base_column, config.ft_column), known and known["revisions"])
+    rows = (pair or {}).get("rows", {})
     length = config.num_tokens or rows.get("train", 0) * (config.epochs or 1)
     if not length or (given.epochs and "train" not in rows):
         raise ValueError("--streaming: the length of the streams is not known before their end, give --num-tokens")
@@ -115,6 +116,6 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -
     singles = config.model_dataset or [config.base_dataset, config.ft_dataset]
     name = config.dataset or " + ".join(singles)
     source = StreamedActivations(name, *streams, rows, config.val_tokens, config.buffer_tokens, config.seed)
-    source.record = {"revisions": revisions, "fingerprint": fingerprints(source, ("validation",))}
+    source.pair, source.record = pair, {"revisions": revisions, "fingerprint": fingerprints(source, ("validation",))}
     leave_out_outliers(source, config, known)
     return source, config

@@ -50,6 +50,7 @@ class Source(Protocol):
     val_rows: int
     stored_scale: Tensor  # [n_models]
     norm_limit: Tensor | float = ANY_NORM  # [n_models, 1] norm of stored rows above which they are left out of all models
+    pair: dict | None = None  # what the pair.json of a paired dataset says
     record: dict  # facts in JSON's types by which a resumed run knows the data again, beside the sizes above
 
     def describe(self) -> str:

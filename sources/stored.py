@@ -217,7 +217,8 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
     else:
         base, ft = (open_dataset(f"{dataset}:{part}", "--dataset") for part in ("base", "ft"))
         pair_file = hub_pair_file(dataset)
-    stored_scale, shuffled, written = read_pair(dataset, pair_file)
+    pair = read_pair(dataset, pair_file)
+    written = pair.get("rows", {})
     for split, part in base.items():
         if len(part) != written.get(split, len(part)):
             raise ValueError(
@@ -225,17 +226,21 @@ def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: 
                 "truncated or missing; copy it again or collect again"
             )
     splits = pair_up([base, ft], ("--dataset", "--dataset"), columns, val_tokens, default_val)
-    return PairedActivations(dataset, splits, stored_scale, shuffled, seed)
+    stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
+    source = PairedActivations(dataset, splits, stored_scale, bool(pair.get("shuffled")), seed)
+    source.pair = pair
+    return source
 
 
-def read_pair(dataset: str, pair_file) -> tuple[Tensor, bool, dict[str, int]]:
-    """What a pair.json says: stored_scale [2] float64, whether the rows are shuffled, and how many each split has."""
+def read_pair(dataset: str, pair_file) -> dict:
+    """What a pair.json says. ValueError unless its `stored_scale` (and `rows`, where it is there) can be used."""
     try:
         pair = json.loads(Path(pair_file).read_text())
-        stored_scale, shuffled = torch.tensor(pair["stored_scale"], dtype=torch.float64), bool(pair.get("shuffled"))
+        stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
         if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
             raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
-        return stored_scale, shuffled, dict(pair.get("rows", {}))
+        dict(pair.get("rows", {}))
+        return pair
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
 

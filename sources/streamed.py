@@ -269,19 +269,20 @@ def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revi
     revisions: commits of the datasets on the Hub when the run began, None for their newest.
 
     Returns:
-        parts, flags, names, stored_scale [n_models], rows, and the revisions
+        parts, flags, names, stored_scale [n_models], what pair.json says or None, and the revisions
     """
     if dataset and Path(dataset).expanduser().exists():
         raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
     if dataset:
         revisions = revisions or [hub_commit(dataset, "--dataset")]
         parts = [open_dataset(f"{dataset}:{part}", "--dataset", True, revisions[0]) for part in ("base", "ft")]
-        stored_scale, _, rows = read_pair(dataset, hub_pair_file(dataset, revisions[0]))
-        return parts, ["--dataset"] * 2, list(columns), stored_scale, rows, revisions
+        pair = read_pair(dataset, hub_pair_file(dataset, revisions[0]))
+        stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
+        return parts, ["--dataset"] * 2, list(columns), stored_scale, pair, revisions
     given, flags = [base_dataset, ft_dataset], ["--base-dataset", "--ft-dataset"]
     if model_dataset:
         given, flags, columns = model_dataset, [f"--model-dataset {d}" for d in model_dataset], columns[:1] * len(model_dataset)
     short = [flag.split()[0] for flag in flags]
     revisions = revisions or [hub_commit(name, flag) for name, flag in zip(given, short, strict=True)]
     parts = [open_dataset(name, flag, True, r) for name, flag, r in zip(given, short, revisions, strict=True)]
-    return parts, flags, list(columns), torch.ones(len(given)), {}, revisions
+    return parts, flags, list(columns), torch.ones(len(given)), None, revisions

@@ -103,6 +103,7 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
     repositories, env = online
     flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--text", tiny["prose"]]
     flags += ["--model-dtype", "float32", "--seq-len", 64, "--num-tokens", 6000, "--output", tmp_path / "pair"]
+    flags += ["--skip-first", 3, "--max-norm-ratio", 3]
     run_script("collect.py", *flags, check=True, env=env)
     printed = run_script("collect.py", *flags, "--push-to-hub", "me/acts", check=True, env=env).stdout
     assert "is complete" in printed and "pushed to me/acts" in printed
@@ -118,6 +119,19 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
     mean, _ = estimate_normalization(here, center=True)
     crosscoder = CrossCoder.from_pretrained(tmp_path / "hub" / "crosscoder")
     torch.testing.assert_close(crosscoder.mean, (mean / here.stored_scale[:, None]).float())  # the same rows
+
+    # what its pair.json says is known to the analysis and to the card, as that of the folder is
+    quick = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--model-dtype", "float32", "--patch-tokens", 500]
+    quick += ["--num-tokens", 1500, "--sections-per-class", 1, "--output"]
+    run_script("analyze.py", tmp_path / "hub", *quick, tmp_path / "from_hub", check=True, env=env)
+    run_script("analyze.py", tmp_path / "hub", *quick, tmp_path / "from_disk", "--dataset", tmp_path / "pair", check=True)
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("from_hub", "from_disk"))
+    assert one["patching"] == other["patching"] and "first 3 positions" in one["patching"]["rule"]
+    assert "above 3 times the median norm" in one["patching"]["rule"]
+    one, other = ((tmp_path / name / "examples.jsonl").read_text() for name in ("from_hub", "from_disk"))
+    assert one == other and '"prose.txt"' in one
+    run_script("train.py", "--resume", tmp_path / "hub", "--push-to-hub", "me/crosscoder", check=True, env=env)
+    assert "- Hook: `model.layers.1.mlp`\n" in repositories["models/me/crosscoder"]["README.md"].decode()
 
     # a Hub that does not answer is asked once: what is in the cache is trained on, the rest is refused
     silent = env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
