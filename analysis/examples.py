@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from crosscoder import CrossCoder
-from sources.stored import PairedActivations, open_dataset
+from sources.dataset_files import open_dataset
+from sources.stored import PairedActivations
 
 RANGES = np.array([0.25, 0.5, 0.75])  # borders, as shares of a latent's maximum, of the ranges that weaker examples come from
 RANGE_NAMES = ("top", "0 to 25 %", "25 to 50 %", "50 to 75 %", "75 to 100 %")

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ops.shard import ALONE, Shard
-from run.machine import free_memory
+from run.machine import first_line, free_memory
 from sources.batches import read_ahead
+from sources.columns import Column, check_alignment
+from sources.dataset_files import newest_revision, open_dataset
 from sources.source import NONE_DROPPED, Batch, Dropped, Source
-from sources.stored import Column, check_alignment, hub_commit, hub_pair_file, open_dataset, read_pair
+from sources.stored import hub_pair_file, read_pair
 from sources.windows import Refill, Windows
 
 PIECE = 1024  # tokens that are taken from the stream together, or one sequence where rows are sequences
@@ -94,7 +96,7 @@ class StreamedActivations(Source):
                 try:
                     tables.append(next(iterator, None))
                 except Exception as error:  # noqa: BLE001 - network, file system and Arrow raise many kinds
-                    reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+                    reason = first_line(error.__cause__ or error)
                     raise ValueError(f"{flag}: cannot be read on (split {split}, after row {row}): {reason}") from None
             lengths = [0 if table is None else len(table) for table in tables]
             if len(set(lengths)) > 1:
@@ -274,7 +276,7 @@ def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revi
     if dataset and Path(dataset).expanduser().exists():
         raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
     if dataset:
-        revisions = revisions or [hub_commit(dataset, "--dataset")]
+        revisions = revisions or [newest_revision(dataset, "--dataset")]
         parts = [open_dataset(f"{dataset}:{part}", "--dataset", True, revisions[0]) for part in ("base", "ft")]
         pair = read_pair(dataset, hub_pair_file(dataset, revisions[0]))
         stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
@@ -283,6 +285,6 @@ def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revi
     if model_dataset:
         given, flags, columns = model_dataset, [f"--model-dataset {d}" for d in model_dataset], columns[:1] * len(model_dataset)
     short = [flag.split()[0] for flag in flags]
-    revisions = revisions or [hub_commit(name, flag) for name, flag in zip(given, short, strict=True)]
+    revisions = revisions or [newest_revision(name, flag) for name, flag in zip(given, short, strict=True)]
     parts = [open_dataset(name, flag, True, r) for name, flag, r in zip(given, short, revisions, strict=True)]
     return parts, flags, list(columns), torch.ones(len(given)), None, revisions

@@ -1,0 +1,143 @@
+"""From what a dataset flag names (a folder, a file, a Hub id) to Hugging Face datasets, one for each split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from run.machine import first_line
+
+
+def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
+    """A folder, file or Hub id (`id`, `id:config`, `id:config:split`) -> {"train": Dataset, perhaps "validation": Dataset}.
+
+    A folder may also be a memmap cache of crosscoder_learning. With `streaming` the values are IterableDatasets, and a folder
+    must hold .parquet files. revision: commit of a dataset on the Hub, None: its newest.
+    """
+    import datasets
+
+    path = Path(name).expanduser()
+    for folder in (path, path.absolute().parent):
+        if flag != "--dataset" and (folder / "pair.json").is_file():
+            raise ValueError(f"{flag} {name}: belongs to the paired dataset {folder}, which has its own scales; use --dataset")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise ValueError(f"{flag} {name}: no such file or folder")
+    if streaming and path.exists() and path.suffix != ".parquet" and not any(path.glob("**/*.parquet")):
+        raise ValueError(f"{flag} {name}: lies on this disk, where it is read in place; leave out --streaming")
+    if (path / "shard_0.memmap").is_file():
+        return {"train": open_memmaps(path, f"{flag} {name}")}
+    if hooks := sorted(file.parent.name for file in path.glob("*/shard_0.memmap")):
+        raise ValueError(f"{flag} {name}: holds the activation caches {', '.join(hooks)}; give the folder of one")
+    if not datasets.config.HF_HUB_OFFLINE:
+        newest_revision(name, flag)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            loaded = datasets.load_dataset(str(path), streaming=streaming)
+        elif path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
+        elif path.suffix == ".arrow":
+            loaded = datasets.Dataset.from_file(str(path))
+        elif path.exists():
+            raise ValueError(f"a file of kind {path.suffix or 'without suffix'} is not read; give a folder, .parquet or .arrow")
+        else:
+            identifier, config, split = (name.split(":") + [None, None])[:3]
+            loaded = datasets.load_dataset(identifier, config or None, split=split, streaming=streaming, revision=revision)
+    except IndexError:  # the library raises this for a folder without any row
+        whole = (path / "state.json").is_file()
+        what = "the dataset is empty" if whole else "a split of it is empty; leave that one out when you save it"
+        raise ValueError(f"{flag} {name}: {what}") from None
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; all mean that this argument cannot be read
+        reason = first_line(error.__cause__ or error)
+        if file := damaged_file(path):
+            raise ValueError(f"{flag}: {file} is truncated or damaged ({reason}); copy or collect it again") from None
+        hub = "" if path.exists() else " (no such folder here, so it was taken for a Hub id, which needs network)"
+        raise ValueError(f"{flag} {name}: cannot be opened: {reason}{hub}") from None
+    if not isinstance(loaded, dict):  # of splits
+        return {"train": loaded}
+    if "train" not in loaded and len(loaded) > 1:
+        raise ValueError(f"{flag} {name}: has the splits {', '.join(loaded)}; choose one with {name}:CONFIG:SPLIT")
+    if "train" not in loaded:
+        return {"train": next(iter(loaded.values()))}
+    empty = next(iter(loaded.get("validation", ())), None) is None  # a small collection may have held no sequence out
+    return {"train": loaded["train"]} | ({} if empty else {"validation": loaded["validation"]})
+
+
+def open_memmaps(folder: Path, source: str):
+    """The activation cache of one hook that crosscoder_learning wrote, as a Dataset that maps its files.
+
+    folder: config.json, shard_i.memmap (rows of d_model values, C order) and shard_i.meta; tokens.pt, where it was stored,
+    lies one folder up.
+    """
+    import datasets
+    import pyarrow as pa
+
+    kinds = {"torch.float32": pa.float32(), "torch.float16": pa.float16(), "torch.bfloat16": pa.int16()}
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("shuffle_shards"):
+            raise ValueError("its rows were shuffled in an order that is not stored; collect with shuffle_shards=False")
+        chunks = []
+        for shard in range(config["shard_count"]):
+            meta = json.loads((folder / f"shard_{shard}.meta").read_text())
+            (rows, d_model), dtype = meta["shape"], meta.get("dtype", "torch.float32")
+            if dtype not in kinds:
+                raise ValueError(f"shard_{shard} is of {dtype}; read are {', '.join(kinds)}")
+            file = np.memmap(folder / f"shard_{shard}.memmap", dtype=np.uint8, mode="r")
+            if len(file) != rows * d_model * kinds[dtype].bit_width // 8:
+                raise ValueError(f"shard_{shard}.memmap has {len(file)} bytes, not {rows} x {d_model} values; copy it again")
+            values = pa.Array.from_buffers(kinds[dtype], rows * d_model, [None, pa.py_buffer(file)])
+            chunks.append(pa.FixedSizeListArray.from_arrays(values, d_model))
+        columns = {"activation_bfloat16" if dtype == "torch.bfloat16" else "activation": pa.chunked_array(chunks)}
+        if config.get("store_tokens"):
+            file = next(f / "tokens.pt" for f in (folder.parent, folder) if (f / "tokens.pt").is_file())
+            columns["token"] = pa.array(torch.load(file, map_location="cpu", weights_only=True).numpy())
+        table = datasets.table.InMemoryTable(pa.table(columns))
+    except StopIteration:
+        raise ValueError(f"{source}: its tokens.pt is missing beside the folder; copy it too") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source}: the activation cache cannot be read: {error}") from None
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return datasets.Dataset(table, fingerprint=name)  # without a fingerprint the library would hash every row
+
+
+def damaged_file(path: Path) -> Path | None:
+    """The first Arrow file of a dataset's folder that cannot be read to its end."""
+    import pyarrow
+
+    for file in sorted(path.rglob("*.arrow")):
+        try:
+            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches_of_rows:
+                for _ in batches_of_rows:  # memory-maps each one, which reads little more than its header
+                    pass
+        except (pyarrow.ArrowException, OSError):
+            return file
+    return None
+
+
+def newest_revision(name: str, flag: str) -> str | None:
+    """The newest commit of a dataset on the Hub; None for local files and when the Hub does not answer.
+
+    After a failed request the datasets library is set to use its local cache alone, so that it does not try five times more.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if Path(name).expanduser().exists() or Path(name).is_absolute() or name.startswith((".", "~")):
+        return None
+    try:
+        return HfApi().dataset_info(name.split(":")[0], timeout=10).sha
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{flag} {name}: is no file or folder here, and the Hub does not give it ({first_line(error)})"
+        ) from None
+    except Exception:  # noqa: BLE001 - a broken connection has the names of the Hub's HTTP library
+        datasets.config.HF_HUB_OFFLINE = True
+        return None
