@@ -297,6 +297,12 @@ class TrainConfig(ModelFlags, DatasetFlags):
 class CollectConfig(ModelFlags):
     """Run two models over the same text and write their activations at one hook as a paired dataset for train.py."""
 
+    # Base model: a Hugging Face id or a folder.
+    base_model: str = field()
+
+    # Where to read: dotted path of a module, e.g. model.layers.16.mlp (its output) or model.layers.16.mlp.input.
+    hook: str = field()
+
     # Folder to write. An unfinished collection there goes on after its last complete shard, if models and texts are the same.
     output: str
 

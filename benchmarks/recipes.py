@@ -203,14 +203,12 @@ def geometric_median(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, source) -> dict:
     """The planted truth against a crosscoder: classes by decoder norm, and by latent scaling on the held-out rows."""
-    W_dec, sums = crosscoder.W_dec.detach(), [None, None]
+    W_dec, sums = crosscoder.W_dec.detach(), None
     for x in held_out(crosscoder, source, 2048, torch.ones(2, 1)):  # [batch, 2, d_model]
         f = crosscoder.encode(x, normalized=True)
-        x_hat = crosscoder.decode(f, normalized=True)
-        for of in (0, 1):
-            part = latents.scaling_sums(x, f, x_hat, W_dec, of)
-            sums[of] = part if sums[of] is None else sums[of] + part
-    scaling = (latents.latent_scaling(sums[of], W_dec, of) for of in (0, 1))
+        part, _ = latents.latent_sums(x, f, W_dec, crosscoder.b_dec)
+        sums = part if sums is None else sums + part
+    scaling = (latents.latent_scaling(sums.scaling(of), W_dec, of) for of in (0, 1))
     by_scaling = latents.classify_by_scaling(*scaling, W_dec.norm(dim=-1))
     by_norm = latents.classify(W_dec.norm(dim=-1))
     classes = {"norm": by_norm, "scaling": by_scaling, "both": torch.where(by_norm == by_scaling, by_norm, SHARED)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ def published_counts(norms: Tensor, live: Tensor) -> dict[str, dict[str, int]]:
 # --- one pass over tokens
 
 
-class LatentSums(NamedTuple):
+@dataclass(frozen=True)
+class LatentSums:
     """What one pass over tokens adds up for every latent, float64: memory does not grow with the tokens."""
 
     tokens: int
@@ -98,8 +100,8 @@ class LatentSums(NamedTuple):
     error: Tensor  # the same with the reconstruction error in place of x^m
 
     def __add__(self, other: LatentSums) -> LatentSums:
-        added = LatentSums(*(a + b for a, b in zip(self, other, strict=True)))
-        return added._replace(f_max=torch.maximum(self.f_max, other.f_max))
+        added = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return LatentSums(**added | {"f_max": torch.maximum(self.f_max, other.f_max)})
 
     def scaling(self, of: int) -> ScalingSums:
         """The part that `latent_scaling` needs to ask about the directions of model `of`."""
@@ -112,8 +114,8 @@ def latent_sums(
 ) -> tuple[LatentSums, Tensor]:
     """The sums of one batch (add those of all batches), and its reconstruction [batch, n_models, d_model].
 
-    Gives what `scaling_sums` gives for every model at once, faster: f_j * (x, error) is first summed over the batch, and only
-    the sums meet the directions. On a CPU where few are active, the sums are taken over active entries alone.
+    f_j * (x, error) is first summed over the batch and then multiplied with the directions: one product for each latent instead
+    of one for each token and latent. On a CPU where few latents are active, the sums are taken over active entries alone.
 
     Args:
         x: [batch, n_models, d_model] activations in the decoder's space.
@@ -124,7 +126,8 @@ def latent_sums(
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
     d_hidden, rows = len(W_dec), W_dec.flatten(1)  # [d_hidden, n_models * d_model]
     on_cpu = f.device.type == "cpu"
-    tokens, active = f.nonzero(as_tuple=True) if on_cpu else (None, None)  # [entries] each, ordered by token
+    none = torch.empty(0, dtype=torch.int64)  # on CUDA: counting the entries would wait for the device
+    tokens, active = f.nonzero(as_tuple=True) if on_cpu else (none, none)  # [entries] each, ordered by token
     few = on_cpu and len(tokens) <= DENSE_ABOVE * f.numel()
     if few:
         values = f[tokens, active]  # [entries]
@@ -169,26 +172,6 @@ class ScalingSums(NamedTuple):
     x: Tensor  # [n_models, d_hidden] sum over tokens of f_j * <x^m, d_j>
     error: Tensor  # [n_models, d_hidden] the same with the reconstruction error in place of x^m
     f_squared: Tensor  # [d_hidden] sum over tokens of f_j^2
-
-    def __add__(self, other: ScalingSums) -> ScalingSums:
-        return ScalingSums(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-def scaling_sums(x: Tensor, f: Tensor, x_hat: Tensor, W_dec: Tensor, of: int) -> ScalingSums:
-    """The sums of one batch; add those of all batches for `latent_scaling`.
-
-    Args:
-        x, x_hat: [batch, n_models, d_model] activations and reconstructions in the decoder's space.
-        f: [batch, d_hidden] inference codes.
-        W_dec: [d_hidden, n_models, d_model].
-        of: the model whose directions are asked about: 1 for what only the fine-tuned model has.
-    """
-    directions = W_dec[:, of]  # [d_hidden, d_model]
-    error = x - x_hat
-    along_x, along_error = (
-        torch.stack([(f * (y[:, m] @ directions.T)).sum(0).double() for m in range(x.shape[1])]) for y in (x, error)
-    )
-    return ScalingSums(along_x, along_error, f.double().pow(2).sum(0))
 
 
 class LatentScaling(NamedTuple):

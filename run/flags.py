@@ -19,14 +19,9 @@ from typing import Literal
 
 import tyro
 
-from config import LR_FACTOR, PLANTED, REAL, WARM, AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig
+from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig
 
 QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
-REQUIRED = {
-    CollectConfig: ("base_model", "hook", "output"),
-    FormatsConfig: ("src", "dst", "to"),
-    AnalyzeConfig: ("run",),
-}
 
 
 def parse(cls: type, argv: list[str] | None = None):
@@ -39,7 +34,7 @@ def parse(cls: type, argv: list[str] | None = None):
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - open to the end
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config = read_flags(cls, argv, cls(**{name: tyro.MISSING for name in REQUIRED.get(cls, ())}))
+        config = read_flags(cls, argv)
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left as it ends
         sys.exit(0)
@@ -56,7 +51,7 @@ def parse(cls: type, argv: list[str] | None = None):
     return config
 
 
-def read_flags(cls: type, argv: list[str], default):
+def read_flags(cls: type, argv: list[str], default=tyro.MISSING_NONPROP):
     """`tyro.cli`, but what it prints in a box about a wrong flag becomes one line."""
     box = io.StringIO()
     try:

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, one_line_error, run_script
 
 from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags
-from run.flags import REQUIRED, parse, resolve_sizes
+from run.flags import parse, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 
@@ -34,9 +34,12 @@ def test_every_field_has_a_comment_and_is_used(script):
     if script == "train.py":
         entry += "".join((ROOT / f"{room}.py").read_text() for room in ("run/flags", "run/monitor", "sources/opening"))
     assert "**model_flags(config)" in entry  # these are read by name in paired_rows.py
+    required = {
+        f.name: "" for f in dataclasses.fields(ENTRIES[script]) if f.default is f.default_factory is dataclasses.MISSING
+    }
     for field in dataclasses.fields(ENTRIES[script]):
         assert re.search(rf"    # [^\n]+\n    {field.name}: ", source), f"{field.name} has no comment above it"
-        if field.name in model_flags(ENTRIES[script](**dict.fromkeys(REQUIRED.get(ENTRIES[script], ()), ""))):
+        if field.name in model_flags(ENTRIES[script](**required)):
             assert len(re.findall(rf"\b{field.name}\b", (ROOT / "collecting/paired_rows.py").read_text())) > 1
             continue
         used = rf"(config|given)\.{field.name}\b|\"{field.name}\"" if field.name != "config" else "config"

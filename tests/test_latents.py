@@ -21,6 +21,12 @@ def test_counts_leave_dead_latents_out_of_the_classes():
     assert latents.count_classes(norms, dead) == {"base_only": 1, "shared": 1, "ft_only": 1, "dead": 1}
 
 
+def scaling_sums(x, f, x_hat, W_dec, of):
+    """What `latents.latent_scaling` needs, by its definition: inner products of every token with every direction."""
+    along = [torch.stack([(f * (y[:, m] @ W_dec[:, of].T)).sum(0).double() for m in range(x.shape[1])]) for y in (x, x - x_hat)]
+    return latents.ScalingSums(*along, f.double().pow(2).sum(0))
+
+
 def naive_beta(f, d, y):
     """argmin_b sum |b f d - y|^2 by least squares on the stacked equations."""
     design = (f[:, None] * d).flatten()[:, None]
@@ -34,9 +40,9 @@ def test_latent_scaling_equals_its_definition(of):
     f = torch.randn(300, 5, generator=draw, dtype=torch.float64).relu()
     W_dec = torch.randn(5, 2, 6, generator=draw, dtype=torch.float64)
     x_hat = torch.einsum("bj,jmd->bmd", f, W_dec) + torch.randn(2, 6, generator=draw, dtype=torch.float64)
-    whole = latents.scaling_sums(x, f, x_hat, W_dec, of)
-    parts = [latents.scaling_sums(x[i : i + 100], f[i : i + 100], x_hat[i : i + 100], W_dec, of) for i in (0, 100, 200)]
-    got = latents.latent_scaling(parts[0] + parts[1] + parts[2], W_dec, of)
+    whole = scaling_sums(x, f, x_hat, W_dec, of)
+    parts = [scaling_sums(x[i : i + 100], f[i : i + 100], x_hat[i : i + 100], W_dec, of) for i in (0, 100, 200)]
+    got = latents.latent_scaling(latents.ScalingSums(*map(sum, zip(*parts, strict=True))), W_dec, of)
     torch.testing.assert_close(got, latents.latent_scaling(whole, W_dec, of))
     for j in range(5):
         for m in range(2):
@@ -60,7 +66,7 @@ def test_latent_scaling_sees_what_norms_do_not():
     x = x_hat.clone()
     x[:, 0, 1] += f[:, 1]  # the base model has concept 1, and nothing reconstructs it there
     x += 0.01 * torch.randn(x.shape, generator=draw, dtype=torch.float64)
-    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
+    base, ft = (latents.latent_scaling(scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
     assert latents.classify(W_dec.norm(dim=-1))[:3].tolist() == [2, 2, 2]
     assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1))[:3].tolist() == [2, 1, 1]
     nu_error, nu_reconstruction = ft.nu(1)
@@ -69,7 +75,7 @@ def test_latent_scaling_sees_what_norms_do_not():
 
 def test_a_latent_that_never_fires_is_not_exclusive():
     x, f, W_dec = torch.randn(10, 2, 3), torch.zeros(10, 1), torch.randn(1, 2, 3)
-    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
+    base, ft = (latents.latent_scaling(scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
     assert ft.error.isnan().all() and latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [1]
 
 
@@ -84,7 +90,7 @@ def test_the_direction_of_a_vanished_row_does_not_decide():
     x_hat = torch.einsum("bj,jmd->bmd", f, W_dec)
     x = x_hat.clone()
     x[:, 0, 2:] += 0.1 * f  # a little error in base, by chance along those rows
-    base, ft = (latents.latent_scaling(latents.scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
+    base, ft = (latents.latent_scaling(scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
     nu_error, nu_reconstruction = base.nu(0)
     assert (nu_error.abs() < 0.2).all() and (nu_reconstruction.abs() < 0.5).all()
     assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [2, 2]
