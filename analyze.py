@@ -46,8 +46,7 @@ from analysis.measure import (
 )  # fmt: skip
 from crosscoder import CrossCoder
 from ops import latents
-from run.checkpoint import as_json
-from run.machine import progress_bar, usable_device
+from run.machine import as_json, progress_bar, usable_device
 from sources.batches import limit_norms
 from sources.planted import PlantedConcepts
 from sources.stored import hold_out_first, open_pair, open_single

@@ -113,7 +113,7 @@ def main(given: TrainConfig, shard: Shard) -> int:
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
     watched = monitor.watch(steps, progress, quiet=shard.rank > 0)
     stream = source.batches(config.batch_size, stop, device, progress.position, Dropped(*progress.dropped), shard)
-    with closing(stream), limits.memory_explained(run):
+    with closing(stream), limits.memory_errors(run):
         for batch in watched.timed(stream):
             step = progress.step = progress.step + 1
             progress.position, progress.dropped = batch.position, batch.dropped
@@ -185,12 +185,12 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
     source.close()
     unscale = raw_factor(source).to(crosscoder.W_dec.device)
     crosscoder.compute_dtype = torch.float32
-    with limits.memory_explained(run):
+    with limits.memory_errors(run):
         if config.variant == "batch_topk":
             crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.micro_batch_size, unscale))
         final = evaluate(crosscoder, source, config.micro_batch_size, unscale, config.l1_coeff)
     checkpoint.require_finite(crosscoder.state_dict(), progress.step, run, shard)
-    with checkpoint.explained("the crosscoder", run, shard):
+    with checkpoint.write_errors("the crosscoder", run, shard):
         crosscoder.save_pretrained(run / "crosscoder")
     dead = shard.gather_rows(state.tokens_since_fired >= dead_after)  # [d_hidden]
     W_dec = shard.whole(crosscoder.W_dec.detach(), config.d_hidden)  # [d_hidden, n_models, d_model], in process 0
@@ -207,8 +207,8 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
     summary["latents"] = latents.count_classes(W_dec.norm(dim=-1), dead)
     if truth := source.score(W_dec, dead):
         summary["planted"] = truth
-    with checkpoint.explained("summary.json", run):
-        machine.write_text(run / "summary.json", checkpoint.as_json(summary, indent=2))
+    with checkpoint.write_errors("summary.json", run):
+        machine.write_text(run / "summary.json", machine.as_json(summary, indent=2))
     monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
     monitor.print_summary(summary, config, source.val_rows, run)
     if config.push_to_hub:
@@ -352,7 +352,7 @@ def require_finite_loss(bad_step: Tensor, recent: deque, run: Path) -> None:
 if __name__ == "__main__":
     shard = Shard.of_torchrun()
     try:
-        with limits.memory_explained():
+        with limits.memory_errors():
             status = main(CONFIG, shard)
         shard.leave()
         sys.exit(status)

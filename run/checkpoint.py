@@ -12,7 +12,6 @@ it still is what was written. Nothing is pickled.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,9 @@ from torch import Tensor
 from ops.shard import ALONE, Shard
 from run.machine import first_line, free_disk, sync, write_text
 
-# What has the latents as its first axis; Adam's moments of a parameter have its axes.
+# Tensors whose first axis is the latents, and with them Adam's moments of those parameters.
 BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")
-HASHED_TOGETHER = 1 << 24  # bytes
+HASHED_TOGETHER = 1 << 24  # bytes of a file that one thread hashes at a time
 FORMAT = 2  # number of the layout above
 
 
@@ -76,7 +75,7 @@ def save(run: Path, state: TrainingState, keep: int) -> None:
     require_finite(tensors, progress.step, run, crosscoder.shard)
     numbers = asdict(progress) | {"scheduler": state.scheduler.state_dict()}
     numbers["stream"] = state.source.state_dict(progress.position)
-    write(run, progress.step, tensors, numbers, keep, crosscoder.d_hidden, crosscoder.shard)
+    write(run, progress.step, tensors, numbers, keep=keep, d_hidden=crosscoder.d_hidden, shard=crosscoder.shard)
 
 
 def load(folder: Path, state: TrainingState) -> None:
@@ -112,12 +111,12 @@ def require_finite(tensors: dict[str, Tensor], step: int, run: Path, shard: Shar
 
 
 def write(
-    run: Path, step: int, tensors: dict[str, Tensor], numbers: dict, keep: int, d_hidden: int, shard: Shard = ALONE
+    run: Path, step: int, tensors: dict[str, Tensor], numbers: dict, *, keep: int, d_hidden: int, shard: Shard = ALONE
 ) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder.
 
-    Of several processes each writes the slice of the d_hidden latents that it owns, process 0 the rest.
-    Raises OSError with one sentence when the disk is full or read-only; what was there before stays as it was.
+    Of several processes each writes the slice of the d_hidden latents that it owns, process 0 everything else.
+    Raises OSError with one sentence when the disk is full or read-only; the earlier checkpoints then stay as they were.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -125,11 +124,11 @@ def write(
     owned = [shard.part(d_hidden, process) for process in range(shard.size)]
     slices = [{"file": f"latents_{s.start}_{s.stop}.safetensors", "start": s.start, "stop": s.stop} for s in owned]
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with explained(f"the checkpoint of step {step}", run, shard):
+    with write_errors(f"the checkpoint of step {step}", run, shard):
         with shard.together():
             if shard.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.parent.mkdir(exist_ok=True)  # not the run's folder: one that was renamed must not come to be twice
+                partial.parent.mkdir(exist_ok=True)  # without parents: a run's folder that was renamed is not made again
                 partial.mkdir()
         with shard.together():
             own = partial / slices[shard.rank]["file"]
@@ -148,9 +147,10 @@ def write(
                 sync(folder.parent)
     with shard.together():
         if shard.rank == 0:
-            kept = [path for path in complete(run) if path <= folder][-keep:]  # later ones: from before it was resumed
+            # Checkpoints of later steps were left by a run that was then resumed from an earlier one: they go as well.
+            kept = [path for path in complete(run) if path <= folder][-keep:]
             for old in set(complete(run)) - set(kept):
-                os.rename(old, old.with_name(f".{old.name}.old"))  # a half-deleted one must not carry a complete one's name
+                os.rename(old, old.with_name(f".{old.name}.old"))  # so that a half-deleted one is not taken for complete
             remove_leftovers(run)
     return folder
 
@@ -179,17 +179,24 @@ def checksum_of_index(index: dict) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in a few words; None if they are what was written."""
+    """What is wrong with the files of a checkpoint, in a few words; None if they are what was written.
+
+    ValueError if it was written in another format than this code reads.
+    """
     try:
         index = json.loads((folder / "index.json").read_text())
-        if index.pop("own_checksum") != checksum_of_index(index):
+        number = index.get("format")
+        if number == FORMAT and index.pop("own_checksum") != checksum_of_index(index):
             return "index.json is not what was written"
-        for name, written in index["checksums"].items():
+        for name, written in index["checksums"].items() if number == FORMAT else ():
             if checksum(folder / name) != written:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) else f"index.json: {error!r}"
-        return reason.splitlines()[0]
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"index.json: {error!r}".splitlines()[0]
+    if number != FORMAT:
+        raise ValueError(f"the checkpoint {folder} has the format {number} and this code reads {FORMAT}: use the code it is of")
     return None
 
 
@@ -214,14 +221,15 @@ def complete(run: Path) -> list[Path]:
 
 
 def newest(run: Path, before: float = math.inf) -> Path | str:
-    """For messages: the newest complete checkpoint of a step before the given one."""
-    return ([path for path in complete(run) if int(path.name[5:]) < before] or ["none yet"])[-1]
+    """For messages: the newest complete checkpoint of a step before the given one, or "none yet"."""
+    earlier = [path for path in complete(run) if int(path.name.removeprefix("step_")) < before]
+    return earlier[-1] if earlier else "none yet"
 
 
 def find(resume: Path, shard: Shard = ALONE) -> Path:
     """The checkpoint meant by a path: itself, or the newest undamaged one of that run. ValueError if there is none."""
     named, resume = Path(os.path.abspath(resume)), resume.resolve()
-    if (resume / "state.json").is_file():  # its run is where its name lies, though checkpoints/ may lead to another disk
+    if (resume / "state.json").is_file():  # the run is found by the name given: checkpoints/ may be a link to another disk
         return named if (named.parents[1] / "config.json").is_file() else resume
     if not resume.exists():
         raise ValueError(f"--resume {resume}: no such run or checkpoint")
@@ -241,15 +249,11 @@ def find(resume: Path, shard: Shard = ALONE) -> Path:
 
 
 def read(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and numbers of a checkpoint, of those with a latent axis the wanted latents alone (None: all).
+    """Tensors and numbers of a checkpoint, however many processes wrote it. ValueError where a file is missing or changed.
 
-    However many processes wrote it. ValueError where a file is missing or was changed.
+    latents: those of which the tensors with a latent axis are read; None: all.
     """
-    why, number = damage(folder), FORMAT
-    with suppress(OSError, ValueError, AttributeError):
-        number = json.loads((folder / "index.json").read_text()).get("format")
-    if number != FORMAT:
-        raise ValueError(f"the checkpoint {folder} has the format {number} and this code reads {FORMAT}: use the code it is of")
+    why = damage(folder)
     try:
         if why:
             raise ValueError(why)
@@ -263,7 +267,7 @@ def read(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor],
                 with safe_open(folder / part["file"], framework="pt") as file:
                     for name, found in parts.items():
                         found.append(file.get_slice(name)[low - part["start"] : high - part["start"]])
-        tensors |= {name: torch.cat(parts.pop(name)) for name in list(parts)}  # each part goes as soon as it is copied
+        tensors |= {name: torch.cat(parts.pop(name)) for name in list(parts)}  # pop frees each part once it is copied
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {folder} is broken ({error}): give --resume the run's folder, and it takes the newest whole one"
@@ -284,7 +288,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        # In the parameter's memory layout, as fused Adam walks through both in parallel.
+        # empty_like keeps the parameter's memory layout, which fused Adam expects of its moments.
         keys = ("exp_avg", "exp_avg_sq")
         moments = {key: torch.empty_like(parameter).copy_(tensors.pop(f"{name}.adam_{key}")) for key in keys}
         state[i] = moments | {"step": tensors[f"adam_step.{name}"]}
@@ -306,7 +310,7 @@ def restore_random_states(tensors: dict[str, Tensor]) -> None:
 
 
 def cut_metrics(run: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that come after `step`, a half-written one, and that of an end that was not the end."""
+    """Drop the lines of metrics.jsonl after `step`, a half-written one, and the final one of a run that is now made longer."""
     path = run / "metrics.jsonl"
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -316,47 +320,17 @@ def cut_metrics(run: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with explained(path.name, run):
+    with write_errors(path.name, run):
         write_text(path, "".join(kept))
 
 
-def as_json(values: dict, **options) -> str:
-    """JSON of nested dicts of numbers, with null for what JSON has no number for (an infinite or undefined metric)."""
-
-    def clean(value):
-        if isinstance(value, dict):
-            return {name: clean(part) for name, part in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(values), **options) + "\n"
-
-
-def lock(run: Path) -> int:
-    """Claim a run's folder for this process, until it closes the returned handle. ValueError if that cannot be.
-
-    The lock is on the folder: a file in it may be replaced by another process that starts at the same moment.
-    """
-    handle = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"--run-name: another process is writing {run}; wait for it or choose another name") from None
-    except OSError:
-        pass  # a file system without locks
-    for folder in (run, run / "checkpoints", run / "crosscoder"):
-        if folder.exists() and not os.access(folder, os.W_OK):
-            raise ValueError(f"--output-dir: {folder} cannot be written to; make it writable, or copy {run} to where it is")
-    return handle
-
-
 @contextmanager
-def explained(what: str, run: Path, shard: Shard = ALONE):
+def write_errors(what: str, run: Path, shard: Shard = ALONE):
     """OSError with one sentence when `what` cannot be written to a run's folder; nothing half-written stays."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if shard.rank == 0:  # which has the lock; it may be writing while another process finds that a third is gone
+        if shard.rank == 0:  # it holds the lock; in another process the error may come while process 0 still writes
             remove_leftovers(run)
         if isinstance(error, OSError) and error.errno is None:  # already one sentence
             raise

@@ -42,7 +42,7 @@ def require_memory(config, source, device: torch.device, processes: int) -> None
 
 
 @contextmanager
-def memory_explained(run: Path | None = None):
+def memory_errors(run: Path | None = None):
     """ValueError with one sentence where the memory of a device or of the host runs out. run: where checkpoints lie."""
     try:
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -103,6 +105,17 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's error, for messages of one line; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200].rstrip(" .") if lines else type(error).__name__
+
+
+def as_json(values: dict, **options) -> str:
+    """JSON of nested dicts of numbers, with null for what JSON has no number for (an infinite or undefined metric)."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {name: clean(part) for name, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(values), **options) + "\n"
 
 
 def size_text(n_bytes: float) -> str:

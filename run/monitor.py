@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ops import latents
 from run import checkpoint
-from run.machine import say
+from run.machine import as_json, say
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
@@ -48,8 +48,8 @@ def print_plan(config, source, run: Path, start_from: Path | None, device: torch
 
 def log(run: Path, tracker, step: int, metrics: dict[str, float]):
     """Append a line to metrics.jsonl and tell wandb. Returns the tracker, None once it has failed."""
-    with checkpoint.explained("metrics.jsonl", run), open(run / "metrics.jsonl", "a") as lines:
-        lines.write(checkpoint.as_json({"step": step, "time": round(time.time(), 3)} | metrics))
+    with checkpoint.write_errors("metrics.jsonl", run), open(run / "metrics.jsonl", "a") as lines:
+        lines.write(as_json({"step": step, "time": round(time.time(), 3)} | metrics))
     if tracker is not None:
         try:
             tracker.log(metrics, step=step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,7 +17,7 @@ from string import ascii_uppercase
 
 from ops.shard import Shard
 from run import checkpoint
-from run.machine import say, write_text
+from run.machine import as_json, say, write_text
 
 MAY_CHANGE = {  # length, logging, devices, and where the same data lies now
     "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
@@ -132,7 +134,7 @@ def claim(begun: Begun, given, config, source) -> tuple[Path, int]:
         the folder, and the lock that holds until it is closed
     """
     run = begun.run if begun.checkpoint else make_folder(begun.run, given.run_name is not None, given.resume == "auto")
-    lock = checkpoint.lock(run)
+    handle = lock(run)
     if not begun.checkpoint:
         require_beginning(run)  # another process may have begun and ended there meanwhile
     if cut_off := checkpoint.remove_leftovers(run):
@@ -140,9 +142,28 @@ def claim(begun: Begun, given, config, source) -> tuple[Path, int]:
     if not begun.checkpoint:
         names = {"run_name": None, "resume": None, "config": None}  # these name the run, not its recipe
         record = {"given": asdict(given) | names, "resolved": asdict(config), "data": facts(source), "code": code_version()}
-        with checkpoint.explained("config.json", run):
-            write_text(run / "config.json", checkpoint.as_json(record, indent=2))
-    return run, lock
+        with checkpoint.write_errors("config.json", run):
+            write_text(run / "config.json", as_json(record, indent=2))
+    return run, handle
+
+
+def lock(run: Path) -> int:
+    """Claim a run's folder for this process, until it closes the returned handle. ValueError if that cannot be.
+
+    The lock is on the folder: a file in it may be replaced by another process that starts at the same moment.
+    """
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"--run-name: another process is writing {run}; wait for it or choose another name") from None
+    except OSError:
+        pass  # a file system without locks
+    for folder in (run, run / "checkpoints", run / "crosscoder"):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise ValueError(f"--output-dir: {folder} cannot be written to; make it writable, or copy {run} to where it is")
+    return handle
 
 
 def make_folder(run: Path, named: bool, may_exist: bool) -> Path:
@@ -161,10 +182,11 @@ def make_folder(run: Path, named: bool, may_exist: bool) -> Path:
 
 
 def code_version() -> dict[str, str | None]:
-    """The commit of this code, None outside a git checkout, and the version of torch."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of this code, with -dirty where files differ from it, None outside a git checkout; the version of torch."""
+    root = Path(__file__).parents[1]
+    try:  # --git-dir: without it a copy inside another project's checkout would get that project's commit
+        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]
+        command += ["--abbrev=12", "--exclude=*"]  # a hash, never a tag
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None

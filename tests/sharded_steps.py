@@ -54,7 +54,9 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
             out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write(out, step, tensors | {"tokens_since_fired": since_fired}, {}, 2, D_HIDDEN, shard)
+            checkpoint.write(
+                out, step, tensors | {"tokens_since_fired": since_fired}, {}, keep=2, d_hidden=D_HIDDEN, shard=shard
+            )
     crosscoder.save_pretrained(out / "crosscoder")
     if shard.rank == 0:
         save_file({"metrics": torch.stack(lines)}, out / "steps.safetensors")

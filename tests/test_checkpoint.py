@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT
 
 from run import checkpoint
+from run.machine import as_json
 
 
 def tensors(value=1.0, d_hidden=6):
@@ -97,6 +98,16 @@ def test_broken_checkpoints_are_named(tmp_path, broken):
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_another_format_is_refused_by_its_number(tmp_path):
+    """Not passed over as damaged: an older checkpoint of the same run would silently take its place."""
+    checkpoint.write(tmp_path, 1, tensors(), {}, keep=2, d_hidden=6)
+    folder = checkpoint.write(tmp_path, 2, tensors(), {}, keep=2, d_hidden=6)
+    (folder / "index.json").write_text('{"format": 3, "another layout": 1}')
+    for refused in (lambda: checkpoint.find(tmp_path), lambda: checkpoint.read(folder)):
+        with pytest.raises(ValueError, match="step_00000002 has the format 3 and this code reads 2"):
+            refused()
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="no such run"):
         checkpoint.find(tmp_path / "nowhere")
@@ -138,7 +149,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 def test_numbers_that_json_lacks_become_null():
     values = {"a": float("nan"), "b": {"c": -float("inf"), "d": 1.5, "e": "x"}}
-    assert json.loads(checkpoint.as_json(values)) == {"a": None, "b": {"c": None, "d": 1.5, "e": "x"}}
+    assert json.loads(as_json(values)) == {"a": None, "b": {"c": None, "d": 1.5, "e": "x"}}
 
 
 def test_optimizer_and_random_states_round_trip(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from helpers import QUICK, SMALL, assert_same_weights, metrics, one_line_error, run_script, start, train, wait_for_step
 
-from run import checkpoint
+from run import checkpoint, resume
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_two_runs_of_one_name_at_once(tmp_path):
 
 def test_a_run_that_another_process_writes_is_refused(tmp_path):
     run = train(tmp_path, "a", *SMALL)
-    handle = checkpoint.lock(run)
+    handle = resume.lock(run)
     result = run_script("train.py", "--resume", run, "--num-tokens", 9600)
     os.close(handle)
     assert "another process is writing" in one_line_error(result, "train.py")

@@ -2,13 +2,26 @@
 
 import json
 import signal
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from helpers import QUICK, SMALL, assert_same_weights, metrics, one_line_error, run_script, train, train_with_a_limit, weights
+from helpers import (
+    QUICK,
+    ROOT,
+    SMALL,
+    assert_same_weights,
+    metrics,
+    one_line_error,
+    run_script,
+    train,
+    train_with_a_limit,
+    weights,
+)
 
 from config import TrainConfig
 from crosscoder import CrossCoder
@@ -58,6 +71,12 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     )
     assert printed in result.stdout
     config = json.loads((run / "config.json").read_text())
+    head = subprocess.run(
+        ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert config["code"]["torch"] == version("torch")
+    commit = config["code"]["commit"]  # None in a copy without its history
+    assert head.startswith(commit.removesuffix("-dirty")) if head else commit is None
     assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None
     assert config["resolved"]["lr"] == 2 / (128 * 64) ** 0.5
 
