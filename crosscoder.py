@@ -58,7 +58,7 @@ class CrossCoder(nn.Module):
         dec_init_norm: norm of each decoder row per model at the start. A latent starts with the same direction in every
             model, and the encoder as the decoder's transpose.
         compute_dtype: of the matrix products; parameters, codes and losses are float32.
-        shard: this process's place among several that train one dictionary together (parallel.py); parameters and codes
+        shard: this process's place among several that train one dictionary together (ops/shard.py); parameters and codes
             then hold its slice of the latents alone, and all processes must make the same calls. None: all latents.
     """
 

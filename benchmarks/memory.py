@@ -83,6 +83,7 @@ class RandomRows:
 
         self.n_models, self.dtype, self.d_model, self.stored_scale = 2, torch.float16, d_model, torch.ones(2)
         self.val_rows, self.train_rows = rows // 20, rows
+        self.norm_limit = torch.inf
 
     def gather(self, split: str, rows: np.ndarray, out) -> None:
         import torch
@@ -112,7 +113,7 @@ def analysis(args) -> int:
         while not done.wait(0.02):
             peak[0] = max(peak[0], anonymous(os.getpid()))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
     sums, metrics = measure(crosscoder, data)

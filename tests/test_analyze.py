@@ -485,12 +485,9 @@ def test_names_that_mean_something_to_those_who_read_them(capitals, tmp_path):
 
 
 def test_the_pass_over_all_latents_takes_memory_for_the_dictionary_alone():
-    script = str(ROOT / "benchmarks" / "analysis_memory.py")
     used = []
     for tokens in (1024, 4096):
-        done = subprocess.run(
-            [sys.executable, script, "--num-tokens", str(tokens), "--d-model", "64"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        used.append(json.loads(done.stdout)["above_weights_gb"])
+        flags = ["--analysis", "--num-tokens", tokens, "--d-model", 64]
+        printed = run_script("benchmarks/memory.py", *flags, check=True).stdout
+        used.append(float(re.search(r"above them ([\d.]+) GB", printed)[1]))
     assert used[1] < 2 and used[1] < used[0] + 0.3, used  # both about 0.4

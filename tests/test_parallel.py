@@ -208,11 +208,11 @@ import os, runpy, sys, time
 from datetime import timedelta
 sys.path.insert(0, {root!r})
 import crosscoder
-from ops import shard as parallel
+from ops import shard
 from run import checkpoint
-from run import resume as prepare
-assert parallel.TIMEOUT <= timedelta(seconds=60)
-parallel.TIMEOUT = parallel.WHILE_ONE_WORKS = timedelta(seconds=5)
+from sources import opening
+assert shard.TIMEOUT <= timedelta(seconds=60)
+shard.TIMEOUT = shard.WHILE_ONE_WORKS = timedelta(seconds=5)
 rank = int(os.environ["RANK"])
 
 def delay(place, name, seconds, call=1):
@@ -239,8 +239,8 @@ def disturbed(n: int, tmp_path, disturbance: str, *flags):
 @pytest.mark.parametrize(
     "where, call, how, lost, resumed",
     [
-        ("parallel.Shard, 'join'", 1, signal.SIGKILL, 1, None),
-        ("prepare, 'open_source'", 1, signal.SIGKILL, 0, None),
+        ("shard.Shard, 'join'", 1, signal.SIGKILL, 1, None),
+        ("opening, 'open_source'", 1, signal.SIGKILL, 0, None),
         ("crosscoder.CrossCoder, 'losses'", 2, signal.SIGKILL, 1, None),
         ("crosscoder.CrossCoder, 'losses'", 2, signal.SIGSTOP, 1, None),
         ("checkpoint, 'save_file'", 2, signal.SIGKILL, 1, 40),  # in the second save
@@ -285,8 +285,8 @@ def test_a_save_that_outlasts_the_others_patience_is_whole(tmp_path):
 def test_a_slow_process_does_not_take_the_new_folder_for_another_run(tmp_path):
     disturbance = """
 if rank == 1:
-    from_first = parallel.Shard.from_first
-    parallel.Shard.from_first = lambda *args: [from_first(*args), time.sleep(1)][0]
+    from_first = shard.Shard.from_first
+    shard.Shard.from_first = lambda *args: [from_first(*args), time.sleep(1)][0]
 """
     outcomes = ends(disturbed(2, tmp_path, disturbance, "--num-tokens", 1600))
     assert [status for status, _, _ in outcomes] == [0, 0], outcomes
