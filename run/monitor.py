@@ -136,7 +136,7 @@ def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
 
 
 def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None:
-    """Say, once each, what goes wrong at a logged step, and what to try if tests/test_advice.py shows that it helps."""
+    """Say, once each, what goes wrong at a logged step, and what to try if tests/test_monitor.py shows that it helps."""
     variance, dead, waited = (metrics[name] for name in ("explained_variance", "dead_fraction", "data_wait_fraction"))
     topk = config.variant == "batch_topk"
     annealing = topk and config.k_start > 1 and step < config.k_anneal * watched.steps  # what it costs is no trouble

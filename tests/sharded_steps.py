@@ -1,4 +1,4 @@
-"""Training steps on given rows, alone or under torchrun: what test_parallel.py compares.
+"""Training steps on given rows, alone or under torchrun: what test_shard.py compares.
 
     python tests/sharded_steps.py OUT [OTHER]
 

@@ -1,7 +1,7 @@
-"""What a machine does to a run: kills, full and read-only disks, damaged files, hostile files, a deaf network, a closed pipe.
+"""What a machine does to a run: kills, full and read-only disks, damaged or hostile files, no answer from wandb, a closed pipe.
 
 Real processes and real limits. More of it where it belongs: kills and signals in test_resume.py, broken input in
-test_activations.py.
+test_stored.py.
 """
 
 import json
