@@ -165,7 +165,7 @@ def find_run(path: Path) -> tuple[Path, dict | None]:
         raise ValueError(f"{path}: holds no crosscoder; {hint}")
     try:
         record = json.loads((path / "config.json").read_text())
-        record["given"]["dataset"], record["resolved"]["val_tokens"]  # noqa: B018 - they must be there
+        record["given"]["dataset"], record["resolved"]["val_tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: its config.json is missing or broken ({error!r}); analyse {path / 'crosscoder'} alone"

@@ -197,9 +197,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # --init-from.
     l1_warmup: float | None = None
 
-    # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093).
-    # Vanilla's leave their bias out there: it keeps them silent at every token, where no gradient would reach them.
-    # 0 turns it off; it costs nothing until a latent can be dead.
+    # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093); vanilla leaves
+    # their biases out there. 0 turns it off; it costs nothing until a latent can be dead.
     aux_coeff: float = 1 / 32
 
     # Dead latents per token that the auxiliary loss uses. None: d_model / 2.
@@ -209,9 +208,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # auxiliary loss more latents: 0.01 found up to a hundredth more on the hard planted world (one seed), and calls more dead.
     dead_window: float = 0.1
 
-    # Norm of each decoder row per model at the start; the encoder starts as its transpose. With the selection, smaller rows
-    # soon agree and rare concepts get lost (one seed of the hard world: 0.92 of the exclusive ones at 1, 0.73 at
-    # 0.08), and with --k-start 1 they stay dead; vanilla hardly minds.
+    # Norm of each decoder row per model at the start; the encoder starts as its transpose. With batch_topk smaller rows lose
+    # rare concepts (one seed of the hard world: 0.92 of the exclusive ones found at 1, 0.73 at 0.08); vanilla hardly changes.
     dec_init_norm: float = 1.0
 
     # --- optimisation

@@ -12,9 +12,8 @@ arXiv 2504.02922, for BatchTopK; Gao et al., arXiv 2406.04093, for the auxiliary
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import sparse
+from ops.files import whole_file
 from ops.selection import find_cut
 from ops.shard import ALONE, Shard
 
@@ -62,7 +62,11 @@ class CrossCoder(nn.Module):
             then hold its slice of the latents alone, and all processes must make the same calls. None: all latents.
     """
 
-    def __init__(
+    mean: Tensor
+    scale: Tensor
+    threshold: Tensor
+
+    def __init__(  # noqa: PLR0913 - settings, given by name
         self,
         d_model: int,
         d_hidden: int,
@@ -102,10 +106,10 @@ class CrossCoder(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
 
     def _apply(self, fn, recurse=True):
-        exact = dict(self._buffers)
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, before in exact.items():  # a threshold or mean rounded to bfloat16 would change every code
-            self._buffers[name] = before.to(self._buffers[name].device)
+        for name, rounded in list(self.named_buffers()):  # a threshold or mean rounded to bfloat16 would change every code
+            self._buffers[name] = exact[name].to(rounded.device)
         return self
 
     # --- inference: raw activations in, raw reconstructions out
@@ -175,7 +179,7 @@ class CrossCoder(nn.Module):
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
-        count = (k or self.k) * len(x_n) if self.variant == "batch_topk" else None
+        count = (k or self.k or 0) * len(x_n) if self.variant == "batch_topk" else None
         decoded, total, times, smallest, product = sparse.reconstruct(
             x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard
         )
@@ -205,13 +209,16 @@ class CrossCoder(nn.Module):
         # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
         # which still gets its gradient.
         bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
-        rows, W_dec, weight = self.enc_rows, self.W_dec, norm_sum * dead
+        rows: Tensor = self.enc_rows  # [d_hidden, n_models, d_model], as W_dec
+        W_dec: Tensor = self.W_dec
+        weight = norm_sum * dead
         few = True if sparse.on_cuda(x_n) else None
         if not few:  # on CUDA asking which latents are dead would wait for the device; there the scores of live ones are 0
             some = dead.nonzero()[:, 0]
             rows, bias, W_dec, weight = rows[some], bias[some], W_dec[some], weight[some]
-        args = (x_n, rows, bias, W_dec, self.compute_dtype, weight, count, product, few, self.shard)
-        predicted = sparse.reconstruct(*args).decoded
+        predicted = sparse.reconstruct(
+            x_n, rows, bias, W_dec, self.compute_dtype, weight, count, product=product, few=few, shard=self.shard
+        ).decoded
         predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum(dead.sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
@@ -237,9 +244,11 @@ class CrossCoder(nn.Module):
             batches: called several times, each time gives the same batches of normalised activations
                 [batch, n_models, d_model].
         """
+        if self.k is None:
+            raise ValueError("vanilla has no threshold to fit")
         rows = sum(len(x_n) for x_n in batches())
 
-        def scores():
+        def scores() -> Iterator[Tensor]:
             return (self.score(self._pre(x_n).relu()) for x_n in batches())
 
         kept, next_one = (find_cut(scores, count, self.shard)[0] for count in (self.k * rows, self.k * rows + 1))
@@ -276,7 +285,6 @@ class CrossCoder(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        partial = folder / "model.safetensors.partial"
         tensors = {name: t.detach().float().cpu() for name, t in self.state_dict().items()}
         for name in ("enc_rows", "W_dec", "b_enc", *["threshold"] * self.folded):
             tensors[name] = self.shard.whole(tensors[name], self.d_hidden)
@@ -284,17 +292,13 @@ class CrossCoder(nn.Module):
             if self.shard.rank > 0:
                 return
             tensors["W_enc"] = tensors.pop("enc_rows").permute(1, 2, 0)
-            folder.mkdir(parents=True, exist_ok=True)
             try:
-                save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+                with whole_file(folder / "model.safetensors") as partial:
+                    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
             except SafetensorError as error:
                 raise OSError(f"the crosscoder could not be written to {folder} ({error}): make room on the disk") from None
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())  # a power cut must not leave the name without the values
-            os.replace(partial, folder / "model.safetensors")
-            text = json.dumps({name: getattr(self, name) for name in CONFIG}, indent=2)
-            (folder / "config.json.partial").write_text(text + "\n")
-            os.replace(folder / "config.json.partial", folder / "config.json")
+            with whole_file(folder / "config.json") as partial:
+                partial.write_text(json.dumps({name: getattr(self, name) for name in CONFIG}, indent=2) + "\n")
 
     @classmethod
     def from_tensors(
@@ -383,37 +387,3 @@ def hub_folder(name: str, files: list[str]) -> Path:
             f"{name}: the Hub has none of its files: {', '.join(files)}; python formats.py --help names the layouts"
         )
     return folder
-
-
-def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
-    """[1 + n_models] explained variance of all models together, then of each: 1 - squared error / squared deviation.
-
-    Totals over the batch, deviations from the batch mean; a constant error lowers it. x, x_hat: [batch, n_models, d_model].
-    """
-    error = (x - x_hat).pow(2).sum((0, 2))  # [n_models]
-    deviation = (x - x.mean(0)).pow(2).sum((0, 2))
-    return variance_share(error, deviation)
-
-
-class VarianceTotals:
-    """What explained variance over many batches needs, in float64: totals over rows of the same models and width."""
-
-    def __init__(self):
-        self.rows, self.error, self.total, self.squared = 0, 0, 0, 0
-
-    def add(self, x: Tensor, x_hat: Tensor) -> None:
-        """x, x_hat: [batch, n_models, d_model]."""
-        self.rows += len(x)
-        self.error = self.error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
-        self.total = self.total + x.double().sum(0)  # [n_models, d_model]
-        self.squared = self.squared + x.double().pow(2).sum((0, 2))  # [n_models]
-
-    def explained(self) -> Tensor:
-        """[1 + n_models] as `explained_variance` of all rows together."""
-        return variance_share(self.error, self.squared - self.total.pow(2).sum(-1) / self.rows)
-
-
-def variance_share(error: Tensor, deviation: Tensor) -> Tensor:
-    """[1 + n_models] explained variance from the totals [n_models] of squared error and squared deviation."""
-    together = torch.cat([torch.stack([error.sum(), deviation.sum()])[:, None], torch.stack([error, deviation])], dim=1)
-    return 1 - together[0] / together[1]

@@ -24,10 +24,11 @@ from string import ascii_uppercase
 import torch
 from torch import Tensor
 
-from crosscoder import CrossCoder, Losses, VarianceTotals, explained_variance
+from crosscoder import CrossCoder, Losses
 from ops import latents
 from ops.shard import Shard
 from ops.sparse import fast_dtype
+from ops.variance import VarianceTotals, explained_variance
 from run import checkpoint, flags, hub, limits, machine, monitor, resume
 from run.checkpoint import Progress, TrainingState
 from run.machine import say
@@ -40,7 +41,7 @@ ONE_SIGNAL = 3.0  # seconds within which signals count as one: a scheduler may s
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 
 
-def main(given: TrainConfig, shard: Shard) -> int:
+def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training loop, written out from top to bottom
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
     flags.check(given, shard.size)
     device = shard.join(torch.device(machine.usable_device(given.device)))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from analysis.examples import Text
-from crosscoder import CrossCoder, VarianceTotals
+from crosscoder import CrossCoder
 from ops import latents
+from ops.variance import VarianceTotals
 from run.machine import progress_bar
 from sources.batches import gather_kept
 from sources.planted import RECOVERED, PlantedConcepts

@@ -15,10 +15,10 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("agg")  # no display needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import EngFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
-from ops.latents import BASE_ONLY_BELOW, CLASSES, FT_ONLY_ABOVE, NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW  # noqa: E402
+from ops.latents import BASE_ONLY_BELOW, CLASSES, FT_ONLY_ABOVE, NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW
 
 COLORS = {"base_only": "#0072B2", "shared": "#7A7A7A", "ft_only": "#D55E00"}
 NAMES = {"base_only": "base-only", "shared": "shared", "ft_only": "ft-only"}

@@ -1,1 +1,1 @@
-"""Math on few of many latents: products, selection, kernels, what processes exchange. torch alone."""
+"""Math on few of many latents: products, selection, kernels, what processes exchange; complete files. torch alone."""

@@ -55,7 +55,7 @@ def _count(pre, b_enc, weight, cut, above, equal, d_hidden, SCAN: tl.constexpr):
 
 
 @triton.jit
-def _write(pre, b_enc, weight, cut, ties, starts, latents, values, d_hidden, SCAN: tl.constexpr):
+def _write(pre, b_enc, weight, cut, ties, starts, latents, values, d_hidden, SCAN: tl.constexpr):  # noqa: PLR0913 - pointers
     """Write the latents and codes a token keeps: all above the cut and the first `ties` on it."""
     token = tl.program_id(0).to(tl.int64)
     at, left, place = tl.load(cut), tl.load(ties + token), tl.load(starts + token)
@@ -123,7 +123,8 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
     """
     batch, d_hidden = pre.shape
     args = (pre.contiguous(), b_enc.contiguous(), weight.contiguous())
-    cut, left = torch.zeros((), dtype=torch.int32, device=pre.device), count
+    cut = torch.zeros((), dtype=torch.int32, device=pre.device)
+    left: int | Tensor = count
     for level in range(2):
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
         grid = (batch, triton.cdiv(d_hidden, SCAN))

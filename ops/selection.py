@@ -41,18 +41,18 @@ def find_cut(scores: Callable[[], Iterable[Tensor]], count: int, shard: Shard = 
     Args:
         scores: called twice, each time gives the same tensors of any shape; they are looked at in float32.
     """
-    upper, left = None, torch.tensor(count)
-    for _ in range(2):
+    upper, lower, left = 0, 0, torch.tensor(count)
+    for level in range(2):
         bins = torch.zeros(1 << 16, dtype=torch.int32)
         for score in scores():
             bits = score[score > 0].float().view(torch.int32)
-            part = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
+            part = bits >> 16 if level == 0 else bits[bits >> 16 == upper] & 0xFFFF
             bins += torch.bincount(part, minlength=1 << 16).cpu()
         bins = shard.all_sum(bins)
-        if upper is None and bins.sum() < count:
+        if level == 0 and bins.sum() < count:
             return 0.0, 0
         chosen, left = find_bin(bins, left)
-        upper, lower = (int(chosen), 0) if upper is None else (upper, int(chosen))
+        upper, lower = (int(chosen), 0) if level == 0 else (upper, int(chosen))
     return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item(), int(left)
 
 

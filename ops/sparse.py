@@ -104,7 +104,8 @@ def _above(x, rows, b_enc, weight, count, limit, shard) -> tuple[Tensor, Tensor,
         if count is None or floor == 0 or shard.all_sum(torch.tensor(total)) >= count:
             break
         floor = torch.zeros(())  # the sample misjudged: look at every positive score
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    entries, pre, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return entries, pre, score
 
 
 # --- products
@@ -136,7 +137,7 @@ class Reconstruction(NamedTuple):
     product: Tensor | None  # [batch, d_hidden] on CUDA what `encode` gives, from which another selection can be made
 
 
-def reconstruct(
+def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given by name
     x: Tensor,
     rows: Tensor,
     b_enc: Tensor,
@@ -165,7 +166,7 @@ def reconstruct(
             product = encode(x, rows, dtype)
         found = find(x, rows, b_enc, dtype, weight, count, product, shard)
         smallest = x.new_full((), torch.inf)
-        if count is not None:
+        if found is not None and count is not None:
             scores = (found.codes * weight[found.latents]).where(found.codes > 0, torch.inf)
             smallest = pad(scores, (0, 1), value=torch.inf).amin().float()
     if few is None and on_cuda(x):  # counting would wait for the device
@@ -173,10 +174,10 @@ def reconstruct(
     elif few is None:
         few = found is not None and len(found.codes) <= most_sparse(x, rows, dtype)
     if few:
-        decoded, *sums = _Sparse.apply(x, rows, b_enc, W_dec, dtype, found)
+        decoded, total, times = _Sparse.apply(x, rows, b_enc, W_dec, dtype, found)
     else:
-        decoded, *sums = _Dense.apply(x, rows, b_enc, W_dec, dtype, product, found)
-    return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), *sums, smallest, product)
+        decoded, total, times = _Dense.apply(x, rows, b_enc, W_dec, dtype, product, found)
+    return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), total, times, smallest, product)
 
 
 def most_sparse(x: Tensor, rows: Tensor, dtype: torch.dtype) -> int:

@@ -23,15 +23,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crosscoder import CrossCoder
+from ops.files import sync
 from ops.shard import ALONE, Shard
-from run.machine import first_line, free_disk, sync, write_text
+from run.machine import first_line, free_disk, write_text
+
+if TYPE_CHECKING:
+    from sources.source import Source
 
 # Tensors whose first axis is the latents, and with them Adam's moments of those parameters.
 BY_LATENT = ("enc_rows", "W_dec", "b_enc", "tokens_since_fired")
@@ -55,11 +60,11 @@ class Progress:
 class TrainingState:
     """All that a training step changes."""
 
-    crosscoder: Any
+    crosscoder: CrossCoder
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     tokens_since_fired: Tensor  # [latents of this process] int64
-    source: Any
+    source: Source
     progress: Progress
 
 

@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -88,14 +88,14 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
         return f"{full(name)}={weight}" if equals and full(spec) == spec else full(spec)
 
     data = ("dataset", "base_dataset", "ft_dataset", "base_model", "ft_model", "ft_adapter", "init_from")
-    paths = {name: full(value) for name in data if (value := getattr(config, name))}
+    paths: dict[str, Any] = {name: full(value) for name in data if (value := getattr(config, name))}
     for name in ("output_dir", "resume", "config"):
         if (value := getattr(config, name)) is not None:
             paths[name] = str(Path(value).expanduser())
     if config.keep_activations:
         paths["keep_activations"] = str(Path(config.keep_activations).expanduser().absolute())
-    lists = {"text": list(map(full_text, config.text)), "model_dataset": list(map(full, config.model_dataset))}
-    return dataclasses.replace(config, **paths, **lists)
+    paths |= {"text": list(map(full_text, config.text)), "model_dataset": list(map(full, config.model_dataset))}
+    return dataclasses.replace(config, **paths)
 
 
 def resumed_config_file(config: TrainConfig) -> Path | None:
@@ -179,6 +179,14 @@ def check(config: TrainConfig, processes: int) -> None:
         raise ValueError("--streaming reads datasets over the network: give --dataset, or --base-dataset and --ft-dataset")
     if config.epochs is not None and not (config.dataset or config.base_dataset or config.model_dataset):
         raise ValueError("--epochs: planted concepts are endless, give --num-tokens")
+    check_ranges(config)
+    if ":" in config.device and processes > 1:
+        kind = config.device.split(":")[0]
+        raise ValueError(f"--device {config.device}: several processes take a device each; give --device {kind}")
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """ValueError, naming the flag, for a number outside the range in which it means something."""
     if not config.max_norm_ratio > 1:
         raise ValueError(f"--max-norm-ratio {config.max_norm_ratio:g}: must be above 1; 1e9 keeps rows of every norm")
     for name in (
@@ -196,9 +204,6 @@ def check(config: TrainConfig, processes: int) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
-    if ":" in config.device and processes > 1:
-        kind = config.device.split(":")[0]
-        raise ValueError(f"--device {config.device}: several processes take a device each; give --device {kind}")
 
 
 def check_live(config: TrainConfig, processes: int) -> None:
@@ -236,23 +241,25 @@ def resolve_sizes(given: TrainConfig, saved: dict | None, warm, fast_dtype: str,
     usual = REAL if given.base_model or given.dataset or given.base_dataset or given.model_dataset else PLANTED
     if warm:
         usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
-    known = {name: value for name, value in (saved or usual).items() if getattr(given, name, value) is None}
+    known: dict[str, Any] = {name: value for name, value in (saved or usual).items() if getattr(given, name, value) is None}
+    if given.compute_dtype == "auto":
+        known["compute_dtype"] = saved["compute_dtype"] if saved else fast_dtype
     config = dataclasses.replace(given, **known)
-    if config.compute_dtype == "auto":
-        config = dataclasses.replace(config, compute_dtype=saved["compute_dtype"] if saved else fast_dtype)
+    assert config.d_hidden is not None  # the usual sizes have it
     if processes > config.d_hidden:
         raise ValueError(f"--d-hidden {config.d_hidden}: must be at least the number of processes, {processes}")
-    if config.variant == "batch_topk" and config.k > config.d_hidden:
+    if config.variant == "batch_topk" and config.k is not None and config.k > config.d_hidden:
         raise ValueError(f"--k {config.k}: must be at most --d-hidden {config.d_hidden}")
     return config
 
 
 def resolve_lengths(given: TrainConfig, config: TrainConfig, train_rows: int | None, d_model: int) -> TrainConfig:
     """The settings that follow from the data: the run's length, the learning rate, the auxiliary loss, the part of a step."""
+    assert config.d_hidden is not None  # by resolve_sizes
     l1_coeff = 0.0 if config.variant == "batch_topk" and given.l1_coeff is None else config.l1_coeff
     return dataclasses.replace(
         config,
-        num_tokens=given.epochs * train_rows if given.epochs else config.num_tokens or train_rows,
+        num_tokens=given.epochs * train_rows if given.epochs and train_rows else config.num_tokens or train_rows,
         k_aux=config.k_aux or max(1, d_model // 2),
         lr=config.lr or LR_FACTOR / math.sqrt(d_model * config.d_hidden),
         l1_coeff=l1_coeff,

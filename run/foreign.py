@@ -98,11 +98,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             if zipfile.is_zipfile(path) and sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > size:
                 raise ValueError("it is compressed")
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             for name in ("model_state_dict", "state_dict"):
-                if not isinstance(tensors, dict):
-                    raise ValueError(f"it holds a {type(tensors).__name__} and no state dict")
-                tensors = tensors.get(name, tensors)
+                if not isinstance(content, dict):
+                    raise ValueError(f"it holds a {type(content).__name__} and no state dict")
+                content = content.get(name, content)
+            tensors = content
         found = [(name.removeprefix("_orig_mod."), t.detach()) for name, t in tensors.items() if isinstance(t, Tensor)]
         for name, t in found:
             if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized or t.is_complex():
@@ -140,7 +141,7 @@ def require(tensors: dict[str, Tensor], shapes: dict[str, tuple], path: Path, op
             raise ValueError(f"{path}: {name} is of the type {t.dtype}; only {' and '.join(WHOLE)} are whole numbers")
 
 
-def assemble(
+def assemble(  # noqa: PLR0913 - the tensors of a crosscoder, by name
     path: Path | str, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
     mean: Tensor | None = None, scale: Tensor | None = None, threshold: Tensor | float = 0.0, k: int | None = None,
 ) -> CrossCoder:  # fmt: skip
@@ -160,7 +161,7 @@ def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Pat
     n_models, d_hidden, d_model = sizes(tensors, "decoder.weight", path)
     shapes = {"encoder.weight": (n_models, d_model, d_hidden), "encoder.bias": (d_hidden,)}
     shapes |= {"decoder.weight": (n_models, d_hidden, d_model), "decoder.bias": (n_models, d_model)}
-    optional = {"code_normalization_id": (), "k": (), "target_rms": ()}
+    optional: dict[str, tuple] = {"code_normalization_id": (), "k": (), "target_rms": ()}
     optional |= {name: (n_models, d_model) for name in ("activation_mean", "activation_std")}
     for name in ("activation_global_scale", "threshold"):  # one number, or one for each model
         optional[name] = (n_models,) if name in tensors and tensors[name].ndim else ()
@@ -183,28 +184,33 @@ def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Pat
         require(tensors, shapes | {"activation_std": (n_models, d_model)}, path, optional)
         spread = tensors["activation_std"].pow(2).sum(-1)  # [n_models]
         scale = tensors.get("target_rms", torch.tensor(1.0)) / (spread + 1e-8).sqrt()
-    threshold, k = 0.0, None
-    if "k" in tensors:
-        k, threshold = int(tensors["k"]), tensors.get("threshold", torch.tensor(-1.0))
-        weighting = str(config.get("code_normalization", "CROSSCODER")).upper()
-        if "code_normalization_id" in tensors:
-            number = int(tensors["code_normalization_id"])
-            weighting = CODE_NORMALIZATIONS.get(number, f"number {number}")
-        if weighting == "DECOUPLED" or threshold.ndim:
-            raise ValueError(f"{path}: its code normalization is DECOUPLED, one code per model; here a latent has one code")
-        if not 0 <= threshold < torch.inf:
-            raise ValueError(f"{path}: its threshold is {threshold:g}, so it was never fitted; use a later checkpoint")
-        norms = W_dec.norm(dim=-1)  # [d_hidden, n_models]
-        weights = {"NONE": torch.ones(d_hidden), "SAE": norms.pow(2).sum(-1).sqrt(), "CROSSCODER": norms.sum(-1)}
-        alphas = [config.get(f"code_normalization_alpha_{name}", usual) for name, usual in (("sae", 1.0), ("cc", 0.1))]
-        if are_positive(alphas):
-            weights["MIXED"] = alphas[0] * weights["SAE"] + alphas[1] * weights["CROSSCODER"]
-        if weighting not in weights:
-            raise ValueError(f"{path}: its code normalization {weighting} with the alphas {alphas} is not known here")
-        if weighting != "CROSSCODER":  # ours is compared with the score; any other one with the code, latent by latent
-            threshold = torch.where(weights[weighting] > 0, threshold / weights[weighting], torch.inf)
+    k = int(tensors["k"]) if "k" in tensors else None
+    threshold = torch.tensor(0.0) if k is None else threshold_of(tensors, config, W_dec, path)
     W_enc, b_enc, b_dec = (tensors[name] for name in ("encoder.weight", "encoder.bias", "decoder.bias"))
     return assemble(path, W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, k)
+
+
+def threshold_of(tensors: dict[str, Tensor], config: dict, W_dec: Tensor, path: Path) -> Tensor:
+    """The threshold of a BatchTopKCrossCoder: [] on the score as ours, [d_hidden] on codes where it weights otherwise."""
+    threshold = tensors.get("threshold", torch.tensor(-1.0))
+    weighting = str(config.get("code_normalization", "CROSSCODER")).upper()
+    if "code_normalization_id" in tensors:
+        number = int(tensors["code_normalization_id"])
+        weighting = CODE_NORMALIZATIONS.get(number, f"number {number}")
+    if weighting == "DECOUPLED" or threshold.ndim:
+        raise ValueError(f"{path}: its code normalization is DECOUPLED, one code per model; here a latent has one code")
+    if not 0 <= threshold < torch.inf:
+        raise ValueError(f"{path}: its threshold is {threshold:g}, so it was never fitted; use a later checkpoint")
+    norms = W_dec.norm(dim=-1)  # [d_hidden, n_models]
+    weights = {"NONE": torch.ones(len(W_dec)), "SAE": norms.pow(2).sum(-1).sqrt(), "CROSSCODER": norms.sum(-1)}
+    alphas = [config.get(f"code_normalization_alpha_{name}", usual) for name, usual in (("sae", 1.0), ("cc", 0.1))]
+    if are_positive(alphas):
+        weights["MIXED"] = alphas[0] * weights["SAE"] + alphas[1] * weights["CROSSCODER"]
+    if weighting not in weights:
+        raise ValueError(f"{path}: its code normalization {weighting} with the alphas {alphas} is not known here")
+    if weighting != "CROSSCODER":  # ours is compared with the score; any other one with the code, latent by latent
+        return torch.where(weights[weighting] > 0, threshold / weights[weighting], torch.inf)
+    return threshold
 
 
 def are_positive(values) -> bool:
@@ -225,8 +231,8 @@ def from_ckkissane(tensors: dict[str, Tensor], activation_scale, path: Path) -> 
     activation_scale = list(activation_scale) if isinstance(activation_scale, tuple) else activation_scale
     if not are_positive(activation_scale) or len(activation_scale) != n_models:
         raise ValueError(f"--activation-scale: {n_models} positive numbers are needed, one for each model of {path}")
-    weights = (tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
-    return assemble(path, *weights, scale=torch.tensor(activation_scale))
+    W_enc, b_enc, W_dec = (tensors[name] for name in ("W_enc", "b_enc", "W_dec"))
+    return assemble(path, W_enc, b_enc, W_dec, tensors["b_dec"], scale=torch.tensor(activation_scale))
 
 
 def read_sae(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -250,7 +256,7 @@ def read_sae(folder: Path) -> tuple[dict[str, Tensor], dict]:
     if config.get("apply_b_dec_to_input", True):
         tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
     if kind != "jumprelu":
-        tensors["threshold"] = torch.zeros(d_hidden)
+        tensors["threshold"] = torch.zeros_like(tensors["b_enc"])  # [d_hidden]
     return tensors, config
 
 

@@ -33,7 +33,7 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
     """Upload RUN/crosscoder and RUN/summary.json with a model card. norms, pair: as for `model_card`."""
     record, summary = (json.loads((run / file).read_text()) for file in ("config.json", "summary.json"))
     card = model_card(name, record, summary, norms, pair)
-    files = {"config.json": run / "crosscoder" / "config.json", "model.safetensors": run / "crosscoder" / "model.safetensors"}
+    files: dict[str, Path | bytes] = {file: run / "crosscoder" / file for file in ("config.json", "model.safetensors")}
     files |= {"summary.json": run / "summary.json", "README.md": card.encode()}
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
     try:

@@ -6,14 +6,18 @@ import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from run import checkpoint
 from run.machine import first_line, free_disk, free_memory
 
+if TYPE_CHECKING:
+    from sources.source import Source
 
-def require_memory(config, source, device: torch.device, processes: int) -> None:
+
+def require_memory(config, source: Source, device: torch.device, processes: int) -> None:
     """ValueError if the device or the host cannot hold the run, by the formula of docs/speed.md."""
     values = 2 * source.n_models * source.d_model * config.d_hidden / processes  # in this process's weights
     scores, batch = config.micro_batch_size * config.d_hidden / processes, config.batch_size * source.n_models * source.d_model
@@ -27,7 +31,7 @@ def require_memory(config, source, device: torch.device, processes: int) -> None
     else:
         on_host["d_hidden"] = 12 * values  # what a checkpoint holds, on its way to the disk
     on_host = {name: size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for name, size in on_host.items()}
-    places = [("the host", free_memory(), on_host)]
+    places: list[tuple[object, int, dict]] = [("the host", free_memory(), on_host)]
     if not on_cpu:
         places.append((device, torch.cuda.mem_get_info(device)[0], on_device))
     for place, free, needed in places:
@@ -55,7 +59,7 @@ def memory_errors(run: Path | None = None):
         ) from None
 
 
-def require_room(config, source, run: Path) -> None:
+def require_room(config, source: Source, run: Path) -> None:
     """ValueError if the disk cannot hold the run's checkpoints: weights and two Adam moments each, float32."""
     size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
     needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))

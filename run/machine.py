@@ -8,46 +8,21 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ops.files import whole_file
+
 # --- files
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed to it when the block ends: `path` is the old file or the new one, whole.
-
-    The content reaches the disk before the name does, so that a power cut cannot leave the name without it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is either the old one or the new one, whole."""
     with whole_file(path) as partial:
         partial.write_text(text)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def free_disk(path: Path) -> int:

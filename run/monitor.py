@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from ops import latents
 from run import checkpoint
+from run.checkpoint import Progress
 from run.machine import as_json, say
+
+if TYPE_CHECKING:
+    from sources.source import Source
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
@@ -29,7 +34,7 @@ EARLY = 0.1  # share of the run in which nothing need be explained yet
 WAITING_SHARE = 0.5  # of the time
 
 
-def print_plan(config, source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
+def print_plan(config, source: Source, run: Path, start_from: Path | None, device: torch.device, steps: int) -> None:
     """What will be trained on what, for how long, and where it goes."""
     count = 2 * source.n_models * source.d_model * config.d_hidden
     state = f"weights, gradient and Adam's moments {16 * count / 1e6:,.0f} MB"
@@ -92,13 +97,13 @@ class Watched:
         """Of training, in all processes that went on with the run."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def rates(self, progress, source) -> dict[str, float]:
+    def rates(self, progress: Progress, source: Source) -> dict[str, float]:
         """Speed and waiting since the last logged step, with the source's own metrics."""
         elapsed = time.perf_counter() - self.interval_began
         speed = (progress.tokens - self.interval_tokens) / elapsed
         return {"tokens_per_second": speed, "data_wait_fraction": self.waited / elapsed} | source.metrics(elapsed)
 
-    def begin_interval(self, progress) -> None:
+    def begin_interval(self, progress: Progress) -> None:
         """A step was logged: what comes next counts for the next line."""
         self.interval_began, self.interval_tokens, self.waited = time.perf_counter(), progress.tokens, 0.0
 
@@ -110,7 +115,7 @@ class Watched:
         self.last_save = f"the last save took {time.perf_counter() - since:.1f} s"
 
 
-def watch(steps: int, progress, quiet: bool = False) -> Watched:
+def watch(steps: int, progress: Progress, quiet: bool = False) -> Watched:
     """Begin to show a run of `steps` steps: a bar on a terminal, else lines with the time."""
     hidden = quiet or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
@@ -169,7 +174,7 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
             say(f"warning  step {step:,}: {text}", sys.stderr)
 
 
-def start_wandb(config, run: Path, progress):
+def start_wandb(config, run: Path, progress: Progress):
     """The wandb run, None when disabled. A resumed run keeps its id, which is kept in `progress`."""
     mode = config.wandb
     if mode == "auto":
@@ -179,14 +184,14 @@ def start_wandb(config, run: Path, progress):
     import wandb
 
     # A network that is gone must hold up neither the start nor the end for long; the files stay.
-    waits = {"init_timeout": 30, "finish_timeout": 60}
-    waits = {name: float(os.environ.get(f"WANDB_{name.upper()}", seconds)) for name, seconds in waits.items()}
+    def seconds(what: str, usual: float) -> float:
+        return float(os.environ.get(f"WANDB_{what}_TIMEOUT", usual))
 
     def init(mode):
         return wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), mode=mode,
             id=progress.wandb_id, resume="allow" if mode == "online" else None, config=vars(config),
-            settings=wandb.Settings(silent=True, **waits),
+            settings=wandb.Settings(silent=True, init_timeout=seconds("INIT", 30), finish_timeout=seconds("FINISH", 60)),
         )  # fmt: skip
 
     why = "as asked"

@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_uppercase
+from typing import TYPE_CHECKING
 
 from ops.shard import Shard
 from run import checkpoint
 from run.machine import as_json, say, write_text
+
+if TYPE_CHECKING:
+    from sources.source import Source
 
 MAY_CHANGE = {  # length, logging, devices, and where the same data lies now
     "dataset", "base_dataset", "ft_dataset", "model_dataset", "keep_activations", "device", "base_device", "ft_device",
@@ -97,7 +101,7 @@ def refuse_changes(settings: dict, saved: dict) -> None:
             )
 
 
-def facts(source) -> dict:
+def facts(source: Source) -> dict:
     """What a run writes down of its data, to know it again."""
     data = {name: getattr(source, name) for name in ("train_rows", "val_rows", "n_models", "d_model")}
     return data | {"stored_scale": source.stored_scale.tolist()} | source.record
@@ -125,7 +129,7 @@ def refuse_other_data(data: dict, saved_data: dict) -> None:
             )
 
 
-def claim(begun: Begun, given, config, source) -> tuple[Path, int]:
+def claim(begun: Begun, given, config, source: Source) -> tuple[Path, int]:
     """Make the folder of a fresh run, lock it, and write its config.json. By process 0 alone.
 
     given, config: the flags as the user gave them and as the run has them (dataclasses).

@@ -23,7 +23,8 @@ class WarmStart:
             self.trained = read_crosscoder(name)
         except ValueError as error:
             raise ValueError(f"--init-from {error}") from None
-        self.name, self.variant, self.sample = name, variant, None
+        self.name, self.variant = name, variant
+        self.sample: Tensor | None = None  # rows that the threshold is fitted on
         self.d_hidden, self.k = self.trained.d_hidden, self.trained.k
         if d_hidden not in (None, self.d_hidden):
             raise ValueError(f"--d-hidden {d_hidden}: --init-from {name} has {self.d_hidden} latents; leave the flag out")

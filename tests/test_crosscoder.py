@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crosscoder import CrossCoder, explained_variance
+from crosscoder import CrossCoder
 from ops import sparse
+from ops.variance import explained_variance
 from train import losses_and_gradients
 
 B, D, F, K = 32, 12, 40, 4

@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from helpers import metrics, one_line_error, run_script
 
-from crosscoder import CrossCoder, explained_variance
+from crosscoder import CrossCoder
+from ops.variance import explained_variance
 
 SCALES = (1.0, 10.0, 100.0)
 

@@ -9,8 +9,9 @@ from datasets import Dataset, Features, List, Value
 from helpers import metrics, one_line_error, run_script
 from safetensors.torch import load_file, save_file
 
-from crosscoder import CrossCoder, explained_variance
+from crosscoder import CrossCoder
 from formats import write_crosscoder
+from ops.variance import explained_variance
 from run.foreign import read_crosscoder
 from run.warm_start import WarmStart
 

@@ -1,0 +1,41 @@
+"""Explained variance of a reconstruction: of one batch, or of all rows of many batches together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """[1 + n_models] explained variance of all models together, then of each: 1 - squared error / squared deviation.
+
+    Totals over the batch, deviations from the batch mean; a constant error lowers it. x, x_hat: [batch, n_models, d_model].
+    """
+    error = (x - x_hat).pow(2).sum((0, 2))  # [n_models]
+    deviation = (x - x.mean(0)).pow(2).sum((0, 2))
+    return variance_share(error, deviation)
+
+
+class VarianceTotals:
+    """What explained variance over many batches needs, in float64: totals over rows of the same models and width."""
+
+    def __init__(self):
+        self.rows = 0
+        self.error = self.total = self.squared = torch.zeros(())  # the first rows give them their shapes
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """x, x_hat: [batch, n_models, d_model]."""
+        self.rows += len(x)
+        self.error = self.error + (x - x_hat).double().pow(2).sum((0, 2))  # [n_models]
+        self.total = self.total + x.double().sum(0)  # [n_models, d_model]
+        self.squared = self.squared + x.double().pow(2).sum((0, 2))  # [n_models]
+
+    def explained(self) -> Tensor:
+        """[1 + n_models] as `explained_variance` of all rows together."""
+        return variance_share(self.error, self.squared - self.total.pow(2).sum(-1) / self.rows)
+
+
+def variance_share(error: Tensor, deviation: Tensor) -> Tensor:
+    """[1 + n_models] explained variance from the totals [n_models] of squared error and squared deviation."""
+    together = torch.cat([torch.stack([error.sum(), deviation.sum()])[:, None], torch.stack([error, deviation])], dim=1)
+    return 1 - together[0] / together[1]
