@@ -25,14 +25,14 @@ WHILE_ONE_WORKS = timedelta(hours=1)  # the same outside of a step, where the ot
 class Shard:
     """This process's place among the `size` processes that share a dictionary, and their collectives.
 
-    It is given by hand to whatever has to talk to the others: code without one never does, in whatever distributed program
-    it runs. `ALONE` is one process of one. Every collective must be called by all processes, in the same order.
+    Code that exchanges data with the other processes takes it as an argument; without one (`ALONE`, one process of one) nothing
+    calls torch.distributed. Every collective must be called by all processes, in the same order.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
         self.sent = 0  # bytes this process has put into collectives on the device
-        self._patient = None  # a gloo group that waits for an hour
+        self._patient: dist.ProcessGroup | None = None  # a gloo group whose timeout is an hour
 
     @classmethod
     def of_torchrun(cls) -> Shard:
@@ -64,7 +64,7 @@ class Shard:
         return device
 
     def leave(self) -> None:
-        """Leave the other processes in order: threads of theirs would else be cut off."""
+        """End the connection to the other processes, so that no thread of torch.distributed is cut off at exit."""
         if self._patient:
             self._patient = None  # groups that outlive the interpreter abort the process now and then
             dist.destroy_process_group()
@@ -87,7 +87,7 @@ class Shard:
     def _reduced(self, x: Tensor, how) -> Tensor:
         x = x.clone()
         self.sent += x.nbytes
-        with heard():
+        with lost_process_errors():
             dist.all_reduce(x, how)
         return x
 
@@ -98,7 +98,7 @@ class Shard:
         x = x.contiguous()
         self.sent += x.nbytes
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with heard():
+        with lost_process_errors():
             dist.all_gather(parts, x)
         return torch.cat(parts)
 
@@ -107,7 +107,7 @@ class Shard:
         if self.size == 1:
             return x
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with heard():
+        with lost_process_errors():
             dist.all_gather(counts, torch.tensor([len(x)]))
         longest = int(max(counts))
         padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
@@ -120,7 +120,7 @@ class Shard:
         if self.size == 1:
             return happened
         flag = torch.tensor([happened], dtype=torch.int32)
-        with heard():
+        with lost_process_errors():
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._patient if patient else None)
         return bool(flag)
 
@@ -128,7 +128,7 @@ class Shard:
         """The value that process 0 has, in all of them."""
         values = [value]
         if self.size > 1:
-            with heard():
+            with lost_process_errors():
                 dist.broadcast_object_list(values, group=self._patient)
         return values[0]
 
@@ -140,7 +140,7 @@ class Shard:
         if self.size == 1:
             return x
         x, rows = x.cpu().contiguous(), None
-        with heard():
+        with lost_process_errors():
             if self.rank > 0:
                 dist.send(x, 0, group=self._patient)
             else:
@@ -179,7 +179,7 @@ class _AllSum(torch.autograd.Function):
 
 
 @contextmanager
-def heard():
+def lost_process_errors():
     """ConnectionError with one sentence where a collective fails because another process is gone or silent."""
     try:
         yield

@@ -92,7 +92,8 @@ def _above(x, rows, b_enc, weight, count, limit, shard) -> tuple[Tensor, Tensor,
                 sample = measure(product, torch.arange(0, product.numel(), SAMPLED))[1]
                 expected = count * len(sample) / (len(x) * d_hidden * shard.size)
                 floor = lowest_of_largest(sample, some_more(expected), shard)
-            # One comparison with what each latent's product must exceed, a little too low for its rounding, sieves most out.
+            # Comparing products with what each latent's must exceed leaves few to look at. The bound is a little too low,
+            # because products are rounded.
             least = floor / weight - b_enc  # [d_hidden]
             mask = product > (least - least.abs() / 64).to(x.dtype)
             if limit is not None and total + int(mask.sum()) > limit:
@@ -103,7 +104,7 @@ def _above(x, rows, b_enc, weight, count, limit, shard) -> tuple[Tensor, Tensor,
             total += int((score > floor).sum())
         if count is None or floor == 0 or shard.all_sum(torch.tensor(total)) >= count:
             break
-        floor = torch.zeros(())  # the sample misjudged: look at every positive score
+        floor = torch.zeros(())  # the estimate from the sample was too high: look at every positive score
     entries, pre, score = (torch.cat(parts) for parts in zip(*found, strict=True))
     return entries, pre, score
 

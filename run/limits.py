@@ -22,7 +22,8 @@ def require_memory(config, source: Source, device: torch.device, processes: int)
     values = 2 * source.n_models * source.d_model * config.d_hidden / processes  # in this process's weights
     scores, batch = config.micro_batch_size * config.d_hidden / processes, config.batch_size * source.n_models * source.d_model
     on_cpu = device.type == "cpu"
-    # A step holds weights, gradient, both moments and a copy of one of the weights; the end no gradient, but scores in float32.
+    # During a step: weights, gradient, Adam's two moments and a temporary copy of the decoder. At the end of the run: no
+    # gradient, but scores in float32. The larger of the two counts.
     state, codes = max((20 * values, (4 if on_cpu else 12) * scores), (12 * values, 20 * scores), key=sum)
     on_device = {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * batch}
     on_host = source.host_bytes(config.batch_size)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
-FALLEN_TO = 0.6  # of the best explained variance so far; an L1 weight that rises as planned costs less than that
-SOME = 0.1  # explained variance; below that nothing has been learned that could be lost
-NOTHING = 0.02  # explained variance that is none
-WORSE_THAN_NOTHING = -0.1  # steps overshoot; codes that a penalty holds at zero leave it near 0
-EARLY = 0.1  # share of the run in which nothing need be explained yet
+FALLEN_TO = 0.6  # of the best explained variance so far; an L1 weight that rises as planned does not lower it this far
+SOME = 0.1  # explained variance from which on a fall is reported
+NOTHING = 0.02  # explained variance below which nothing has been learned
+WORSE_THAN_NOTHING = -0.1  # explained variance below which --lr is too high; too strong a penalty leaves it near 0
+EARLY = 0.1  # share of the run after which something should have been learned
 WAITING_SHARE = 0.5  # of the time
 
 
@@ -144,7 +144,7 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     """Say, once each, what goes wrong at a logged step, and what to try if tests/test_monitor.py shows that it helps."""
     variance, dead, waited = (metrics[name] for name in ("explained_variance", "dead_fraction", "data_wait_fraction"))
     topk = config.variant == "batch_topk"
-    annealing = topk and config.k_start > 1 and step < config.k_anneal * watched.steps  # what it costs is no trouble
+    annealing = topk and config.k_start > 1 and step < config.k_anneal * watched.steps  # explained variance falls with k
     fell = watched.best_step and not annealing and variance < FALLEN_TO * watched.best
     change = f"fell from {watched.best:.2f} at step {watched.best_step:,} to" if fell else "is"
     if variance > watched.best or annealing:
@@ -155,16 +155,16 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     revive = "see docs/recipes.md"
     if topk:
         revive = f"try --d-hidden {config.d_hidden // 2}" if config.l1_coeff else "try --l1-coeff 1"
-    sooner = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
-    sooner = sooner if config.base_model else "see docs/speed.md"
-    stored = (
-        config.base_model or config.dataset or config.base_dataset or config.model_dataset
-    )  # planted concepts cost their time
+    sooner = "see docs/speed.md"
+    if config.base_model:
+        sooner = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
+    # Planted concepts are computed during the run, so waiting for them is expected.
+    real = config.base_model or config.dataset or config.base_dataset or config.model_dataset
     troubles = (
         (dead > DEAD_SHARE, f"{dead:.0%} of the latents are dead: {revive}"),
         (fell or (variance < NOTHING and step > EARLY * watched.steps),
          f"explained variance {change} {variance:.2f}: try {explain}"),
-        (stored and waited > WAITING_SHARE, f"{waited:.0%} of the time goes into waiting for data: {sooner}"),
+        (real and waited > WAITING_SHARE, f"{waited:.0%} of the time goes into waiting for data: {sooner}"),
     )  # fmt: skip
     for place, (now, text) in enumerate(troubles):
         watched.in_a_row[place] = watched.in_a_row[place] + 1 if now else 0
@@ -183,7 +183,7 @@ def start_wandb(config, run: Path, progress: Progress):
         return None
     import wandb
 
-    # A network that is gone must hold up neither the start nor the end for long; the files stay.
+    # Seconds that the start and the end of a run wait for a network that is gone; wandb's files stay on the disk.
     def seconds(what: str, usual: float) -> float:
         return float(os.environ.get(f"WANDB_{what}_TIMEOUT", usual))
 

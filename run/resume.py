@@ -1,9 +1,8 @@
-"""The folder of a run: begun anew, or gone on with from a checkpoint, under the recipe and on the data that it began with."""
+"""The folder of a run: made for a fresh one, or continued from a checkpoint with the same settings on the same data."""
 
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -48,11 +47,12 @@ def begin(resume: str | None, folder: str, name: str | None, variant: str, shard
             the folder of a run or of a checkpoint.
         folder: of all runs. name: of this one; None to make one from the variant and the time.
     """
-    if resume == "auto" and not checkpoint.complete(Path(folder) / str(name)):
-        require_beginning(Path(folder) / str(name))
-        say(f"--resume auto: {Path(folder) / str(name)} holds no checkpoint, starting fresh")
+    named = Path(folder) / str(name)
+    if resume == "auto" and not checkpoint.complete(named):
+        require_beginning(named)
+        say(f"--resume auto: {named} holds no checkpoint, starting fresh")
     elif resume is not None:
-        found = checkpoint.find(Path(folder) / str(name) if resume == "auto" else Path(resume), shard)
+        found = checkpoint.find(named if resume == "auto" else Path(resume), shard)
         return Begun(found.parents[1], found, *read_record(found.parents[1]))
     run = Path(folder) / shard.from_first(name or f"{variant}-{time.strftime('%Y%m%d-%H%M%S')}")
     if shard.any_process(resume is None and run.exists()):  # all at once: process 0 will make it
@@ -172,17 +172,18 @@ def lock(run: Path) -> int:
 
 def make_folder(run: Path, named: bool, may_exist: bool) -> Path:
     """The new folder of a fresh run. One named by the time gets a number if another run has just taken that name."""
-    for number in itertools.count(2):
-        folder = run if number == 2 else run.with_name(f"{run.name}-{number - 1}")
+    folder, number = run, 1
+    while True:
         try:
             folder.mkdir(parents=True, exist_ok=may_exist)
             return folder
         except FileExistsError:
             if named:
                 raise ValueError(name_is_taken(run)) from None
+            number += 1
+            folder = run.with_name(f"{run.name}-{number}")
         except OSError as error:
             raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose one you can write to") from None
-    raise AssertionError("unreachable")
 
 
 def code_version() -> dict[str, str | None]:

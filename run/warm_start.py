@@ -49,7 +49,8 @@ class WarmStart:
             return k or self.k
         self.sample = x
         if k is None:
-            k = max(1, round(sum(int((self.trained.encode(part) > 0).sum()) for part in x.split(256)) / max(1, len(x))))
+            active = sum(int((self.trained.encode(part) > 0).sum()) for part in x.split(256))
+            k = max(1, round(active / max(1, len(x))))
             say(f"k        {k}, the active latents a token of {self.name} on these rows: it has thresholds and no k")
         return k
 
@@ -66,8 +67,8 @@ class WarmStart:
 def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor, k: int | None = None) -> CrossCoder:
     """The same codes and reconstructions on raw activations, with another mean [n_models, d_model] and scale [n_models].
 
-    For training, so the threshold is one number on the score: of thresholds per latent their median there, which is exact
-    if the scales of the models keep their ratio, and else moves codes near it.
+    Training has one threshold, on the score. Thresholds per latent become the median of their values on the score: they are all
+    equal there if the ratio of the models' scales stays the same; if not, codes near a threshold can change.
 
     Args:
         k: of the new crosscoder, a batch_topk; None keeps variant and k.
