@@ -46,11 +46,16 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:
-    """(module, whether inside a function) of every import in a file; `from a import b` counts as a.b too."""
+    """(module, whether inside a function) of every import that runs; `from a import b` counts as a.b too.
+
+    What stands under `if TYPE_CHECKING:` is for mypy alone.
+    """
     found = []
     tree = ast.parse(file.read_text())
     inside = {node for function in functions(tree) for node in ast.walk(function)}
-    for node in ast.walk(tree):
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unread = {node for block in blocks for node in ast.walk(block)}
+    for node in set(ast.walk(tree)) - unread:
         if isinstance(node, ast.Import):
             found += [(alias.name, node in inside) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
