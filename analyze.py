@@ -49,7 +49,7 @@ from ops import latents
 from run.machine import as_json, progress_bar, usable_device
 from sources.batches import limit_norms
 from sources.planted import PlantedConcepts
-from sources.stored import hold_out_first, open_pair, open_single
+from sources.stored import open_pair, open_single
 
 VAL_ROWS = 2_000_000  # held-out rows used at most, where the run does not say
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
@@ -212,7 +212,7 @@ def open_data(config: AnalyzeConfig, record: dict | None, crosscoder: CrossCoder
         median = None if named else record.get("data", {}).get("median_norm")  # as in training
         limit_norms(source, resolved.get("max_norm_ratio", TrainConfig.max_norm_ratio), median)
         if given.get("streaming") and not named:
-            hold_out_first(source)
+            source.hold_out_first()
         notes.append("no examples and no patching: two single datasets have no texts; give a paired one with --dataset")
     elif record:
         source, name = PlantedConcepts(resolved["seed"], resolved["val_tokens"]), "planted concepts"

@@ -6,101 +6,141 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ops.shard import ALONE, Shard
-from sources.source import ANY_NORM, BUFFERS, NONE_DROPPED, Batch, Dropped, Source
+from sources.source import ANY_NORM, BUFFERS, NONE_DROPPED, Batch, Dropped, Source, evenly_spaced
 
 MAX_NON_FINITE = 0.001  # share of rows that may hold NaN or inf before the run stops
-STATISTICS_ROWS = 65_536  # rows behind the mean and the scale
-MEDIAN_ROWS = 4096  # rows behind the median norm, which only has to be right within a few percent
-FINGERPRINT_ROWS = 64  # rows of each split behind the fingerprint of the data
+STATISTICS_ROWS = 65_536  # rows on which the mean and the scale are estimated
+MEDIAN_ROWS = 4096  # rows on which the median norm is estimated, which only has to be right within a few percent
+FINGERPRINT_ROWS = 64  # rows of each split that are hashed
 CONVERTED_TOGETHER = 1 << 18  # values: 1 MB of float32, which stays in the processor's cache
+
+
+class Filled(NamedTuple):
+    """The part of a batch that this process read."""
+
+    x: Tensor  # [n_models, rows, d_model] without the rows left out, on the device
+    buffer: Tensor  # [n_models, rows, d_model] on the host, to be filled again when x is no longer used
+    copied: torch.cuda.Event | None  # recorded after the copy from the buffer to x; None on the CPU, where x is a view
+    rows: int  # of the whole batch, with those left out
+    outliers: int  # of this process's part, left out because of their norm
+    position: int  # of the stream after the batch
+    first_row: int  # lowest and highest row of the dataset in the whole batch
+    last_row: int
+
+
+class BatchFiller:
+    """A thread that fills batches ahead of the training loop, in `BUFFERS` buffers that the loop gives back."""
+
+    def __init__(self, source, batch_size: int, device: torch.device, shard: Shard):
+        self.source, self.batch_size, self.shard = source, batch_size, shard
+        self.device, on_cuda = device, device.type == "cuda"
+        self.uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
+        self.filled, self.free = queue.Queue(), queue.Queue()
+        self.closed, self.thread = threading.Event(), None
+        shape = (source.n_models, -(-batch_size // shard.size), source.d_model)
+        for _ in range(BUFFERS):
+            self.free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
+
+    def start(self, position: int, stop: int) -> None:
+        self.thread = threading.Thread(target=self.run, args=(position, stop), name="read-ahead", daemon=True)
+        self.thread.start()
+
+    def run(self, position: int, stop: int) -> None:
+        try:
+            while position < stop:
+                buffer, copied = self.free.get()
+                if self.closed.is_set():
+                    return
+                if copied is not None:
+                    copied.synchronize()  # the copy to the device still reads from this buffer
+                end = min(position + self.batch_size, stop)
+                self.filled.put(self.fill(buffer, position, end))
+                position = end
+            self.filled.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
+            self.filled.put(error)
+
+    def fill(self, buffer: Tensor, position: int, end: int) -> Filled:
+        """Write this process's part of the rows from `position` to `end` into a buffer and begin its copy to the device."""
+        begin, part = position, self.shard.part(end - position)
+        kept = outliers = 0
+        lowest, highest = [], []
+        while position < end:
+            rows = self.source.order(position, end - position)
+            done = position - begin
+            mine = rows[max(0, part.start - done) : max(0, part.stop - done)]
+            position += len(rows)
+            lowest.append(rows[0])
+            highest.append(rows[-1])
+            if len(mine):
+                kept_rows, too_large = gather_kept(self.source, "train", mine, buffer[:, kept : kept + len(mine)])
+                kept, outliers = kept + len(kept_rows), outliers + too_large
+        x, copied = buffer[:, :kept], None
+        if self.uploads:
+            with torch.cuda.stream(self.uploads):
+                x, copied = x.to(self.device, non_blocking=True), torch.cuda.Event()
+                copied.record()
+        return Filled(x, buffer, copied, end - begin, outliers, end, int(min(lowest)), int(max(highest)))
+
+    def take(self) -> Filled | None:
+        """The next batch, for the current CUDA stream to use; None after the last one."""
+        filled = self.filled.get()
+        if isinstance(filled, BaseException):
+            raise filled
+        if filled is not None and self.uploads:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(filled.copied)
+            filled.x.record_stream(current)  # the allocator does not reuse its memory before the training step is done
+        return filled
+
+    def close(self) -> None:
+        self.closed.set()
+        self.free.put((None, None))  # wakes the thread if it waits
+        self.thread.join()  # a thread still inside torch while Python shuts down aborts the process
 
 
 def read_ahead(
     source: Source, batch_size: int, stop: int, device: torch.device, position: int = 0, dropped: Dropped = NONE_DROPPED,
     shard: Shard = ALONE,
 ) -> Iterator[Batch]:  # fmt: skip
-    """`Source.batches` of a source that can tell which rows come at a place of its stream: `order(position, count)`.
+    """`Source.batches` of a source with a method `order(position, count)`: the rows at a position of its stream.
 
     A background thread reads ahead; closing the generator ends it. Outliers and rows with a non-finite value are left out of
     their batch; ValueError when the latter are more than 0.1 %.
     """
-    ready: queue.Queue = queue.Queue()
-    free: queue.Queue = queue.Queue()
-    closed = threading.Event()
-    on_cuda = device.type == "cuda"
-    uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
-    shape = (source.n_models, -(-batch_size // shard.size), source.d_model)
-    for _ in range(BUFFERS):
-        free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
-
-    def fill_buffers(position):
-        try:
-            while position < stop:
-                buffer, copied = free.get()  # [n_models, rows of this process, d_model]
-                if closed.is_set():
-                    return
-                if copied is not None:
-                    copied.synchronize()  # the copy to the device still reads from this buffer
-                end, lowest, highest = min(position + batch_size, stop), [], []
-                passed = filled = outliers = 0
-                own = shard.part(end - position)
-                while position < end:
-                    rows = source.order(position, end - position)
-                    mine = rows[max(0, own.start - passed) : max(0, own.stop - passed)]
-                    position, passed = position + len(rows), passed + len(rows)
-                    lowest.append(rows[0])
-                    highest.append(rows[-1])
-                    if len(mine):
-                        kept, out_of_range = gather_kept(source, "train", mine, buffer[:, filled : filled + len(mine)])
-                        filled, outliers = filled + len(kept), outliers + out_of_range
-                x, copied = buffer[:, :filled], None
-                if on_cuda:
-                    with torch.cuda.stream(uploads):
-                        x, copied = x.to(device, non_blocking=True), torch.cuda.Event()
-                        copied.record()
-                ready.put((x, (buffer, copied), (passed, outliers), position, int(min(lowest)), int(max(highest))))
-            ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
-            ready.put(error)
-
-    thread = threading.Thread(target=fill_buffers, args=(position,), name="read-ahead", daemon=True)
-    thread.start()
-    # A batch is yielded only when the next one is there: where all rows of the next are dropped, it takes over their position.
-    held = None
+    filler = BatchFiller(source, batch_size, device, shard)
+    filler.start(position, stop)
+    # A batch is yielded when the next one has come: if all rows of the next are left out, it takes over their position.
+    held = used = None
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            x, used, (places, outliers), position, first_row, last_row = item
-            if on_cuda:
-                torch.cuda.current_stream(device).wait_event(used[1])
-                x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before the step is done
-            x = shard.gather_rows(x.transpose(0, 1))  # [rows, n_models, d_model]
-            if places > len(x):  # in every process, so that all of them add up
-                outliers = int(shard.all_sum(torch.tensor(outliers)))
-                dropped = Dropped(dropped.non_finite + places - len(x) - outliers, dropped.outliers + outliers)
+        while (filled := filler.take()) is not None:
+            x = shard.gather_rows(filled.x.transpose(0, 1))  # [rows, n_models, d_model]
+            position, left_out = filled.position, filled.rows - len(x)
+            if left_out:
+                outliers = int(shard.all_sum(torch.tensor(filled.outliers)))
+                dropped = Dropped(dropped.non_finite + left_out - outliers, dropped.outliers + outliers)
             if dropped.non_finite > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
                 raise ValueError(too_many_non_finite(dropped.non_finite, position))
             if len(x):
                 if held:
-                    yield held[0]
-                    free.put(held[1])
-                held = (Batch(x, position, dropped, first_row, last_row), used)
+                    yield held
+                    filler.free.put(used)
+                held = Batch(x, position, dropped, filled.first_row, filled.last_row)
+                used = (filled.buffer, filled.copied)
             else:
-                free.put(used)
-                held = held and (held[0]._replace(position=position, dropped=dropped), held[1])
+                filler.free.put((filled.buffer, filled.copied))
+                held = held and held._replace(position=position, dropped=dropped)
         if held:
-            yield held[0]
+            yield held
     finally:
-        closed.set()
-        free.put((None, None))  # wakes the thread if it waits
-        thread.join()  # a thread still inside torch while Python shuts down aborts the process
+        filler.close()
 
 
 def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.ndarray, int]:
@@ -117,10 +157,24 @@ def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.n
     return rows[kept.numpy()], outliers
 
 
+def read_rows(source, split: str, rows: np.ndarray) -> Tensor:
+    """The given rows (ascending) of "train" or "validation": [n_models, rows, d_model] stored values, on the host."""
+    x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+    source.gather(split, rows, x)
+    return x
+
+
+def kept_rows(source, split: str, rows: np.ndarray) -> Tensor:
+    """As `read_rows`, but [rows, n_models, d_model] and without outliers and non-finite rows."""
+    x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
+    kept, _ = gather_kept(source, split, rows, x)
+    return x[:, : len(kept)].transpose(0, 1)
+
+
 def row_norms(x: Tensor) -> Tensor:
     """L2 norms [n_models, rows] of the rows of x [n_models, rows, d_model], on the host, in float32; inf beyond its range.
 
-    Each piece is converted in the processor's cache, which is as fast as looking at every value once.
+    Converted to float32 in pieces that fit the processor's cache, so that memory is read only once.
     """
     norms = torch.empty(x.shape[:2])
     piece = torch.empty(max(1, CONVERTED_TOGETHER // x.shape[2]), x.shape[2])
@@ -140,10 +194,7 @@ def limit_norms(source, max_norm_ratio: float, median: list[float] | None = None
     """
     norms = torch.empty(source.n_models, 0)
     if median is None:
-        rows = source.sample_rows(MEDIAN_ROWS)
-        x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-        source.gather("train", rows, x)
-        norms = row_norms(x)
+        norms = row_norms(read_rows(source, "train", source.sample_rows(MEDIAN_ROWS)))
         counted = [n[n.isfinite() & (n > 0)].numpy() for n in norms]
         median = [float(np.median(n)) if len(n) else 0.0 for n in counted]
     source.norm_limit = (max_norm_ratio * torch.tensor(median, dtype=torch.float64)[:, None]).clamp_max(ANY_NORM)
@@ -156,10 +207,7 @@ def fingerprints(source, splits: tuple[str, ...] = ("train", "validation")) -> l
     hashes = [hashlib.sha256() for _ in range(source.n_models)]
     for split in splits:
         n = source.val_rows if split == "validation" else source.train_rows
-        rows = np.unique(np.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).astype(np.int64))
-        x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-        source.gather(split, rows, x)
-        for model, values in zip(hashes, x, strict=True):
+        for model, values in zip(hashes, read_rows(source, split, evenly_spaced(FINGERPRINT_ROWS, n)), strict=True):
             model.update(values.view(torch.uint8).numpy())
     return [model.hexdigest() for model in hashes]
 
@@ -174,18 +222,12 @@ def too_many_non_finite(dropped: int, seen: int) -> str:
 def validation_batches(source, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """The held-out rows once, in order: [rows, n_models, d_model] stored values, without outliers and non-finite pairs."""
     for start in range(0, source.val_rows, batch_size):
-        rows = np.arange(start, min(start + batch_size, source.val_rows))
-        out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-        kept, _ = gather_kept(source, "validation", rows, out)
-        yield out[:, : len(kept)].transpose(0, 1).to(device)
+        yield kept_rows(source, "validation", np.arange(start, min(start + batch_size, source.val_rows))).to(device)
 
 
 def raw_sample(source, count: int = 4096) -> Tensor:
     """[rows, n_models, d_model] raw activations of at most `count` evenly spaced training rows, non-finite pairs left out."""
-    rows = source.sample_rows(count)
-    out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-    kept, _ = gather_kept(source, "train", rows, out)
-    return out[:, : len(kept)].transpose(0, 1).float() / source.stored_scale.float()[:, None]
+    return kept_rows(source, "train", source.sample_rows(count)).float() / source.stored_scale.float()[:, None]
 
 
 def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:

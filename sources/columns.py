@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Column:
             if len(array) == 0:
                 continue
             try:
-                array.validate()  # hostile offsets must not point outside the buffer
+                array.validate()  # offsets must not point outside the buffer
             except ValueError as error:
                 raise ValueError(
                     f"{flag}: column {name!r} is damaged after row {first_row + starts[-1]} ({error}); copy it again"
@@ -116,68 +117,86 @@ def pick_column(schema, name: str | None, flag: str) -> str:
     return name or lists[0]
 
 
-def check_alignment(base, ft, columns: list[Column], flags, split: str, first_row: int = 0) -> None:
-    """ValueError that names the first difference unless two tables hold the same tokens in the same order.
+class Part(NamedTuple):
+    """One model's part of rows that must be the same tokens in all models."""
 
-    first_row: number of their first row, for errors.
+    table: Any  # pyarrow.Table
+    column: Column  # its activations
+    flag: str  # that named it, for errors
+
+
+def aligned_columns(tables: list, names: list[str | None], flags: list[str], split: str, first_row: int = 0) -> list[Column]:
+    """The activations of each model in tables of the same rows. ValueError unless all hold the same tokens in the same order.
+
+    names: of the columns of activations, None to find them. first_row: number of the tables' first row, for errors.
     """
+    columns = [Column(table, name, flag, first_row) for table, name, flag in zip(tables, names, flags, strict=True)]
+    base, *others = map(Part, tables, columns, flags)
+    for other in others:
+        check_alignment(base, other, split, first_row)
+    return columns
+
+
+def check_alignment(base: Part, other: Part, split: str, first_row: int) -> None:
+    """ValueError that names the first difference unless both hold the same tokens in the same order."""
     import pyarrow as pa
 
-    if columns[0].d_model != columns[1].d_model:
+    both = f"{base.flag} and {other.flag}"
+    if base.column.d_model != other.column.d_model:
         raise ValueError(
-            f"{flags[0]} has activations of width {columns[0].d_model} and {flags[1]} of width {columns[1].d_model}: "
+            f"{base.flag} has activations of width {base.column.d_model} and {other.flag} of width {other.column.d_model}: "
             "a crosscoder here needs two models of one width, read at the same hook"
         )
-    ours, theirs = columns[0].lengths, columns[1].lengths
+    ours, theirs = base.column.lengths, other.column.lengths
     if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
-        raise ValueError(f"{flags[0]} and {flags[1]} are not aligned (split {split}): {unequal(ours, theirs, first_row)}")
-    if len(columns[0]) != len(columns[1]):
+        raise ValueError(f"{both} are not aligned (split {split}): {unequal(ours, theirs, first_row)}")
+    if len(base.column) != len(other.column):
         raise ValueError(
-            f"{flags[0]} has {len(columns[0])} rows and {flags[1]} has {len(columns[1])} (split {split}): "
+            f"{base.flag} has {len(base.column)} rows and {other.flag} has {len(other.column)} (split {split}): "
             "row i of both must be the same token; collect both over the same text"
         )
-    named = [[name for name in TOKENS if name in table.column_names] for table in (base, ft)]
-    same = [name for name in ("sequence", "position", *TOKENS) if name in base.column_names and name in ft.column_names]
-    pairs = [(name, name) for name in same] + ([] if set(same) & set(TOKENS) else list(zip(*named, strict=False))[:1])
-    for names in pairs:
-        four = zip((base, ft), names, columns, flags, strict=True)
-        mine, other = (flat(table, name, column, flag, first_row) for table, name, column, flag in four)
-        if names[0] != names[1] and not len(mine) == len(other) == len(columns[0]):
+    there, here = base.table.column_names, other.table.column_names
+    named = [(name, name) for name in ("sequence", "position", *TOKENS) if name in there and name in here]
+    if not any(name in TOKENS for name, _ in named):  # token ids under different names
+        named += [*zip([n for n in TOKENS if n in there], [n for n in TOKENS if n in here], strict=False)][:1]
+    for name, other_name in named:
+        a, b = one_value_a_token(base, name, first_row), one_value_a_token(other, other_name, first_row)
+        if name != other_name and not len(a) == len(b) == len(base.column):
             continue  # one of them holds something else, such as a context for each row
-        if mine.type != other.type:  # a cast is a copy that grows with the dataset
+        if a.type != b.type:  # a cast is a copy that grows with the dataset
             try:
-                mine, other = mine.cast("int64"), other.cast("int64")
+                a, b = a.cast("int64"), b.cast("int64")
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise ValueError(
-                    f"{flags[0]} has {names[0]} of type {mine.type} and {flags[1]} has {names[1]} of type {other.type}, which "
+                    f"{base.flag} has {name} of type {a.type} and {other.flag} has {other_name} of type {b.type}, which "
                     "cannot be compared: give both whole numbers, or drop that column"
                 ) from None
-        if not mine.equals(other):
-            whose = "other" if flags[1].startswith("--model-dataset") else "fine-tuned"
-            n = min(len(mine), len(other))
-            differs = np.flatnonzero(mine[:n].to_numpy() != other[:n].to_numpy())
+        if not a.equals(b):
+            whose = "other" if other.flag.startswith("--model-dataset") else "fine-tuned"
+            n = min(len(a), len(b))
+            differs = np.flatnonzero(a[:n].to_numpy() != b[:n].to_numpy())
             row = int(differs[0]) if len(differs) else n
-            a, b = (values[row] if row < len(values) else "missing" for values in (mine, other))
+            a, b = (values[row] if row < len(values) else "missing" for values in (a, b))
             raise ValueError(
-                f"{flags[0]} and {flags[1]} are not aligned: {names[0]} of row {first_row + row} (split {split}) is "
+                f"{both} are not aligned: {name} of row {first_row + row} (split {split}) is "
                 f"{a} in the base model's and {b} in the {whose} model's dataset; write both in the same order"
             )
 
 
-def flat(table, name: str, column: Column, flag: str, first_row: int):
-    """A column of one value a token, or of lists of them (one a sequence), as one value a token without gaps."""
+def one_value_a_token(part: Part, name: str, first_row: int):
+    """A column of one value a token, or of lists of them (one a sequence), as a pyarrow.ChunkedArray of one value a token."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = table.column(name)
+    values = part.table.column(name)
     if is_list(values.type):
         lengths = pc.list_value_length(values).fill_null(0).to_numpy()
-        if column.lengths is not None and not np.array_equal(column.lengths, lengths):
-            raise ValueError(f"{flag}: {unequal(column.lengths, lengths, first_row, f'{name} beside it')}")
+        if part.column.lengths is not None and not np.array_equal(part.column.lengths, lengths):
+            raise ValueError(f"{part.flag}: {unequal(part.column.lengths, lengths, first_row, f'{name} beside it')}")
         values = pa.chunked_array([chunk.flatten() for chunk in values.chunks], type=values.type.value_type)
     if values.null_count:
         row = first_row + int(np.argmax(values.is_null().to_numpy()))
-        raise ValueError(f"{flag}: column {name!r} is empty in row {row}; fill it in or drop the column")
+        raise ValueError(f"{part.flag}: column {name!r} is empty in row {row}; fill it in or drop the column")
     return values
 
 

@@ -4,13 +4,118 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from run.machine import first_line
+
+
+class ActivationDatasets(NamedTuple):
+    """The same tokens' activations in several models, base first; the lists have an entry for each model."""
+
+    name: str  # what the plan of a run calls them
+    splits: list[dict]  # {"train": Dataset, perhaps "validation": Dataset}, IterableDatasets when streamed
+    flags: list[str]  # that named them, for errors
+    columns: list[str | None]  # of activations; None to find it
+    pair: dict | None = None  # what the pair.json of a paired dataset says
+    revisions: list[str | None] | None = None  # of each name: commit on the Hub that is streamed
+
+    @property
+    def stored_scale(self) -> Tensor:
+        """[n_models] factor the stored values carry: stored = activation * stored_scale."""
+        return torch.tensor(self.pair["stored_scale"], dtype=torch.float64) if self.pair else torch.ones(len(self.splits))
+
+
+def open_datasets(
+    named: list[tuple[str, str]], columns: tuple[str | None, str | None], streaming: bool = False, revisions: list | None = None
+) -> ActivationDatasets:
+    """The datasets that the flags name. ValueError, naming the flag, for what cannot be opened.
+
+    Args:
+        named: (flag, name): of a paired dataset of collect.py ("--dataset") or of one dataset for each model, base first.
+        columns: of activations in the base and the fine-tuned model's dataset, None to find them. The first is that of every
+            --model-dataset.
+        streaming: read them over the network.
+        revisions: commits on the Hub of the named datasets, for streaming; None for their newest.
+    """
+    if streaming:
+        revisions = revisions or [newest_revision(name, flag) for flag, name in named]
+    commits = revisions or [None] * len(named)
+    flag, name = named[0]
+    if flag == "--dataset":
+        opened = open_paired(name, columns, streaming, commits[0])
+    else:
+        splits = [open_dataset(name, flag, streaming, commit) for (flag, name), commit in zip(named, commits, strict=True)]
+        several = flag == "--model-dataset"
+        flags = [f"{flag} {name}" if several else flag for flag, name in named]
+        opened = ActivationDatasets(
+            " + ".join(name for _, name in named), splits, flags, [columns[0]] * len(named) if several else list(columns)
+        )
+    for splits, flag in zip(opened.splits, opened.flags, strict=True):
+        if missing := set(opened.splits[0]) ^ set(splits):
+            raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
+    return opened._replace(revisions=revisions)
+
+
+def open_paired(dataset: str, columns, streaming: bool, revision: str | None) -> ActivationDatasets:
+    """A paired dataset of collect.py, a folder or a Hub id. Arguments as for `open_datasets`."""
+    folder = Path(dataset).expanduser()
+    if streaming and folder.exists():
+        raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
+    if not folder.exists() and (folder.is_absolute() or dataset.startswith(".")):
+        raise ValueError(f"--dataset {dataset}: no such file or folder")
+    if folder.is_dir():
+        if (folder / "progress.json").exists() and not (folder / "pair.json").exists():
+            raise ValueError(f"--dataset {dataset}: the collection is unfinished; run the same collect.py command again")
+        for part in ("base", "ft"):
+            if not (folder / part).is_dir():
+                raise ValueError(
+                    f"--dataset {dataset}: has no folder {part}/, so it is no paired dataset of collect.py; "
+                    "give two single datasets with --base-dataset and --ft-dataset"
+                )
+    names = [str(folder / part) if folder.is_dir() else f"{dataset}:{part}" for part in ("base", "ft")]
+    splits = [open_dataset(name, "--dataset", streaming, revision) for name in names]
+    pair = read_pair(dataset, folder / "pair.json" if folder.is_dir() else hub_pair_file(dataset, revision))
+    written = pair.get("rows", {})
+    for split, part in splits[0].items():
+        if not streaming and len(part) != written.get(split, len(part)):
+            raise ValueError(
+                f"--dataset {dataset}: has {len(part)} rows in {split} and pair.json says {written[split]}: a shard is "
+                "truncated or missing; copy it again or collect again"
+            )
+    return ActivationDatasets(dataset, splits, ["--dataset"] * 2, list(columns), pair)
+
+
+def read_pair(dataset: str, pair_file) -> dict:
+    """What a pair.json says. ValueError unless its `stored_scale` (and `rows`, where it is there) can be used."""
+    try:
+        pair = json.loads(Path(pair_file).read_text())
+        stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
+        if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
+            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
+        dict(pair.get("rows", {}))
+        return pair
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
+
+
+def hub_pair_file(dataset: str, revision: str | None = None) -> str | os.PathLike:
+    """Local copy of the pair.json of a paired dataset on the Hub."""
+    import datasets
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        offline = datasets.config.HF_HUB_OFFLINE
+        return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision, local_files_only=offline)
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"--dataset {dataset}: its pair.json cannot be fetched ({type(error).__name__})") from None
 
 
 def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
@@ -33,8 +138,8 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
         return {"train": open_memmaps(path, f"{flag} {name}")}
     if hooks := sorted(file.parent.name for file in path.glob("*/shard_0.memmap")):
         raise ValueError(f"{flag} {name}: holds the activation caches {', '.join(hooks)}; give the folder of one")
-    if not datasets.config.HF_HUB_OFFLINE:
-        newest_revision(name, flag)
+    if revision is None and not datasets.config.HF_HUB_OFFLINE:
+        newest_revision(name, flag)  # one line of error for an id that the Hub does not know
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))

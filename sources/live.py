@@ -1,4 +1,4 @@
-"""Live activations: train straight from the two models, through a buffer that is refilled and mixed as `windows.py` says.
+"""Live activations: the two models compute rows while the crosscoder trains, in the order of `mixing.py`.
 
 A fill is as many forward batches as half of the buffer holds. A resumed run lets the models read two of them again.
 """
@@ -18,8 +18,8 @@ from collecting.paired_dataset import PairedDataset
 from collecting.paired_rows import CALIBRATION_ROWS, Fill, PairedModels
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
+from sources.mixing import MixingBuffer, Refill
 from sources.source import NONE_DROPPED, Batch, Dropped, Source
-from sources.windows import Refill, Windows
 
 FORWARD_ROOM = 0.15  # share of the free device memory that is left to the models' forward passes
 
@@ -32,7 +32,6 @@ class LiveActivations(Source):
         buffer_tokens: most rows in the buffer, both fills together.
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
         num_tokens: length of the run; the calibration reads no more rows than that.
-        place: device of the buffer.
         known: what `record` and the widths were when the run began; None for a fresh run.
         keep: paired dataset that the first epoch is written to.
     """
@@ -42,12 +41,12 @@ class LiveActivations(Source):
     train_rows = None  # not known before the texts have run out
 
     def __init__(
-        self, name: str, models: PairedModels, buffer_tokens: int, val_tokens: int, num_tokens: int, place: torch.device,
-        known: dict | None = None, keep: PairedDataset | None = None,
+        self, name: str, models: PairedModels, *, buffer_tokens: int, val_tokens: int, num_tokens: int,
+        buffer_device: torch.device, known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
         self.name, self.models, self.keep, self.d_model = name, models, keep, models.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
-        self.model_seconds = self.told_seconds = 0.0  # spent in filling the buffer, and how much of it `metrics` told
+        self.model_seconds = self.reported_seconds = 0.0  # of filling the buffer; until the last `metrics`
         models.start()
         if known is None:
             models.calibrate(min(CALIBRATION_ROWS, num_tokens), val_tokens)
@@ -55,11 +54,12 @@ class LiveActivations(Source):
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
         if keep is not None and not keep.pair:
             keep.begin(models)
-        self.windows, self.resumed = Windows(self, models.seed, buffer_tokens, "--text", "the texts"), None
-        half = self.windows.capacity
+        self.mixing = MixingBuffer(self, seed=models.seed, buffer_rows=buffer_tokens, flag="--text", contents="the texts")
+        self.resumed = None
+        half = self.mixing.capacity
         shape = (2 * half, 2, self.d_model)
-        pinned = place.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
-        self.buffer = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
+        pinned = buffer_device.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
+        self.buffer = torch.empty(shape, dtype=self.dtype, device=buffer_device, pin_memory=pinned)
         self.fills = [Fill(self.buffer[:half]), Fill(self.buffer[half:])]
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
@@ -67,7 +67,7 @@ class LiveActivations(Source):
         self.record = {"median_norm": models.median.tolist(), "fingerprints": models.fingerprints}
         self.record["held_out_until"] = models.held_out_until
 
-        self.sequence, self.ahead = 0, models.training_rows()  # as seek(None), but the texts stand there already
+        self.sequence, self.ahead = 0, models.training_rows()  # as seek(None), without starting the texts again
 
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
@@ -98,14 +98,14 @@ class LiveActivations(Source):
         return f"{self.name}: fills of {self.fill_rows:,} live rows"
 
     def state_dict(self, position: int) -> dict:
-        return self.windows.state_dict(position)
+        return self.mixing.state_dict(position)
 
     def load_state_dict(self, state: dict) -> None:
         self.resumed = state
 
     def metrics(self, seconds: float) -> dict[str, float]:
         """The share of the time in which the models filled the buffer."""
-        filling, self.told_seconds = self.model_seconds - self.told_seconds, self.model_seconds
+        filling, self.reported_seconds = self.model_seconds - self.reported_seconds, self.model_seconds
         return {"model_fraction": filling / seconds}
 
     def batches(
@@ -113,16 +113,16 @@ class LiveActivations(Source):
         shard: Shard = ALONE,
     ) -> Iterator[Batch]:  # fmt: skip
         """As `Source.batches`. Outliers are left out before rows come into the buffer, so none is dropped here."""
-        self.told_seconds = self.model_seconds
+        self.reported_seconds = self.model_seconds
         if self.resumed and position < stop:
-            self.windows.load_state_dict(self.resumed, position)
+            self.mixing.load_state_dict(self.resumed, position)
         while position < stop:
             wanted, parts = min(batch_size, stop - position), []
             while wanted:
-                places = torch.from_numpy(self.windows.take(position, wanted)).to(self.buffer.device)
-                parts.append(self.buffer[places].to(device))  # [rows, 2, d_model]; before a refill takes their place
-                position += len(places)
-                wanted -= len(places)
+                slots = torch.from_numpy(self.mixing.take(position, wanted)).to(self.buffer.device)
+                parts.append(self.buffer[slots].to(device))  # [rows, 2, d_model], copied before a refill overwrites them
+                position += len(slots)
+                wanted -= len(slots)
             x = torch.cat(parts) if len(parts) > 1 else parts[0]
             yield Batch(x, position, dropped, position - len(x), position - 1)
 
@@ -144,7 +144,7 @@ class LiveActivations(Source):
         if self.buffer.device.type == "cuda":
             torch.cuda.synchronize(self.buffer.device)
         self.model_seconds += time.perf_counter() - began
-        if self.windows.epoch == 0 and fill.passed:
+        if self.mixing.epoch == 0 and fill.passed:
             self.store("train", number, fill)
         self.sequence += len(fill.passed)
         return Refill(fill.n, self.sequence)
@@ -155,7 +155,7 @@ class LiveActivations(Source):
     # --- single rows, for the normalisation and the held-out metrics
 
     def sample_rows(self, count: int) -> np.ndarray:
-        return self.windows.first_rows(count)
+        return self.mixing.first_rows(count)
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
         """Write rows of "validation", or of the first fill while it is there, into out [n_models, rows, d_model]."""
@@ -193,9 +193,9 @@ def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
 
 
 def place_buffer(
-    models: PairedModels, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int, device: torch.device
+    models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int
 ) -> torch.device:
-    """Say what memory the run takes, and find the device where the buffer fits: that of the training, else the host.
+    """Print the memory that the run takes, and return the device where the buffer fits: that of the training, else the host.
 
     ValueError, with what to lower, if it does not fit.
     """

@@ -10,9 +10,10 @@ import torch
 from config import TrainConfig, model_flags
 from run.machine import say
 from sources.batches import fingerprints, limit_norms
+from sources.dataset_files import open_datasets
 from sources.planted import PlantedConcepts
 from sources.source import Source
-from sources.stored import open_pair, open_several, open_single
+from sources.stored import PairedActivations
 
 OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
 
@@ -31,18 +32,22 @@ def open_source(
         return open_live(given, config, device, known)
     if config.streaming:
         return open_streamed(given, config, known)
-    rest = ((config.base_column, config.ft_column), given.val_tokens, config.val_tokens, config.seed)
-    if config.dataset:
-        source = open_pair(config.dataset, *rest)
-    elif config.base_dataset:
-        source = open_single(config.base_dataset, config.ft_dataset, *rest)
-    elif config.model_dataset:
-        source = open_several(config.model_dataset, *rest)
-    else:
+    if not (named := named_datasets(config)):
         return PlantedConcepts(config.seed, config.val_tokens), config
+    opened = open_datasets(named, (config.base_column, config.ft_column))
+    source = PairedActivations(opened, given.val_tokens, config.val_tokens, config.seed)
     source.record = {"fingerprint": fingerprints(source)}
     leave_out_outliers(source, config, known)
     return source, config
+
+
+def named_datasets(config: TrainConfig) -> list[tuple[str, str]]:
+    """(flag, name) of the datasets of activations that the flags name."""
+    if config.dataset:
+        return [("--dataset", config.dataset)]
+    if config.base_dataset:
+        return [("--base-dataset", config.base_dataset), ("--ft-dataset", config.ft_dataset)]
+    return [("--model-dataset", name) for name in config.model_dataset]
 
 
 def leave_out_outliers(source: Source, config: TrainConfig, known: dict | None) -> None:
@@ -92,19 +97,20 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
     )  # fmt: skip
     if keep and not keep.pair:
         keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
-    place = place_buffer(models, config.buffer_tokens, config.val_tokens, config.d_hidden, config.batch_size, device)
+    lengths = {"buffer_tokens": config.buffer_tokens, "val_tokens": config.val_tokens}
+    where = place_buffer(models, device, **lengths, d_hidden=config.d_hidden, batch_size=config.batch_size)
     name = f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}"
-    lengths = (config.buffer_tokens, config.val_tokens, config.num_tokens)
-    return LiveActivations(name, models, *lengths, place, known, keep), config
+    lengths["num_tokens"] = config.num_tokens
+    return LiveActivations(name, models, **lengths, buffer_device=where, known=known, keep=keep), config
 
 
 def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -> tuple[Source, TrainConfig]:
     """Datasets read over the network as a source of rows. Arguments as for `open_source`."""
-    from sources.streamed import StreamedActivations, open_streams
+    from sources.streamed import StreamedActivations
 
-    named = (config.dataset, config.base_dataset, config.ft_dataset, config.model_dataset)
-    *streams, pair, revisions = open_streams(*named, (config.base_column, config.ft_column), known and known["revisions"])
-    rows = (pair or {}).get("rows", {})
+    columns = (config.base_column, config.ft_column)
+    opened = open_datasets(named_datasets(config), columns, streaming=True, revisions=known and known["revisions"])
+    rows = (opened.pair or {}).get("rows", {})
     length = config.num_tokens or rows.get("train", 0) * (config.epochs or 1)
     if not length or (given.epochs and "train" not in rows):
         raise ValueError("--streaming: the length of the streams is not known before their end, give --num-tokens")
@@ -113,9 +119,8 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -
     for name, least in (("val_tokens", 2), ("buffer_tokens", 4)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    singles = config.model_dataset or [config.base_dataset, config.ft_dataset]
-    name = config.dataset or " + ".join(singles)
-    source = StreamedActivations(name, *streams, rows, config.val_tokens, config.buffer_tokens, config.seed)
-    source.pair, source.record = pair, {"revisions": revisions, "fingerprint": fingerprints(source, ("validation",))}
+    lengths = {"val_tokens": config.val_tokens, "buffer_tokens": config.buffer_tokens}
+    source = StreamedActivations(opened, **lengths, seed=config.seed)
+    source.record["fingerprint"] = fingerprints(source, ("validation",))
     leave_out_outliers(source, config, known)
     return source, config

@@ -31,7 +31,7 @@ class PlantedConcepts(Source):
 
     Args:
         hard: as real models are. Frequencies have a long tail, exclusive concepts are active on only .05 % to 1 % of the
-            rows, concepts wake in groups of 8, amplitudes are lognormal, and two dimensions have a large mean.
+            rows, concepts become active in groups of 8, amplitudes are lognormal, and two dimensions have a large mean.
         offset: means ten times the activations' norm, two outlier dimensions, and a factor of 5 between the models.
         null: both models are the same one, so that nothing is exclusive.
     """
@@ -41,15 +41,9 @@ class PlantedConcepts(Source):
     train_rows = None  # endless: there are no epochs
 
     def __init__(
-        self,
-        seed: int = 0,
-        val_rows: int = 16_384,
-        n_concepts: int = 512,
-        d_model: int = 128,
-        hard: bool = False,
-        offset: bool = False,
-        null: bool = False,
-    ):
+        self, seed: int = 0, val_rows: int = 16_384, *, n_concepts: int = 512, d_model: int = 128,
+        hard: bool = False, offset: bool = False, null: bool = False,
+    ):  # fmt: skip
         self.seed, self.val_rows, self.d_model, self.hard = seed, val_rows, d_model, hard
         self.stored_scale, self.record = torch.ones(2), {}
         draw = torch.Generator().manual_seed(seed)
@@ -76,7 +70,7 @@ class PlantedConcepts(Source):
             tail = (tail / tail.sum() * n_concepts / 100).clamp_max(0.25)
             rare = 0.0005 * 20 ** torch.rand(2 * exclusive, generator=draw)  # .05 % to 1 %, uniform in the logarithm
             self.rate = torch.cat([rare[:exclusive].sort().values, rare[exclusive:].sort().values, tail])
-            self.group = torch.arange(n_concepts) // 8  # [n_concepts] neighbours, so of similar rates, wake together
+            self.group = torch.arange(n_concepts) // 8  # [n_concepts] neighbours (of similar rates) become active together
             most = torch.zeros(int(self.group[-1]) + 1).scatter_reduce(0, self.group, self.rate, "amax")
             self.awake_rate = (2 * most).clamp_max(1)  # [groups]
         if offset:
@@ -94,11 +88,11 @@ class PlantedConcepts(Source):
         return read_ahead(self, *args, **options)
 
     def order(self, position: int, count: int) -> np.ndarray:
-        """[count] the rows at these places of the stream: each place is its own row."""
+        """[count] the rows at these positions of the stream: row i is at position i."""
         return np.arange(position, position + count)
 
     def sample_rows(self, count: int) -> np.ndarray:
-        """At most `count` training rows to estimate statistics on; all rows are alike, so the first ones do, and few."""
+        """The first `count` training rows, at most 16,384: rows are drawn independently, so any of them will do."""
         return np.arange(min(count, 16_384))
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
@@ -161,9 +155,9 @@ class PlantedConcepts(Source):
             NaN where a world has no concept of a kind.
         """
         dead = dead.cpu()
-        kind_of = (
-            latents.classify(W_dec.detach().float().cpu().norm(dim=-1)) if kind_of is None else kind_of.cpu()
-        )  # [d_hidden]
+        if kind_of is None:
+            kind_of = latents.classify(W_dec.detach().float().cpu().norm(dim=-1))
+        kind_of = kind_of.cpu()  # [d_hidden]
         fit = self.fit(W_dec, dead)  # [n_concepts, d_hidden]
         best, latent = fit.max(dim=1)
         found, class_ok = best > RECOVERED, kind_of[latent] == self.kind

@@ -1,4 +1,4 @@
-"""What `train.py` may ask of its data, whatever kind it is: stored, streamed, live or planted."""
+"""The interface between train.py and its data, which is the same for stored, streamed, live and planted activations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ops.shard import ALONE, Shard
 
-BUFFERS = 6  # batches on the host: three filled ahead, two in the loop's hands, one in the hands of the thread that fills
-ANY_NORM = torch.finfo(torch.float32).max  # norm_limit of a source that leaves out no outliers; inf and NaN lie beyond it
+BUFFERS = 6  # batches in host memory: three filled ahead, two that the training loop holds, one being filled
+ANY_NORM = torch.finfo(torch.float32).max  # norm_limit of a source that leaves out no outliers; inf and NaN exceed it
 
 
 class Dropped(NamedTuple):
@@ -26,7 +26,7 @@ NONE_DROPPED = Dropped()
 
 
 class Batch(NamedTuple):
-    """One batch of the training stream, and where the stream stands after it."""
+    """One batch of the training stream, and the position of the stream after it."""
 
     x: Tensor  # [rows, n_models, d_model] stored values, on the device
     position: int  # rows of the stream used up so far, over all epochs
@@ -96,3 +96,8 @@ class Source(Protocol):
 
     def close(self) -> None:
         """The run had all its rows: finish what is kept of them."""
+
+
+def evenly_spaced(count: int, n: int) -> np.ndarray:
+    """At most `count` evenly spaced numbers from 0 to n - 1, ascending."""
+    return np.unique(np.linspace(0, n - 1, min(count, n)).astype(np.int64))

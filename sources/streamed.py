@@ -1,9 +1,9 @@
-"""Activations streamed from the Hub while training, so that no disk need hold them: mixed as `windows.py` says.
+"""Activations streamed from the Hub while training, without a copy on the disk, in the order of `mixing.py`.
 
-All models' datasets are read in lockstep, and rows are checked as they pass: widths, token columns, lengths. A fill has as
-many rows as half of the buffer. `datasets` tells where in a stream it stands, by shard and row; a resumed run goes there and
-reads two fills again. While the loop uses one window, a thread reads ahead as much as another fill. Of several processes each
-reads the whole stream.
+All models' datasets are read in lockstep, and widths, token columns and lengths of their rows are compared while reading. A
+fill has as many rows as half of the buffer. An IterableDataset gives its position by shard and row; a resumed run goes there
+and reads two fills again. While the training loop uses one window, a thread reads up to another fill ahead. Of several
+processes each reads the whole stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,47 +22,39 @@ from torch import Tensor
 from ops.shard import ALONE, Shard
 from run.machine import first_line, free_memory
 from sources.batches import read_ahead
-from sources.columns import Column, check_alignment
-from sources.dataset_files import newest_revision, open_dataset
+from sources.columns import aligned_columns
+from sources.dataset_files import ActivationDatasets
+from sources.mixing import MixingBuffer, Refill
 from sources.source import NONE_DROPPED, Batch, Dropped, Source
-from sources.stored import hub_pair_file, read_pair
-from sources.windows import Refill, Windows
 
 PIECE = 1024  # tokens that are taken from the stream together, or one sequence where rows are sequences
 
 
 class StreamedActivations(Source):
-    """A source of the same tokens' activations in several models, read over the network.
+    """Activations of several models at the same tokens, read over the network.
 
     Args:
-        name: what the plan of a run calls it.
-        parts: for each model (base first) its streamed splits, as `stored.open_dataset` gives them.
-        flags, names: of each model, the flag it was given by and the column of activations (None to find it).
-        stored_scale: [n_models] factor the stored values carry.
-        rows: {"train": rows, "validation": rows} as far as they are known.
+        opened: the streamed datasets.
         val_tokens: held-out rows: the first of the validation split or, without one, of the training rows.
         buffer_tokens: rows of the buffer, two fills.
 
     The mean and the scale are estimated on the first fill. ValueError, naming the flag, for what cannot be read or paired.
     """
 
-    def __init__(
-        self, name: str, parts, flags, names, stored_scale: Tensor, rows: dict, val_tokens: int, buffer_tokens: int, seed: int
-    ):
-        self.parts, self.flags, self.names, self.stored_scale, self.rows = parts, flags, names, stored_scale, rows
-        self.name, self.n_models, self.record = name, len(parts), {}
-        for part, flag in zip(parts, flags, strict=True):
-            if missing := set(parts[0]) ^ set(part):
-                raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
+    def __init__(self, opened: ActivationDatasets, *, val_tokens: int, buffer_tokens: int, seed: int):
+        self.opened, self.flags, self.stored_scale = opened, opened.flags, opened.stored_scale
+        self.name, self.n_models, self.pair = opened.name, len(opened.flags), opened.pair
+        self.rows = (opened.pair or {}).get("rows", {})  # of each split, as far as they are known
+        self.record = {"revisions": opened.revisions}
         first = next(self.tables("train", [None] * self.n_models, 1, 0), None)
         if first is None:
-            raise ValueError(f"{flags[0]}: the dataset is empty")
-        columns = self.columns(first[0], "train", 0)
+            raise ValueError(f"{self.flags[0]}: the dataset is empty")
+        columns = aligned_columns(first[0], opened.columns, opened.flags, "train")
         self.dtype = reduce(torch.promote_types, [c.dtype for c in columns])
         self.d_model, sequence = columns[0].d_model, len(columns[0])  # tokens in a row of the datasets, nearly always 1
         self.rows_at_once = PIECE if sequence == 1 else 1
-        self.windows = Windows(self, seed, buffer_tokens, flags[0], "the rows")
-        self.capacity, self.resumed = self.windows.capacity, None
+        self.mixing = MixingBuffer(self, seed=seed, buffer_rows=buffer_tokens, flag=self.flags[0], contents="the rows")
+        self.capacity, self.resumed = self.mixing.capacity, None
         self.pieces_ahead = max(1, self.capacity // max(PIECE, sequence))
         row = self.n_models * self.d_model * self.dtype.itemsize  # bytes
         if (needed := row * (buffer_tokens * 3 // 2 + val_tokens)) > (free := free_memory()):
@@ -75,17 +66,18 @@ class StreamedActivations(Source):
 
         self.ready, self.closed, self.thread = None, threading.Event(), None  # of the thread that reads ahead
         self.beginning = {"states": [None] * self.n_models, "row": 0, "skip": 0}
-        split = "validation" if "validation" in parts[0] else "train"
+        split = "validation" if "validation" in opened.splits[0] else "train"
         self.validation = self.hold_out(split, val_tokens)  # [n_models, val_rows, d_model]
         self.val_rows = self.validation.shape[1]
-        self.train_rows = rows.get("train") and rows["train"] - (self.val_rows if split == "train" else 0)  # None: not known
+        set_apart = self.val_rows if split == "train" else 0
+        self.train_rows = self.rows["train"] - set_apart if "train" in self.rows else None  # None: not known
         self.seek(None)
 
     # --- from the streams
 
     def tables(self, split: str, states: list, at_once: int, row: int) -> Iterator[tuple[list, list]]:
         """Arrow tables of the same rows of all models, and the states of the streams after them. row: number of the first."""
-        streams = [part[split].with_format("arrow") for part in self.parts]
+        streams = [splits[split].with_format("arrow") for splits in self.opened.splits]
         for stream, state in zip(streams, states, strict=True):
             if state:
                 stream.load_state_dict(state)
@@ -110,18 +102,11 @@ class StreamedActivations(Source):
             row += lengths[0]
             yield tables, [stream.state_dict() for stream in streams]
 
-    def columns(self, tables: list, split: str, row: int) -> list[Column]:
-        """The activations in tables of the same rows, checked against each other."""
-        columns = [Column(t, name, flag, row) for t, name, flag in zip(tables, self.names, self.flags, strict=True)]
-        for table, column, flag in list(zip(tables, columns, self.flags, strict=True))[1:]:
-            check_alignment(tables[0], table, [columns[0], column], (self.flags[0], flag), split, row)
-        return columns
-
     def pieces(self, split: str, start: dict) -> Iterator[tuple[Tensor, dict]]:
-        """What comes from `start` on: [n_models, rows, d_model] and where it begins. Of the first one `start` skips rows."""
+        """The rows from `start` on: [n_models, rows, d_model] and the position before them. `start["skip"]` is not applied."""
         states, row = start["states"], start["row"]
         for tables, after in self.tables(split, states, self.rows_at_once, row):
-            columns = self.columns(tables, split, row)
+            columns = aligned_columns(tables, self.opened.columns, self.flags, split, row)
             if columns[0].d_model != self.d_model:
                 raise ValueError(f"{self.flags[0]}: row {row} has {columns[0].d_model} values, the first row {self.d_model}")
             x = torch.empty(self.n_models, len(columns[0]), self.d_model, dtype=self.dtype)
@@ -153,8 +138,8 @@ class StreamedActivations(Source):
     def seek(self, start: dict | None) -> None:
         start = start or self.beginning
         self.stream, self.ended = self.pieces("train", start), False
-        self.x, self.where, self.used = self.buffer[:, :0], start, 0  # the piece in hand, and how much of it is in the buffer
-        self.skip = start["skip"]  # rows of the first piece
+        self.x, self.where, self.used = self.buffer[:, :0], start, 0  # the last piece read, and its rows that are in the buffer
+        self.skip = start["skip"]  # rows of the first piece that are passed over
         if self.ready:
             self.start_reading()
 
@@ -171,7 +156,7 @@ class StreamedActivations(Source):
             n, self.used = n + part.shape[1], self.used + part.shape[1]
         if number == 0 and n < 2:
             raise ValueError(f"{self.flags[0]}: gives no two rows to train on; give more, or lower --val-tokens")
-        some = self.buffer[:, half : half + n, :8].contiguous()  # values that tell one row from another
+        some = self.buffer[:, half : half + n, :8].contiguous()  # enough values to tell two rows apart
         return Refill(n, self.where | {"skip": self.used + self.skip}, zlib.crc32(some.view(torch.uint8).numpy()))
 
     def end_epoch(self) -> None:
@@ -180,10 +165,10 @@ class StreamedActivations(Source):
     # --- reading ahead
 
     def next_piece(self) -> tuple[Tensor, dict] | None:
-        """The next piece, of the thread where it runs; None at the end of the stream."""
+        """The next piece, from the thread if it runs; None at the end of the stream."""
         item = None if self.ended else self.ready.get() if self.ready else next(self.stream, None)
         if self.closed.is_set():
-            raise RuntimeError("the stream was closed")  # ends the thread of read_ahead; nothing waits for its batches any more
+            raise RuntimeError("the stream was closed")  # ends the thread of read_ahead, whose batches are not used any more
         if isinstance(item, BaseException):
             raise item
         self.ended = item is None
@@ -205,17 +190,17 @@ class StreamedActivations(Source):
         self.thread.start()
 
     def stop_reading(self) -> None:
-        """End the thread, and let nobody wait for it."""
+        """End the thread, and wake who waits in `next_piece`."""
         self.closed.set()
-        for _ in range(50):  # a network that hangs must not keep the run from leaving
+        for _ in range(50):  # at most 5 seconds: the run must be able to end while the network hangs
             running = self.thread.is_alive()
             while not self.ready.empty():
-                self.ready.get_nowait()  # it may wait for room
+                self.ready.get_nowait()  # the thread may wait for room in the queue
             if not running:
                 break
             self.thread.join(0.1)
-        with suppress(queue.Full):  # then there is a piece
-            self.ready.put_nowait(None)  # for whoever waits for one
+        with suppress(queue.Full):  # a full queue wakes the waiting thread as well
+            self.ready.put_nowait(None)
 
     # --- what batches and the held-out metrics read
 
@@ -224,10 +209,11 @@ class StreamedActivations(Source):
         return f"{self.name}: {rows}streamed in fills of {self.capacity:,} rows"
 
     def host_bytes(self, batch_size: int) -> dict[str, int]:
-        return super().host_bytes(batch_size) | {"buffer_tokens": self.buffer.nbytes}  # taken when it is filled
+        # the operating system gives the buffer's memory only when it is written
+        return super().host_bytes(batch_size) | {"buffer_tokens": self.buffer.nbytes}
 
     def state_dict(self, position: int) -> dict:
-        return self.windows.state_dict(position)
+        return self.mixing.state_dict(position)
 
     def load_state_dict(self, state: dict) -> None:
         self.resumed = state
@@ -237,54 +223,28 @@ class StreamedActivations(Source):
         shard: Shard = ALONE,
     ) -> Iterator[Batch]:  # fmt: skip
         if self.resumed and position < stop:
-            self.windows.load_state_dict(self.resumed, position)
+            self.mixing.load_state_dict(self.resumed, position)
         self.start_reading()
         stream = read_ahead(self, batch_size, stop, device, position, dropped, shard)
         try:
-            for batch in stream:  # noqa: UP028 - `yield from` would close the stream first, and that may wait for a piece
+            for batch in stream:  # noqa: UP028 - `yield from` would close `stream` before stop_reading, which may hang
                 yield batch
         finally:
             self.stop_reading()
             stream.close()
 
     def order(self, position: int, count: int) -> np.ndarray:
-        """[<= count] training rows, ascending, at these places of the stream. Goes on from the last call."""
-        places = self.windows.take(position, count)
-        half, place = divmod(places, self.capacity)
-        fill = self.windows.window - (half != self.windows.window % 2)  # of each row
-        return np.sort(fill * self.capacity + place)
+        """[<= count] training rows, ascending, at these positions of the stream. Goes on from the last call."""
+        half, row = divmod(self.mixing.take(position, count), self.capacity)
+        fill = self.mixing.window - (half != self.mixing.window % 2)  # of each row
+        return np.sort(fill * self.capacity + row)
 
     def sample_rows(self, count: int) -> np.ndarray:
-        return self.windows.first_rows(count)
+        return self.mixing.first_rows(count)
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
         """Write rows of "validation", or training rows while the buffer holds them, into out [n_models, rows, d_model]."""
         values = self.validation if split == "validation" else self.buffer
-        places = torch.from_numpy(rows if split == "validation" else rows % (2 * self.capacity))
-        for mine, x in zip(values, out, strict=True):
-            torch.index_select(mine, 0, places, out=x)
-
-
-def open_streams(dataset, base_dataset, ft_dataset, model_dataset, columns, revisions: list | None):
-    """The datasets of the flags of these names, as StreamedActivations wants them.
-
-    revisions: commits of the datasets on the Hub when the run began, None for their newest.
-
-    Returns:
-        parts, flags, names, stored_scale [n_models], what pair.json says or None, and the revisions
-    """
-    if dataset and Path(dataset).expanduser().exists():
-        raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
-    if dataset:
-        revisions = revisions or [newest_revision(dataset, "--dataset")]
-        parts = [open_dataset(f"{dataset}:{part}", "--dataset", True, revisions[0]) for part in ("base", "ft")]
-        pair = read_pair(dataset, hub_pair_file(dataset, revisions[0]))
-        stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
-        return parts, ["--dataset"] * 2, list(columns), stored_scale, pair, revisions
-    given, flags = [base_dataset, ft_dataset], ["--base-dataset", "--ft-dataset"]
-    if model_dataset:
-        given, flags, columns = model_dataset, [f"--model-dataset {d}" for d in model_dataset], columns[:1] * len(model_dataset)
-    short = [flag.split()[0] for flag in flags]
-    revisions = revisions or [newest_revision(name, flag) for name, flag in zip(given, short, strict=True)]
-    parts = [open_dataset(name, flag, True, r) for name, flag, r in zip(given, short, revisions, strict=True)]
-    return parts, flags, list(columns), torch.ones(len(given)), None, revisions
+        slots = torch.from_numpy(rows if split == "validation" else rows % (2 * self.capacity))
+        for of_model, x in zip(values, out, strict=True):
+            torch.index_select(of_model, 0, slots, out=x)

@@ -19,8 +19,9 @@ from processes import Started
 from safetensors.torch import load_file
 
 from run import checkpoint
-from sources.stored import hold_out_first, open_single
-from sources.streamed import StreamedActivations, open_streams
+from sources.dataset_files import open_datasets
+from sources.stored import open_single
+from sources.streamed import StreamedActivations
 
 SIZES = [(1700, 300), (50, 50), (2300, 1111), (999, 64)]  # rows of each file and of its row groups
 MODELS = ("base", "ft")
@@ -58,8 +59,9 @@ def data(tmp_path_factory) -> tuple[str, str]:
 
 
 def open_(base: str, ft: str, buffer: int = BUFFER) -> StreamedActivations:
-    *streams, rows, _ = open_streams(None, base, ft, [], (None, None), None)
-    return StreamedActivations("rows", *streams, rows, HELD_OUT, buffer, seed=0)
+    named = [("--base-dataset", base), ("--ft-dataset", ft)]
+    opened = open_datasets(named, (None, None), streaming=True)
+    return StreamedActivations(opened, val_tokens=HELD_OUT, buffer_tokens=buffer, seed=0)
 
 
 def keys(rows: np.ndarray) -> list[bytes]:
@@ -148,7 +150,7 @@ def test_held_out_rows_come_from_the_validation_split_and_analysis_finds_them(da
     assert np.array_equal(source.validation.numpy(), x[:, :HELD_OUT])
     # without one, the analysis of a streamed run holds out the rows that the run did
     stored = open_single(*data, (None, None), HELD_OUT, 0, 0)
-    hold_out_first(stored)
+    stored.hold_out_first()
     out = torch.empty(2, HELD_OUT, D_MODEL)
     stored.gather("validation", np.arange(HELD_OUT), out)
     assert torch.equal(out, open_(*data).validation)
