@@ -129,9 +129,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
             out = losses_and_gradients(crosscoder, x, config.micro_batch_size, l1_coeff, config.aux_coeff, dead, k)
 
             grad_norm = norm_of_gradient(crosscoder)
-            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(
-                1
-            )  # gradient clipping: fused Adam divides by grad_scale
+            # Gradient clipping: fused Adam divides the gradient by grad_scale.
+            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

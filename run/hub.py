@@ -13,6 +13,8 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
+from run.machine import first_line
+
 FLAG = "--push-to-hub"
 
 
@@ -26,7 +28,7 @@ def open_repository(name: str, kind: str) -> None:
     try:
         HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)
     except Exception as error:  # noqa: BLE001 - refusals, broken connections and its HTTP library's own, by many names
-        raise ValueError(f"{FLAG} {name}: {reason(error)}; log in with `hf auth login`, or leave the flag out") from None
+        raise ValueError(f"{FLAG} {name}: {first_line(error)}; log in with `hf auth login`, or leave the flag out") from None
 
 
 def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> None:
@@ -40,7 +42,7 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
         HfApi().create_commit(name, operations, commit_message="Crosscoder")
     except Exception as error:  # noqa: BLE001 - as above
         again = f"python train.py --resume {run} {FLAG} {name}"
-        raise ValueError(f"{FLAG} {name}: {reason(error)}; the run is complete in {run}, try again with {again}") from None
+        raise ValueError(f"{FLAG} {name}: {first_line(error)}; the run is complete in {run}, try again with {again}") from None
     print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
 
 
@@ -54,14 +56,8 @@ def push_dataset(name: str, out: Path, pair: dict) -> None:
             repo_id=name, folder_path=out, repo_type="dataset", allow_patterns=patterns, commit_message="Activations"
         )
     except Exception as error:  # noqa: BLE001 - as above
-        raise ValueError(f"{FLAG} {name}: {reason(error)}; {out} is complete, the same command tries again") from None
+        raise ValueError(f"{FLAG} {name}: {first_line(error)}; {out} is complete, the same command tries again") from None
     print(f"pushed to {name}: python train.py --dataset {name}")
-
-
-def reason(error: Exception) -> str:
-    """The first line of what the Hub said."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 # --- cards

@@ -10,10 +10,11 @@ import shlex
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
+
+import torch
 
 from ops.shard import Shard
 from run import checkpoint
@@ -195,7 +196,4 @@ def code_version() -> dict[str, str | None]:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    try:
-        return {"commit": commit, "torch": version("torch")}
-    except PackageNotFoundError:
-        return {"commit": commit, "torch": None}
+    return {"commit": commit, "torch": torch.__version__}

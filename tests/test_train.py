@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     head = subprocess.run(
         ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    assert config["code"]["torch"] == version("torch")
+    assert config["code"]["torch"] == torch.__version__
     commit = config["code"]["commit"]  # None in a copy without its history
     assert head.startswith(commit.removesuffix("-dirty")) if head else commit is None
     assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None
