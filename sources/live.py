@@ -33,7 +33,7 @@ class LiveActivations(Source):
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
         num_tokens: length of the run; the calibration reads no more rows than that.
         known: what `record` and the widths were when the run began; None for a fresh run.
-        keep: paired dataset that the first epoch is written to.
+        keep: unfinished paired dataset that the first epoch is written to.
     """
 
     n_models = 2
@@ -44,7 +44,8 @@ class LiveActivations(Source):
         self, name: str, models: PairedModels, *, buffer_tokens: int, val_tokens: int, num_tokens: int,
         buffer_device: torch.device, known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
-        self.name, self.models, self.keep, self.d_model = name, models, keep, models.d_model
+        self.name, self.models, self.keep = name, models, keep
+        self.d_model = models.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = self.reported_seconds = 0.0  # of filling the buffer; until the last `metrics`
         models.start()
@@ -52,7 +53,7 @@ class LiveActivations(Source):
             models.calibrate(min(CALIBRATION_ROWS, num_tokens), val_tokens)
         else:
             models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
-        if keep is not None and not keep.pair:
+        if keep:
             keep.begin(models)
         self.mixing = MixingBuffer(self, seed=models.seed, buffer_rows=buffer_tokens, flag="--text", contents="the texts")
         self.resumed = None
@@ -87,7 +88,7 @@ class LiveActivations(Source):
             put_away()
         if not kept:
             raise ValueError("--text: gives too few sequences to hold one out; give more text, or lower --seq-len")
-        if self.keep is not None and not self.keep.pair:
+        if self.keep:
             self.keep.progress["held_out_complete"] = True
             self.keep.save_progress()
         return torch.cat(kept)
@@ -166,7 +167,7 @@ class LiveActivations(Source):
 
     def store(self, split: str, shard: int, fill: Fill) -> None:
         """Write a fill as the given shard, unless it is there already."""
-        if self.keep is None or self.keep.pair or shard < (there := self.keep.progress["shards"][split]):
+        if self.keep is None or shard < (there := self.keep.progress["shards"][split]):
             return
         if shard > there:
             raise ValueError(
@@ -177,9 +178,10 @@ class LiveActivations(Source):
 
     def close(self) -> None:
         """Make what was kept a complete dataset."""
-        if self.keep is not None and not self.keep.pair:
+        if self.keep:
             rows = self.keep.finish(self.models)["rows"]
             tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
+            self.keep = None
 
 
 def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from config import TrainConfig, model_flags
-from run.machine import say
+from run.machine import say, usable_device
 from sources.batches import fingerprints, limit_norms
 from sources.dataset_files import open_datasets
 from sources.planted import PlantedConcepts
@@ -71,7 +71,6 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
     """The two models as a source of rows. Arguments as for `open_source`."""
     from collecting.paired_dataset import PairedDataset
     from collecting.paired_rows import PairedModels, drawn_together
-    from run.machine import usable_device
     from sources.live import LiveActivations, place_buffer, rows_of_a_fill
 
     drawn = drawn_together(config.model_batch_size, config.pack)
@@ -89,13 +88,14 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
             )
         if keep.pair:
             say(f"kept     {keep.out} is complete and stays as it is")
+            keep = None
     names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
         **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
         devices=[usable_device(name or str(device), flag) for name, flag in names],
         known=known and known.get("fingerprints", {}),
     )  # fmt: skip
-    if keep and not keep.pair:
+    if keep:
         keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
     lengths = {"buffer_tokens": config.buffer_tokens, "val_tokens": config.val_tokens}
     where = place_buffer(models, device, **lengths, d_hidden=config.d_hidden, batch_size=config.batch_size)
@@ -119,8 +119,7 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -
     for name, least in (("val_tokens", 2), ("buffer_tokens", 4)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    lengths = {"val_tokens": config.val_tokens, "buffer_tokens": config.buffer_tokens}
-    source = StreamedActivations(opened, **lengths, seed=config.seed)
+    source = StreamedActivations(opened, val_tokens=config.val_tokens, buffer_tokens=config.buffer_tokens, seed=config.seed)
     source.record["fingerprint"] = fingerprints(source, ("validation",))
     leave_out_outliers(source, config, known)
     return source, config

@@ -44,8 +44,8 @@ class PlantedConcepts(Source):
         self, seed: int = 0, val_rows: int = 16_384, *, n_concepts: int = 512, d_model: int = 128,
         hard: bool = False, offset: bool = False, null: bool = False,
     ):  # fmt: skip
-        self.seed, self.val_rows, self.d_model, self.hard = seed, val_rows, d_model, hard
-        self.stored_scale, self.record = torch.ones(2), {}
+        self.seed, self.val_rows, self.d_model = seed, val_rows, d_model
+        self.hard, self.stored_scale, self.record = hard, torch.ones(2), {}
         draw = torch.Generator().manual_seed(seed)
         exclusive = 0 if null else n_concepts // 20  # 5 % for each model
         self.kind = torch.full((n_concepts,), SHARED)

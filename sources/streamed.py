@@ -166,7 +166,9 @@ class StreamedActivations(Source):
 
     def next_piece(self) -> tuple[Tensor, dict] | None:
         """The next piece, from the thread if it runs; None at the end of the stream."""
-        item = None if self.ended else self.ready.get() if self.ready else next(self.stream, None)
+        item = None
+        if not self.ended:
+            item = self.ready.get() if self.ready else next(self.stream, None)
         if self.closed.is_set():
             raise RuntimeError("the stream was closed")  # ends the thread of read_ahead, whose batches are not used any more
         if isinstance(item, BaseException):
