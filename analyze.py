@@ -246,7 +246,7 @@ def open_models(config: AnalyzeConfig, data: Data, device: torch.device, notes: 
         role = flag[2:].removesuffix("-model")  # base or ft
         revision = data.pair.get(f"{role}_revision") if data.pair and data.pair.get(f"{role}_model") == name else None
         adapter = config.ft_adapter if role == "ft" else None
-        models.append(lm.load_model(name, config.model_dtype, str(device), flag, revision, adapter))
+        models.append(lm.load_model(name, config.model_dtype, str(device), flag, revision=revision, adapter=adapter))
         found.append(lm.parse_hook(models[-1], one, hook_flag if config.ft_hook else "--hook"))
         if (width := lm.probe_hook(models[-1], found[-1], hook_flag)) != data.source.d_model:
             raise ValueError(
@@ -276,7 +276,7 @@ def open_tokenizer(config: AnalyzeConfig, data: Data, notes: list[str]):
 def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Data, table: dict, tokenizer) -> dict:
     """What the models lose by the reconstruction, and what sets of latents carry over; see patching.py."""
     from analysis import patching
-    from collecting import language_model as lm
+    from collecting.chat import answer_marker
 
     pair = data.pair or {}
     live, tags = ~table["dead"], table["tag"]
@@ -294,7 +294,7 @@ def patch_models(config: AnalyzeConfig, models, crosscoder: CrossCoder, data: Da
     skip_first, ratio = pair.get("skip_first", 1), pair.get("max_norm_ratio", float("inf"))
     rule = patching.Rule(skip_first, tuple(ratio * m for m in pair.get("median_norm", (float("inf"),) * 2)))
     sequences = list(patching.take_sequences(data.text, data.text.rows, config.patch_tokens))
-    marker = lm.answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
+    marker = answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
     first, first_rule = patching.first_tokens(sequences, marker, skip_first)
     total = sum(map(len, sequences))
     with progress_bar("patching", total) as bar:

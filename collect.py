@@ -20,8 +20,7 @@ import dataclasses
 import itertools
 import json
 import shlex
-import signal
-import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,36 +28,42 @@ import numpy as np
 import torch
 
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, Fill, PairedModels
+from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, GatheredRows, PairedModels, Rows
 from run import hub
-from run.machine import progress_bar, size_text, usable_device
+from run.machine import progress_bar, run_entry, size_text, usable_device
 
 MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
 UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart
 
 
 def main(config: CollectConfig) -> None:
-    signal.signal(signal.SIGTERM, stop_on_sigterm)
     check_numbers(config)
     out = Path(config.output).expanduser()
     recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNSAVED}
     dataset = PairedDataset(out, recipe, "--output")
-    progress = dataset.progress
     if config.push_to_hub:
         hub.open_repository(config.push_to_hub, "dataset")
     if dataset.pair:
-        print(f"{out} is complete ({progress['rows']['train']:,} training rows); train on it: python train.py --dataset {out}")
-        return hub.push_dataset(config.push_to_hub, out, dataset.pair) if config.push_to_hub else None
+        n_rows = dataset.progress["rows"]["train"]
+        print(f"{out} is complete ({n_rows:,} training rows); train on it: python train.py --dataset {out}")
+    else:
+        collect(config, dataset)
+    if config.push_to_hub:
+        hub.push_dataset(config.push_to_hub, out, dataset.pair)
+
+
+def collect(config: CollectConfig, dataset: PairedDataset) -> None:
+    """Run the models over the texts from where the dataset ends, and complete it."""
+    progress = dataset.progress
     devices = [
-        usable_device(name, flag) if name else usable_device(config.device, "--device")
+        usable_device(name or config.device, flag if name else "--device")
         for name, flag in ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
     ]
     models = PairedModels(
         **model_flags(config), batch_size=config.batch_size, dtype=config.dtype, devices=devices, seed=config.seed,
         known=progress["fingerprints"],
     )  # fmt: skip
-    rows_left = config.num_tokens - sum(progress["rows"].values())
-    row_bytes = dataset.require_room(rows_left, models.d_model)
+    row_bytes = dataset.require_room(config.num_tokens - sum(progress["rows"].values()), models.d_model)
 
     # --- outlier limit and scale, from the first rows
     models.start(progress["sequences"])
@@ -70,51 +75,51 @@ def main(config: CollectConfig) -> None:
     base, ft = models.median
     print(f"median norm: base {base:.4g}, ft {ft:.4g}; rows above {config.max_norm_ratio:g} times are left out")
 
-    # --- held-out rows, then those to train on
-    shard_rows = min(config.shard_rows, max(MIN_SHARD_ROWS, config.num_tokens // 20))  # which a kill costs
-    capacity = min(shard_rows + models.drawn * config.seq_len, rows_left)
+    write_rows(config, models, dataset, row_bytes)
+    if not sum(progress["rows"].values()):
+        raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
+    print_summary(dataset.out, config, dataset.finish(models))
+
+
+def write_rows(config: CollectConfig, models: PairedModels, dataset: PairedDataset, row_bytes: int) -> None:
+    """Write the held-out rows, then those to train on, while the models compute the next shard. row_bytes: of both models."""
+    progress, stored = dataset.progress, sum(dataset.progress["rows"].values())
+    shard_rows = min(config.shard_rows, max(MIN_SHARD_ROWS, config.num_tokens // 20))  # lost when the process is killed
+    capacity = min(shard_rows + models.drawn * config.seq_len, config.num_tokens - stored)
     shape, dtype = (capacity, 2, models.d_model), getattr(torch, config.dtype)
-    fills = [Fill(torch.empty(shape, dtype=dtype)) for _ in range(2)]  # the models fill one while the other is written
-    bar = progress_bar(None, config.num_tokens, initial=config.num_tokens - rows_left, leave=True, delay=0)
+    filling, written = (GatheredRows(torch.empty(shape, dtype=dtype)) for _ in range(2))
+    writing: Future = Future()  # of the shard before
+    writing.set_result(None)
 
     def write(split: str) -> None:
-        nonlocal writing
-        writing.result()  # of the shard before; what went wrong with it is raised here
-        writing = writer.submit(dataset.write_shard, split, fills[0], models.held_out_until)
-        fills.reverse()
-        fills[0].clear()
+        nonlocal filling, written, writing
+        writing.result()  # raises what went wrong with it
+        filling, written = written, filling
+        writing = writer.submit(dataset.write_shard, split, written, models.held_out_until)
+        filling.clear()
 
-    def write_all(split: str, batches) -> None:
-        nonlocal rows_left
-        while rows_left > 0 and (rows := next(batches, None)):
-            taken = fills[0].add(rows, most=rows_left)
-            rows_left -= taken
-            bar.set_postfix_str(size_text((config.num_tokens - rows_left) * row_bytes), refresh=False)
+    def write_all(split: str, batches: Iterator[Rows]) -> None:
+        nonlocal stored
+        while stored < config.num_tokens and (rows := next(batches, None)):
+            taken = filling.add(rows, most=config.num_tokens - stored)
+            stored += taken
+            bar.set_postfix_str(size_text(stored * row_bytes), refresh=False)
             bar.update(taken)
-            if fills[0].n >= shard_rows:
+            if filling.n >= shard_rows:
                 write(split)
-        if split == "train":  # tokens/ holds every sequence that has rows
-            fills[0].passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
-        if fills[0].n or fills[0].passed:
+        if split == "train":  # tokens/ holds every sequence that has rows, also held-out ones behind the last training row
+            filling.passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
+        if filling.n or filling.passed:
             write(split)
         writing.result()
 
-    writing: Future = Future()
-    writing.set_result(None)
-    with bar, ThreadPoolExecutor(1) as writer:
+    with progress_bar(None, config.num_tokens, initial=stored, leave=True, delay=0) as bar, ThreadPoolExecutor(1) as writer:
         models.held_out_until = progress["held_out_until"]
         if not progress["held_out_complete"]:
             write_all("validation", models.held_out(val_tokens(config), so_far=progress["rows"]["validation"]))
             progress["held_out_complete"] = True
             dataset.save_progress()
         write_all("train", models.training_rows())
-
-    # --- what was made
-    if not sum(progress["rows"].values()):
-        raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
-    print_summary(out, config, dataset.finish(models))
-    if config.push_to_hub:
-        hub.push_dataset(config.push_to_hub, out, dataset.pair)
 
 
 def val_tokens(config: CollectConfig) -> int:
@@ -169,15 +174,5 @@ def what_is_kept(config: CollectConfig) -> str:
     return f"{rows:,} of {config.num_tokens:,} rows are kept in complete shards, and the same command goes on from there"
 
 
-def stop_on_sigterm(*_) -> None:
-    raise KeyboardInterrupt("SIGTERM")
-
-
 if __name__ == "__main__":
-    try:
-        main(CONFIG)
-    except (ValueError, OSError) as error:
-        sys.exit(f"collect.py: error: {error}")
-    except KeyboardInterrupt as stop:
-        print(f"\ncollect.py: stopped; {what_is_kept(CONFIG)}", file=sys.stderr)
-        sys.exit(143 if stop.args else 130)
+    run_entry("collect.py", main, CONFIG, stopped=what_is_kept)

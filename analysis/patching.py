@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
 
 def answer_starts(ids: np.ndarray, marker: tuple[list[int], list[int]]) -> list[int]:
-    """Where in a sequence of token ids each answer of a chat begins. marker: as `language_model.answer_marker` gives it."""
+    """Where in a sequence of token ids each answer of a chat begins. marker: as `chat.answer_marker` gives it."""
     before, space = (np.array(part, dtype=ids.dtype) for part in marker)
     if len(ids) < len(before):
         return []

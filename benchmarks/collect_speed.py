@@ -66,10 +66,10 @@ def take_turns(models: list, folder: Path, batches: int, device: torch.device) -
     """Seconds of a batch, the bare pass's and the collection's, each over so many."""
     original, bare_seconds, began = language_model.paired_activations, [], []
 
-    def after_a_bare_pass(*args):
+    def after_a_bare_pass(*args, **settings):
         bare_seconds.append(bare(models, device))
         began.append(time.perf_counter())
-        return original(*args)
+        return original(*args, **settings)
 
     language_model.paired_activations = after_a_bare_pass
     rows = (batches + 1) * BATCH * LENGTH  # the last batch is not counted: what follows it is the end of the collection

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from run.machine import first_line
+from run.machine import first_line, library_errors
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -27,8 +27,8 @@ QUANTIZED = ("int8", "nf4")  # of --model-dtype
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
-class PairedRows(NamedTuple):
-    """Activations of two models at the same tokens; one row a token."""
+class RawRows(NamedTuple):
+    """Activations of two models at the same tokens, one row a token, before any is left out or scaled."""
 
     base: torch.Tensor  # [rows, d_model], in the base model's precision and on its device
     ft: torch.Tensor  # [rows, d_model], in the fine-tuned model's precision and on its device
@@ -42,7 +42,7 @@ class PairedRows(NamedTuple):
 
 
 @lru_cache
-def model_name(name: str, flag: str, revision: str | None = None) -> str:
+def model_path(name: str, flag: str, revision: str | None = None) -> str:
     """The name with `~` expanded. ValueError if it is neither a folder nor a model or adapter on the Hub.
 
     The Hub is asked once, where the libraries that load models try six times for each file, and not for what is in the cache.
@@ -52,14 +52,10 @@ def model_name(name: str, flag: str, revision: str | None = None) -> str:
         return path
     if os.path.isabs(path) or name.startswith(("./", "../")) or name.count("/") > 1:
         raise ValueError(f"{flag} {name}: there is no such folder; give a Hugging Face id or the folder of a saved model")
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE and commit(name, revision) is None:
+    if not huggingface_hub.constants.HF_HUB_OFFLINE and cached_commit(name, revision) is None:
+        fault = f"{flag} {name}: is no folder here, and the Hub does not give it as a model"
+        with library_errors(fault, "check the name and the network"):
             huggingface_hub.HfApi().repo_info(name, revision=revision, timeout=30)
-    except Exception as error:  # refusals, broken connections and its HTTP library's own, by many names
-        raise ValueError(
-            f"{flag} {name}: is no folder here, and the Hub does not give it as a model ({first_line(error)}); "
-            "check the name and the network"
-        ) from None
     return path
 
 
@@ -78,7 +74,7 @@ def load_model(
     quantise the weights by bitsandbytes, the rest is bfloat16. revision: branch, tag or commit on the Hub. adapter: peft
     adapter (id or folder) that is merged into the weights. ValueError (naming `flag`) if it cannot be loaded.
     """
-    path = model_name(name, flag, revision)
+    path = model_path(name, flag, revision)
     if revision and os.path.isdir(path):
         raise ValueError(f"{flag.replace('model', 'revision')} {revision}: {flag} {name} is a folder, which has no revisions")
     if is_adapter(path):
@@ -86,22 +82,11 @@ def load_model(
             f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter and leave --ft-model out"
         )
     try:
-        options = {"dtype": getattr(torch, "bfloat16" if dtype in QUANTIZED else dtype), "revision": revision or "main"}
-        config = transformers.AutoConfig.from_pretrained(path, revision=options["revision"])
-        if dtype in QUANTIZED:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )  # fmt: skip
-        quantized = dtype in QUANTIZED or hasattr(config, "quantization_config")
-        if quantized:
-            options["device_map"] = device  # it cannot be moved later; needs accelerate, as quantisation does anyway
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except ImportError as error:  # a quantised model names the package that it needs
+        remedy = "give a causal language model's Hugging Face id or folder"
+        with library_errors(f"{flag} {name}: cannot be loaded", remedy, (OSError, ValueError)):
+            model, quantized = load_weights(path, dtype, device, revision or "main")
+    except ImportError as error:  # it names the package that a quantised model needs
         raise ValueError(f"{flag} {name}: {first_line(error)}") from None
-    except (OSError, ValueError) as error:
-        hint = "give a causal language model's Hugging Face id or folder"
-        raise ValueError(f"{flag} {name}: cannot be loaded ({first_line(error)}); {hint}") from None
     if adapter and quantized:
         raise ValueError(f"--ft-adapter {adapter}: is merged into unquantised weights; give --model-dtype bfloat16")
     if adapter:
@@ -119,6 +104,21 @@ def load_model(
     return nnsight.NNsight(model.eval())
 
 
+def load_weights(path: str, dtype: str, device: str, revision: str) -> tuple[transformers.PreTrainedModel, bool]:
+    """The model, and whether it is quantised; then it is on the device already, and cannot be moved."""
+    options = {"dtype": getattr(torch, "bfloat16" if dtype in QUANTIZED else dtype), "revision": revision}
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    if dtype in QUANTIZED:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    quantized = dtype in QUANTIZED or hasattr(config, "quantization_config")
+    if quantized:
+        options["device_map"] = device  # needs accelerate, as quantisation does anyway
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options), quantized
+
+
 def is_adapter(path: str) -> bool:
     """Whether a folder holds a peft adapter and not a whole model."""
     adapter, model = (os.path.isfile(os.path.join(path, name)) for name in ("adapter_config.json", "config.json"))
@@ -129,32 +129,26 @@ def merge_adapter(
     model: transformers.PreTrainedModel, adapter: str, flag: str = "--ft-adapter"
 ) -> transformers.PreTrainedModel:
     """The model with a peft adapter (id or folder) added to its weights, in their precision. ValueError naming `flag`."""
-    path = model_name(adapter, flag)
+    path = model_path(adapter, flag)
     try:
         import peft
     except ImportError:
         raise ValueError(f"{flag} {adapter}: adapters need peft; `pip install peft`") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("error", ".*missing adapter keys")  # else it would go on without them
-            return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, UserWarning) as error:
-        raise ValueError(
-            f"{flag} {adapter}: cannot be merged into its model ({first_line(error)}); give an adapter that was trained on "
-            "--ft-model (without --ft-model: on --base-model)"
-        ) from None
+    remedy = "give an adapter that was trained on --ft-model (without --ft-model: on --base-model)"
+    kinds = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, UserWarning)
+    with library_errors(f"{flag} {adapter}: cannot be merged into its model", remedy, kinds), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("error", ".*missing adapter keys")  # peft would leave those weights out
+        return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
 
 
 def load_tokenizer(name: str, flag: str, revision: str | None = None):
     """The tokenizer of a model, or None where its folder holds none. ValueError if it cannot be loaded."""
-    path = model_name(name, flag, revision)
+    path = model_path(name, flag, revision)
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, file)) for file in TOKENIZER_FILES):
         return None
-    try:
+    with library_errors(f"{flag} {name}: its tokenizer cannot be loaded", kinds=(OSError, ValueError, ImportError)):
         return transformers.AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{flag} {name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def load_paired_tokenizer(base_name: str, ft_name: str, base_revision=None, ft_revision=None, ft_adapter: str | None = None):
@@ -164,7 +158,7 @@ def load_paired_tokenizer(base_name: str, ft_name: str, base_revision=None, ft_r
     """
     base = load_tokenizer(base_name, "--base-model", base_revision)
     ft = None
-    if ft_adapter and os.path.isdir(path := model_name(ft_adapter, "--ft-adapter")):
+    if ft_adapter and os.path.isdir(path := model_path(ft_adapter, "--ft-adapter")):
         ft = load_tokenizer(path, "--ft-adapter")
     if ft is None:
         ft = load_tokenizer(ft_name, "--ft-model", ft_revision)
@@ -193,8 +187,8 @@ def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
             )
 
 
-def commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a model or adapter from the Hub that lies in the cache; None for a folder, and where it lies not there."""
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit on the Hub of the cached model or adapter `name`; None for a folder, and for one that is not cached."""
     if os.path.isdir(os.path.expanduser(name)):
         return None
     found = (huggingface_hub.try_to_load_from_cache(name, f, revision=revision) for f in ("config.json", "adapter_config.json"))
@@ -283,27 +277,6 @@ def read_logits(
     return activation, logits
 
 
-def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
-    """The tokens that the chat template writes before an answer, and the white space that may follow them before its text.
-
-    None where there is no template, or where it writes nothing between a question and its answer.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    question, answer = "QUESTION", "ANSWER"
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        between = text[text.index(question) + len(question) : text.index(answer)]
-    except Exception:  # a template may raise anything
-        return None
-    marker, space = (
-        tokenizer(part, add_special_tokens=False).input_ids if part else []
-        for part in (between.rstrip(), between[len(between.rstrip()) :])
-    )
-    return (marker, space) if marker else None
-
-
 def token_texts(tokenizer, ids: np.ndarray) -> dict[int, str]:
     """What each of these token ids stands for in running text, with the white space before it; damaged bytes as U+FFFD."""
     anchor = tokenizer("a", add_special_tokens=False).input_ids[-1:]  # some decoders drop the space of a first token
@@ -321,12 +294,8 @@ def token_texts(tokenizer, ids: np.ndarray) -> dict[int, str]:
 def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
     """d_model at the hook, from a forward over two sequences. ValueError if no [batch, seq, d_model] activation is there."""
     ids = torch.zeros(2, 3, dtype=torch.long, device=model._module.device)
-    try:
+    with library_errors(f"{flag} {hook}: a forward pass does not reach it", "give another module"):
         value = capture(model, hook, ids, torch.ones_like(ids))
-    except Exception as error:  # nnsight makes an exception class of its own for each kind of failure
-        raise ValueError(
-            f"{flag} {hook}: a forward pass does not reach it ({first_line(error)}); give another module"
-        ) from None
     if not (isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point() and value.shape[:2] == (2, 3)):
         what = f"{value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{flag} {hook}: holds a {what}, not activations [batch, sequence, d_model]; give another module")
@@ -346,24 +315,17 @@ def pad_batch(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def paired_activations(
-    base: nnsight.NNsight,
-    ft: nnsight.NNsight,
-    base_hook: str,
-    ft_hook: str,
-    d_model: int,
-    indices: list[int],
-    sequences: list[np.ndarray],
-    skip_first: int = 0,
-    batch_flag: str = "--batch-size",
-) -> PairedRows:
-    """Both models over one padded batch; the rows come in reading order.
+    models: list[nnsight.NNsight], hooks: list[str], d_model: int, indices: list[int], sequences: list[np.ndarray],
+    *, skip_first: int = 0, batch_flag: str = "--batch-size",
+) -> RawRows:  # fmt: skip
+    """Run the base and the fine-tuned model over one padded batch; the rows come in reading order.
 
     indices: the number of each sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
     ValueError if a token is unknown to one of the models, an activation is not d_model wide, or the batch does not fit into
     memory (naming `batch_flag`).
     """
     ids, lengths = pad_batch(sequences)
-    for model, flag in ((base, "--base-model"), (ft, "--ft-model")):
+    for model, flag in zip(models, ("--base-model", "--ft-model"), strict=True):
         if int(ids.max()) >= embedding_rows(model):
             raise ValueError(
                 f"{flag}: the text holds the token id {int(ids.max())}, but this model's embedding has only "
@@ -372,9 +334,9 @@ def paired_activations(
     positions = torch.arange(ids.shape[1])  # [seq]
     mask = positions < lengths[:, None]  # [batch, seq]
     keep = mask & (positions >= skip_first)  # [batch, seq]
-    try:  # picking rows waits for the device: only after both models, which may have one each, were given their work
+    try:  # picking rows waits for the device, so both models, which may each have their own, get their work before it
         values = []  # [batch, seq, d_model] each
-        for model, hook in ((base, base_hook), (ft, ft_hook)):
+        for model, hook in zip(models, hooks, strict=True):
             device = model._module.device
             values.append(capture(model, hook, ids.to(device), mask.long().to(device)))
             if values[-1].shape != (shape := (*ids.shape, d_model)):
@@ -389,45 +351,10 @@ def paired_activations(
         ) from None
     norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in acts]  # [rows] each
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
-    return PairedRows(
+    return RawRows(
         *acts,
         norms=torch.stack(norms, dim=1).numpy(),
         sequence=np.array(indices, dtype=np.int32)[sequence.numpy()],
         position=position.numpy().astype(np.int32),
         token=ids[keep].numpy().astype(np.int32),
     )
-
-
-def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows to store, and which are finite: two [rows] bool arrays.
-
-    norms [rows, 2], median [2]. A row is stored if in both models it is finite and its norm <= max_ratio * median.
-    """
-    finite = np.isfinite(norms).all(1)
-    return finite & (norms <= max_ratio * median).all(1), finite
-
-
-def median_norm(norms: np.ndarray) -> np.ndarray:
-    """[2] median of the norms [rows, 2] of rows that are finite in both models; 0 where there is none."""
-    finite = norms[np.isfinite(norms).all(1)]
-    return np.median(finite, axis=0) if len(finite) else np.zeros(2)
-
-
-def calibrate(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Median norm [2] and stored_scale [2] of the first rows: sqrt(d_model) / mean norm of the survivors, per model.
-
-    norms: [rows, 2] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
-    """
-    if not np.isfinite(norms).all(1).any():
-        bad = [name for name, x in zip(("base", "fine-tuned"), norms.T, strict=True) if not np.isfinite(x).all()]
-        raise ValueError(
-            f"--model-dtype: the first {len(norms):,} activations of the {' and of the '.join(bad)} model all hold inf or nan; "
-            "give --model-dtype bfloat16 or float32, or if it is that already, a model with sound weights"
-        )
-    median = median_norm(norms)
-    if not (median > 0).all():
-        raise ValueError("--hook: most of the first activations there are zero; give another module")
-    stored, _ = survivors(norms, median, max_ratio)
-    if not stored.any():
-        raise ValueError(f"--max-norm-ratio {max_ratio:g}: leaves out every one of the first {len(norms)} rows; raise it")
-    return median, np.sqrt(d_model) / norms[stored].mean(0)

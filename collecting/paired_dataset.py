@@ -18,8 +18,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from collecting.paired_rows import REASONS, Fill, PairedModels
-from run.machine import size_text, whole_file, write_text
+from collecting.paired_rows import REASONS, GatheredRows, PairedModels
+from run.machine import first_line, free_disk, size_text, whole_file, write_text
 
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
 SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch
@@ -47,9 +47,9 @@ class PairedDataset:
         out, recipe = self.out, self.recipe
         fresh = {
             "recipe": recipe, "revisions": None, "fingerprints": None, "median_norm": None, "stored_scale": None,
-            "sequences": 0, "shards": dict.fromkeys(SPLITS, 0),
-            "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
-            "held_out_until": 0, "held_out_complete": False, "source_tokens": [0] * len(recipe["text"]),
+            "sequences": 0, "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0),
+            "left_out": dict.fromkeys(REASONS, 0), "held_out_until": 0, "held_out_complete": False,
+            "source_tokens": [0] * len(recipe["text"]),
         }  # fmt: skip
         if not out.exists():
             return fresh
@@ -88,7 +88,7 @@ class PairedDataset:
     def require_room(self, rows: int, d_model: int) -> int:
         """Bytes that a row takes. ValueError if so many rows do not fit on the disk."""
         row_bytes = 2 * (d_model * np.dtype(self.recipe["dtype"]).itemsize + 12) + 4  # 12: three columns; 4: tokens/
-        free = shutil.disk_usage(next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())).free
+        free = free_disk(self.out)
         print(
             f"{rows:,} rows of 2 x {d_model} {self.recipe['dtype']} values to write: "
             f"about {size_text(rows * row_bytes)}, {size_text(free)} of disk are free"
@@ -119,56 +119,53 @@ class PairedDataset:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """ValueError, with what stays, if the disk does not take what is written inside. Then nothing half-written stays."""
+        """ValueError, with what stays, if the disk does not take what is written inside."""
         rows = sum(self.progress["rows"].values())
         try:
             yield
         except OSError as error:
-            for partial in self.out.rglob("*.partial"):
-                partial.unlink(missing_ok=True)
-            reason = error.strerror or getattr(error.__context__, "strerror", None) or error  # write_text has its own sentence
             raise ValueError(
-                f"{self.flag} {self.out}: cannot be written ({reason}); {rows:,} rows stay in complete shards: make room, and "
-                "the same command goes on"
+                f"{self.flag} {self.out}: cannot be written ({error.strerror or first_line(error)}); {rows:,} rows stay in "
+                "complete shards: make room, and the same command goes on"
             ) from None
 
-    def write_shard(self, split: str, fill: Fill, held_out_until: int) -> None:
-        """Write the rows of a fill, shuffled, as the next shard of a split, and count it in progress.json.
+    def write_shard(self, split: str, rows: GatheredRows, held_out_until: int) -> None:
+        """Write the gathered rows, shuffled, as the next shard of a split, and count it in progress.json.
 
         With training rows go the sequences that the texts gave meanwhile. held_out_until: how far the texts were read for
         held-out rows. ValueError if the disk does not take it.
         """
         shard, progress = self.progress["shards"][split], self.progress
-        order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(fill.n)
-        values = fill.values[: fill.n].cpu().numpy()  # [rows, 2, d_model]
+        order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(rows.n)
+        values = rows.values[: rows.n].cpu().numpy()  # [rows, 2, d_model]
         d_model = values.shape[2]
         schema = row_features(d_model, self.recipe["dtype"]).arrow_schema
 
         def record_batches(model: int) -> Iterator:
-            for start in range(0, fill.n, RECORD_BATCH_ROWS):
+            for start in range(0, rows.n, RECORD_BATCH_ROWS):
                 part = order[start : start + RECORD_BATCH_ROWS]  # the same for both models
                 activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), d_model)
-                yield pa.record_batch([activation, *(pa.array(column[part]) for column in fill.columns)], schema=schema)
+                yield pa.record_batch([activation, *(pa.array(column[part]) for column in rows.columns)], schema=schema)
 
         with self.writing():
             for i, model in enumerate(("base", "ft")):
                 write_arrow(shard_file(self.out / model / split, shard), schema, record_batches(i))
             if split == "train":
-                self.write_tokens(shard, fill)
+                self.write_tokens(shard, rows)
             progress["shards"][split] += 1
-            progress["rows"][split] += fill.n
-            progress["sequences"] += len(fill.passed)
+            progress["rows"][split] += rows.n
+            progress["sequences"] += len(rows.passed)
             for reason in REASONS:
-                progress["left_out"][reason] += fill.left_out[reason]
-            for sequence in fill.passed:
+                progress["left_out"][reason] += rows.left_out[reason]
+            for sequence in rows.passed:
                 progress["source_tokens"][sequence.source] += len(sequence.tokens)
             progress["held_out_until"] = held_out_until
             self.save_progress()
 
-    def write_tokens(self, shard: int, fill: Fill) -> None:
+    def write_tokens(self, shard: int, rows: GatheredRows) -> None:
         schema = token_features().arrow_schema
-        ids = pa.array([s.tokens for s in fill.passed], pa.list_(pa.int32()))
-        sources = pa.array([s.source for s in fill.passed], pa.int32())
+        ids = pa.array([s.tokens for s in rows.passed], pa.list_(pa.int32()))
+        sources = pa.array([s.source for s in rows.passed], pa.int32())
         write_arrow(shard_file(self.out / "tokens", shard), schema, [pa.record_batch([ids, sources], schema=schema)])
 
     def finish(self, models: PairedModels) -> dict:
@@ -209,13 +206,14 @@ class PairedDataset:
             | {"template_bos": source.template_bos}
             for source, tokens in zip(models.sources, progress["source_tokens"], strict=True)
         ]
+        facts = recipe | progress | {"ft_model": recipe["ft_model"] or recipe["base_model"]}
+        names = (
+            "base_model", "base_revision", "ft_revision", "ft_adapter", "hook", "ft_model", "chat_template", "pack", "seq_len",
+            "seed", "dtype", "skip_first", "max_norm_ratio", "revisions", "fingerprints", "rows", "sequences", "stored_scale",
+            "median_norm", "left_out",
+        )  # fmt: skip
         return {
-            **{name: recipe[name] for name in ("base_model", "base_revision", "ft_revision", "ft_adapter", "hook")},
-            "ft_model": recipe["ft_model"] or recipe["base_model"],
-            **{name: recipe[name] for name in ("chat_template", "pack", "seq_len")},
-            **{name: recipe[name] for name in ("seed", "dtype", "skip_first", "max_norm_ratio")},
-            **{name: progress[name] for name in ("revisions", "fingerprints", "rows", "sequences")},
-            **{name: progress[name] for name in ("stored_scale", "median_norm", "left_out")},
+            **{name: facts[name] for name in names},
             "text": given,
             "tokenizer": models.tokenizer.name_or_path,
             "ft_hook": models.ft_hook,

@@ -21,7 +21,8 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
-from run.machine import first_line
+from collecting import chat
+from run.machine import first_line, library_errors
 
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors reach the user as ours, in one line
@@ -30,15 +31,13 @@ TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 TEXTS = (".txt", ".md", ".py")
 KINDS = f"{', '.join(TABLES)}, {', '.join(TEXTS)}"
 DEFAULT_COLUMNS = ("text", "content", "messages", "conversation", "conversations")
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 PIECE_CHARS = 1_000_000  # longer documents are tokenized in pieces: tokenizers need many times the size of their text
-SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # a chat must not depend on the day of a restart
 TOKENIZE_TOGETHER = 256  # documents: enough for the tokenizer's threads
 FINGERPRINT_BLOCKS, BLOCK_BYTES = 1024, 65_536  # at most 64 MB are read for a fingerprint, also of a model of 20 GB
 
 
 @dataclasses.dataclass
-class Source:
+class TextSource:
     """One --text source, opened. `tokens` counts what it has handed out, `refused` what its chat template could not format."""
 
     name: str
@@ -57,16 +56,10 @@ class Source:
 
 
 def open_sources(
-    specs: list[str],
-    tokenizer,
-    seq_len: int,
-    skip_first: int = 0,
-    pack: bool = True,
-    text_column: tuple[str, ...] = (),
-    chat_template: bool = False,
-    commits: dict[str, str] | None = None,
-) -> list[Source]:
-    """`SRC` or `SRC=WEIGHT` each -> Sources. commits: of SRC on the Hub, where it must not be the newest.
+    specs: list[str], tokenizer, seq_len: int, *, skip_first: int = 0, pack: bool = True, text_column: tuple[str, ...] = (),
+    chat_template: bool = False, commits: dict[str, str] | None = None,
+) -> list[TextSource]:  # fmt: skip
+    """`SRC` or `SRC=WEIGHT` each, opened. commits: of SRC on the Hub, where it must not be the newest.
 
     ValueError, naming the flag, if one cannot be opened or lacks the columns.
     """
@@ -79,7 +72,7 @@ def open_sources(
             rows, commit = load_hub(name, (commits or {}).get(name))
         else:
             rows, files = load_local(name, path)
-        source = Source(name, weight, files, commit)
+        source = TextSource(name, weight, files, commit)
         if rows is None:  # plain text files
             documents = (read_chunks(file) for file in files)
         else:
@@ -94,7 +87,7 @@ def open_sources(
     return sources
 
 
-def mix(sources: list[Source]) -> Iterator[tuple[int, np.ndarray]]:
+def mix(sources: list[TextSource]) -> Iterator[tuple[int, np.ndarray]]:
     """(index of the source, int32 tokens [<= seq_len]): always from the source that is furthest behind its weight.
 
     A source that runs out is reported once and the others go on. ValueError if one hands out nothing at all.
@@ -151,29 +144,23 @@ def load_hub(name: str, commit: str | None = None) -> tuple[datasets.IterableDat
     if len(parts) > 3 or not parts[0]:
         raise ValueError(f"--text {name}: is neither an existing path nor a Hub id of the form id:config:split")
     config, split = (parts[1:] + ["", ""])[:2]
-    try:
+    fault = f"--text {name}: is no existing path, and the Hub does not give it as a dataset"
+    with library_errors(fault, "check the name and the network, or give a file or folder"):
         if commit is None and not datasets.config.HF_HUB_OFFLINE:  # asks once, where load_dataset tries six times
             commit = HfApi().repo_info(parts[0], repo_type="dataset", timeout=30).sha
         return datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit), commit
-    except Exception as error:  # the library raises a dozen types here, from HTTP errors to missing configs
-        raise ValueError(
-            f"--text {name}: is no existing path, and the Hub does not give it as a dataset ({first_line(error)}); "
-            "check the name and the network, or give a file or folder"
-        ) from None
 
 
 def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.IterableDataset | None, list[Path]]:
     """Tables and folders of save_to_disk as a dataset, read as it is needed, None for plain text; and the files."""
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        with library_errors(f"--text {name}: cannot be read as a dataset folder"):
             rows = datasets.load_from_disk(str(path))
             if isinstance(rows, dict):  # of splits
                 if "train" not in rows and len(rows) > 1:
                     raise ValueError(f"it has the splits {', '.join(rows)} and none named train; give the folder of one")
                 rows = rows["train"] if "train" in rows else next(iter(rows.values()))
             return rows, [Path(file["filename"]) for file in rows.cache_files]
-    except Exception as error:  # whatever a damaged folder makes the library raise
-        raise ValueError(f"--text {name}: cannot be read as a dataset folder ({first_line(error)})") from None
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p[0] == "." for p in f.relative_to(path).parts))
@@ -185,11 +172,9 @@ def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.Itera
         raise ValueError(f"--text {name}: holds files of several kinds ({', '.join(found)}); give a folder with one kind")
     if kinds:
         tables = [f for f in files if f.suffix in TABLES]
-        try:
+        with library_errors(f"--text {name}: cannot be read"):
             rows = datasets.load_dataset(kinds.pop(), data_files=[str(f) for f in tables], split="train", streaming=True)
-            return rows, tables
-        except Exception as error:  # whatever a broken file makes the reader raise
-            raise ValueError(f"--text {name}: cannot be read ({first_line(error)})") from None
+        return rows, tables
     if not texts:
         what = "holds no file with content" if path.is_dir() or not files else "is of an unknown kind"
         raise ValueError(f"--text {name}: {what}; known are {KINDS} and folders of save_to_disk")
@@ -210,7 +195,7 @@ def fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_rows(source: Source, rows: Iterable[dict]) -> Iterator[dict]:
+def read_rows(source: TextSource, rows: Iterable[dict]) -> Iterator[dict]:
     """The rows, with the errors of broken files and connections as one sentence."""
     n_read = 0
     try:
@@ -249,7 +234,9 @@ def read_chunks(file: Path) -> Iterator[str]:
 # --- which text of a row
 
 
-def table_documents(source: Source, rows, tokenizer, text_column: tuple[str, ...], chat_template: bool) -> Iterator[tuple[str]]:
+def table_documents(
+    source: TextSource, rows, tokenizer, text_column: tuple[str, ...], chat_template: bool
+) -> Iterator[tuple[str]]:
     """The text of each row of a table, as a document of one part. Decides whether the chat template applies to it."""
     name = f"--text {source.name}"
     sample = list(itertools.islice(read_rows(source, rows), 20))
@@ -269,7 +256,7 @@ def table_documents(source: Source, rows, tokenizer, text_column: tuple[str, ...
         raise ValueError(f"--chat-template: the tokenizer has no template to format {name} with; leave the flag out")
     rows = read_rows(source, rows.select_columns(list(columns)))
     if source.templated:
-        source.template_bos = template_bos(tokenizer)
+        source.template_bos = chat.template_bos(tokenizer)
         return ((text,) for text in templated(source, rows, columns, tokenizer))
     return (("\n\n".join(strings(row, columns)),) for row in rows)
 
@@ -294,7 +281,7 @@ def strings(row: dict, columns: tuple[str, ...]) -> list[str]:
     return [str(row[c]) for c in columns if isinstance(row[c], (str, int, float)) and str(row[c]).strip()]
 
 
-def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], tokenizer) -> Iterator[str]:
+def templated(source: TextSource, rows: Iterable[dict], columns: tuple[str, ...], tokenizer) -> Iterator[str]:
     """Each row as the chat template writes it; its BOS as `source.template_bos` says.
 
     Conversations that the template refuses (many know no system role) are counted in source.refused and left out.
@@ -305,8 +292,8 @@ def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], to
                 roles = itertools.cycle(("user", "assistant"))
                 turns = [{"role": role, "content": str(row[c] or "")} for c, role in zip(columns, roles, strict=False)]
             else:
-                turns = [turn(message) for message in row[columns[0]] or []]
-            text = format_chat(tokenizer, turns) if any(t["content"] for t in turns) else ""
+                turns = [chat.turn(message) for message in row[columns[0]] or []]
+            text = chat.format_chat(tokenizer, turns) if any(t["content"] for t in turns) else ""
         except Exception as error:  # a template may raise anything
             if source.refused == 0:
                 tqdm.write(
@@ -315,36 +302,6 @@ def templated(source: Source, rows: Iterable[dict], columns: tuple[str, ...], to
             source.refused += 1
             continue
         yield text.removeprefix(tokenizer.bos_token) if source.template_bos == "left out" else text
-
-
-def template_bos(tokenizer) -> str | None:
-    """Whether the BOS that the chat template writes is "left out", because every sequence gets one anyway, or "kept".
-
-    It is left out where it marks the beginning of a text: it comes once, at the front, however many turns there are. In ChatML
-    and its like it opens every turn, and a conversation without its first one would be damaged. None: the template writes none.
-    """
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    try:
-        shown = [format_chat(tokenizer, turns * times) for times in (1, 2)]
-    except Exception:  # a template may raise anything
-        return "kept"
-    bos = tokenizer.bos_token
-    if bos is None or not any(bos in text for text in shown):
-        return None
-    return "left out" if all(text.startswith(bos) and text.count(bos) == 1 for text in shown) else "kept"
-
-
-def format_chat(tokenizer, turns: list[dict]) -> str:
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = SAME_DAY + template
-    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-
-
-def turn(message: dict) -> dict:
-    """{role, content}, also from ShareGPT's {from, value}."""
-    role = message.get("role") or message.get("from")
-    return {"role": ROLES.get(role, role), "content": message.get("content") or message.get("value") or ""}
 
 
 # --- text to tokens
@@ -385,7 +342,7 @@ def tokenize_together(texts: list[tuple[str, bool]], tokenizer) -> Iterator[tupl
 
 
 def token_sequences(
-    pieces: Iterable[tuple[list[int], bool]], tokenizer, seq_len: int, skip_first: int, pack: bool
+    tokenized: Iterable[tuple[list[int], bool]], tokenizer, seq_len: int, skip_first: int, pack: bool
 ) -> Iterator[np.ndarray]:
     """Pieces of documents -> int32 sequences [<= seq_len], each with one BOS in front if there is such a token.
 
@@ -393,13 +350,13 @@ def token_sequences(
     Sequences that no row would be stored of (no longer than skip_first) are left out.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    buffer, inside = [], False  # inside: the next piece goes on with the document of the last one
+    buffer, inside = [], False  # inside: the next piece belongs to the same document as the last one
 
     def front(first: list[int]) -> list[int]:
         """What is put before these tokens: a chat template may have written the BOS already."""
         return [] if bos is None or first == [bos] else [bos]
 
-    for ids, last in pieces:
+    for ids, last in tokenized:
         if not pack:
             sequence = front(ids[:1]) + ids[:seq_len]
             if not inside and len(sequence) > skip_first:
@@ -407,7 +364,6 @@ def token_sequences(
             inside = not last
             continue
         buffer += ids
-        inside = not last
         # a chat template may have ended the document with EOS already
         if last and eos is not None and (not ids or ids[-1] != eos):
             buffer.append(eos)

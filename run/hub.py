@@ -40,7 +40,7 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
     try:
         HfApi().create_commit(name, operations, commit_message="Crosscoder")
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         again = f"python train.py --resume {run} {FLAG} {name}"
         raise ValueError(f"{FLAG} {name}: {first_line(error)}; the run is complete in {run}, try again with {again}") from None
     print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
@@ -65,7 +65,9 @@ def push_dataset(name: str, out: Path, pair: dict) -> None:
 
 def shown(name: str | None) -> str:
     """A Hub id as it is, of a folder on this machine only its own name; what Markdown would take for a mark is escaped."""
-    name = "unknown" if not name else Path(name).name if Path(name).exists() or name[0] in "/.~" else name
+    name = name or "unknown"
+    if Path(name).exists() or name[0] in "/.~":
+        name = Path(name).name
     return re.sub(r"([\\`*_\[\]<>|$~#&])", r"\\\1", " ".join(name.split()))
 
 

@@ -93,6 +93,18 @@ def as_json(values: dict, **options) -> str:
     return json.dumps(clean(values), **options) + "\n"
 
 
+@contextmanager
+def library_errors(fault: str, remedy: str = "", kinds=Exception) -> Iterator[None]:
+    """A library's error inside the block becomes a ValueError of one line: `fault (first line of the error); remedy`.
+
+    kinds: types of errors. All of them where a library raises many, such as those of its HTTP client.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{fault} ({first_line(error)})" + (f"; {remedy}" if remedy else "")) from None
+
+
 def size_text(n_bytes: float) -> str:
     for unit in ("kB", "MB", "GB"):
         n_bytes /= 1000
@@ -120,8 +132,11 @@ def say(text: str, file=None) -> None:
 # --- entries
 
 
-def run_entry(name: str, main: Callable, config, stopped: str) -> None:
-    """Run an entry's `main(config)` and exit: errors of the user's input in one line, Ctrl-C and SIGTERM with `stopped`."""
+def run_entry(name: str, main: Callable, config, stopped: str | Callable) -> None:
+    """Run an entry's `main(config)` and exit: errors of the user's input in one line, Ctrl-C and SIGTERM with `stopped`.
+
+    stopped: what is kept of the work and what to do, or a function that tells it: `stopped(config)`.
+    """
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt("SIGTERM")
@@ -132,5 +147,5 @@ def run_entry(name: str, main: Callable, config, stopped: str) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
+        print(f"\n{name}: stopped; {stopped(config) if callable(stopped) else stopped}", file=sys.stderr)
         sys.exit(143 if stop.args else 130)

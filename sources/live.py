@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from collecting import language_model as lm
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import CALIBRATION_ROWS, Fill, PairedModels
+from collecting.paired_rows import CALIBRATION_ROWS, GatheredRows, PairedModels
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
 from sources.mixing import MixingBuffer, Refill
@@ -61,7 +61,7 @@ class LiveActivations(Source):
         shape = (2 * half, 2, self.d_model)
         pinned = buffer_device.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
         self.buffer = torch.empty(shape, dtype=self.dtype, device=buffer_device, pin_memory=pinned)
-        self.fills = [Fill(self.buffer[:half]), Fill(self.buffer[half:])]
+        self.fills = [GatheredRows(self.buffer[:half]), GatheredRows(self.buffer[half:])]
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
         self.stored_scale = torch.from_numpy(models.scale)
@@ -165,7 +165,7 @@ class LiveActivations(Source):
 
     # --- the paired dataset on the way
 
-    def store(self, split: str, shard: int, fill: Fill) -> None:
+    def store(self, split: str, shard: int, fill: GatheredRows) -> None:
         """Write a fill as the given shard, unless it is there already."""
         if self.keep is None or shard < (there := self.keep.progress["shards"][split]):
             return

@@ -23,6 +23,7 @@ import analyze
 from analysis import patching
 from analysis.measure import COLUMNS
 from collecting import language_model as lm
+from collecting.chat import answer_marker
 from config import AnalyzeConfig
 from crosscoder import CrossCoder
 
@@ -274,7 +275,7 @@ def test_a_splice_replaces_the_activation_and_nothing_else(tiny, hook):
 
 def test_the_first_tokens_of_answers_are_found(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny["base"])
-    marker = lm.answer_marker(tokenizer)
+    marker = answer_marker(tokenizer)
     turns = [{"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because the sky is blue and wide."}]
     ids = np.array(tokenizer(tokenizer.apply_chat_template(turns * 2, tokenize=False), add_special_tokens=False).input_ids)
     masks, rule = patching.first_tokens([ids, ids[:3]], marker, 1)

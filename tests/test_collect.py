@@ -283,9 +283,9 @@ def test_calibration_runs_no_sequence_a_second_time(tiny, monkeypatch, pack, val
     sequences, run = [Sequence(i, 0, np.arange(100 - i % 7)) for i in range(1000)], []
     forward = language_model.paired_activations
 
-    def counted(*args):
-        run.extend(args[-4])
-        return forward(*args)
+    def counted(models, hooks, d_model, indices, *args, **settings):
+        run.extend(indices)
+        return forward(models, hooks, d_model, indices, *args, **settings)
 
     monkeypatch.setattr(language_model, "paired_activations", counted)
     models.stream = iter(sequences)
@@ -482,4 +482,4 @@ def test_an_activation_of_another_width_is_refused(tiny):
     hook = language_model.parse_hook(model, "model.layers.1.mlp")
     assert language_model.probe_hook(model, hook) == 64
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.output: gives a tensor of shape \[1, 128, 32\] for this batch"):
-        language_model.paired_activations(model, model, hook, hook, 64, [0], [np.arange(128)])
+        language_model.paired_activations([model] * 2, [hook] * 2, 64, [0], [np.arange(128)])
