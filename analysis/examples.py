@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.data import Data, Text, normalized_rows, read_normalized
 from crosscoder import CrossCoder
-from sources.dataset_files import open_dataset
-from sources.stored import PairedActivations
+from run.machine import progress_bar
 
 RANGES = np.array([0.25, 0.5, 0.75])  # borders, as shares of a latent's maximum, of the ranges that weaker examples come from
 RANGE_NAMES = ("top", "0 to 25 %", "25 to 50 %", "50 to 75 %", "75 to 100 %")
 CANDIDATES = 4  # kept for each example wanted, since neighbouring tokens of one text make only one
+ROWS_TOGETHER = 4096  # rows whose codes are in memory at once
 SCAN_ROWS = 1 << 20  # rows whose sequence numbers are looked at together
-
-
-class Text(NamedTuple):
-    """The texts behind the rows of a paired dataset."""
-
-    sequences: object  # Hugging Face dataset, row i holds the input_ids of sequence i
-    text_of: np.ndarray  # [sequences] int32, which of `names` a sequence comes from
-    names: list[str]
-    rows: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> sequence and position of each of its rows, int32
-
-    def tokens(self, sequence: int) -> np.ndarray:
-        """[seq] int32 token ids of a sequence."""
-        return np.array(self.sequences[int(sequence)]["input_ids"], dtype=np.int32)
 
 
 class Window(NamedTuple):
@@ -50,28 +37,24 @@ class Example(NamedTuple):
     values: np.ndarray  # [window] float32 activations, NaN where the dataset left a token out
 
 
-def open_text(dataset: str, source: PairedActivations) -> Text:
-    """The texts of a paired dataset, a folder or a Hub id. ValueError, a sentence without a flag, where it has none."""
-    folder = Path(dataset).expanduser()
-    part = (lambda name: str(folder / name)) if folder.is_dir() else (lambda name: f"{dataset}:{name}")
-    if folder.is_dir() and not (folder / "tokens").is_dir():
-        raise ValueError(f"{dataset} has no folder tokens/")
-    base, sequences = open_dataset(part("base"), "--dataset"), open_dataset(part("tokens"), "--dataset")["train"]
-    rows = {}
-    for split, (_, first, count) in source.splits.items():
-        table = base[split if split in base else "train"].data.table
-        if missing := {"sequence", "position"} - set(table.column_names):
-            raise ValueError(f"{dataset} has no column {missing.pop()} beside its activations")
-        # a run may have measured only the first of the held-out rows; the windows need them all
-        part_of = slice(None) if "validation" in base else slice(first, first + count)
-        rows[split] = tuple(table.column(name).to_numpy()[part_of] for name in ("sequence", "position"))
-    if "input_ids" not in sequences.column_names or any(len(s) and s.max() >= len(sequences) for s, _ in rows.values()):
-        raise ValueError(f"the tokens of {dataset} do not belong to its activations")
-    text_of, names = np.zeros(len(sequences), np.int32), ["text"]
-    listed = [text["source"] for text in source.pair.get("text", [])]
-    if listed and "source" in sequences.column_names:
-        text_of, names = sequences.data.table.column("source").to_numpy(), [Path(name).name for name in listed]
-    return Text(sequences, text_of, names, rows)
+def find_examples(
+    crosscoder: CrossCoder, data: Data, chosen: np.ndarray, f_max: np.ndarray, *, wanted: int, context: int, seed: int
+) -> dict[int, list[Example]]:
+    """The examples of each chosen latent that has some: the `wanted` strongest, and about as many weaker ones.
+
+    chosen: [n] latents; f_max: [n] their largest activations. context: tokens shown on each side of the strong one.
+    """
+    part, n_val = select(crosscoder, torch.from_numpy(chosen)), len(data.text.rows["validation"][0])
+
+    def read() -> Iterator[tuple[np.ndarray, Tensor]]:
+        with progress_bar("examples", data.val_rows + data.train_rows) as bar:
+            for split, rows, x in normalized_rows(part, data, ROWS_TOGETHER):
+                yield rows + (n_val if split == "train" else 0), x
+                bar.update(len(x))
+
+    kept = candidates(part, read(), f_max, CANDIDATES * wanted, seed)
+    found = read_windows(part, data, windows(kept, data.text, len(chosen), wanted, context), context)
+    return {int(chosen[place]): list(group) for place, group in itertools.groupby(found, key=lambda e: e.window.latent)}
 
 
 @torch.no_grad()
@@ -98,23 +81,23 @@ def keep_smallest(entries: np.ndarray, per_group: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def candidates(part: CrossCoder, read: Callable[[], Iterator], f_max: np.ndarray, per_group: int, seed: int) -> np.ndarray:
+def candidates(part: CrossCoder, batches: Iterator, f_max: np.ndarray, per_group: int, seed: int) -> np.ndarray:
     """The strongest rows of each chosen latent, and random ones from each range of its activation, in one pass.
 
     Args:
         part: crosscoder of the chosen latents, from `select`.
-        read: gives (split, rows [batch], normalised activations [batch, n_models, d_model]) batch by batch.
+        batches: (rows [batch], normalised activations [batch, n_models, d_model]); the row is that of the split "validation",
+            or the number of those plus that of "train".
         f_max: [chosen] the latents' maxima.
 
     Returns:
         Structured array (group, key, row) ordered by group = latent * len(RANGE_NAMES) + index into RANGE_NAMES, then by key.
-        The row is that of the split "validation", or those many plus that of "train".
     """
     entry = np.dtype([("group", np.int64), ("key", np.float32), ("row", np.int64)])
     kept, random = np.empty(0, entry), np.random.default_rng(seed)
     n_groups = len(RANGE_NAMES) * part.d_hidden
-    worst = np.full(n_groups, np.inf, np.float32)  # only what lies below can still get in
-    for _, rows, x in read():
+    worst = np.full(n_groups, np.inf, np.float32)  # the largest key kept of each full group; larger ones are not candidates
+    for rows, x in batches:
         f = part.encode(x, normalized=True).cpu().numpy()  # [batch, chosen]
         place, latent = np.nonzero(f)
         value = f[place, latent]
@@ -159,15 +142,11 @@ def windows(kept: np.ndarray, text: Text, chosen: int, wanted: int, context: int
 
 
 @torch.no_grad()
-def read_windows(
-    part: CrossCoder, gather: Callable[[str, np.ndarray], Tensor], found: list[Window], text: Text, context: int
-) -> list[Example]:
-    """The tokens of each window and the latent's activation at every one of them.
-
-    gather: (split, ascending rows) -> normalised activations [rows, n_models, d_model].
-    """
+def read_windows(part: CrossCoder, data: Data, found: list[Window], context: int) -> list[Example]:
+    """The tokens of each window and the latent's activation at every one of them. part: as for `candidates`."""
     if not found:
         return []
+    text = data.text
     needed = sorted({w.sequence for w in found})
     ids = {sequence: text.tokens(sequence) for sequence in needed}
     number = np.full(len(text.sequences), -1)
@@ -194,17 +173,12 @@ def read_windows(
     row, latent = np.concatenate(rows_of), np.array([w.latent for w in found])[example]
     order = np.argsort(row, kind="stable")
     order = order[row[order] >= 0]
-    for batch in np.array_split(order, max(1, len(order) // 4096)):
+    for batch in np.array_split(order, max(1, len(order) // ROWS_TOGETHER)):
         for split, first, ours in (("validation", 0, row[batch] < n_val), ("train", n_val, row[batch] >= n_val)):
             if not ours.any():
                 continue
             unique, back = np.unique(row[batch[ours]] - first, return_inverse=True)
-            f = part.encode(gather(split, unique), normalized=True).cpu().numpy()  # [rows, chosen]
+            f = part.encode(read_normalized(part, data, split, unique)[1], normalized=True).cpu().numpy()  # [rows, chosen]
             for i, value in zip(batch[ours], f[back, latent[batch[ours]]], strict=True):
                 examples[example[i]].values[token[i]] = value
     return examples
-
-
-def by_latent(examples: list[Example]) -> dict[int, list[Example]]:
-    """The examples of each chosen latent that has some."""
-    return {latent: list(group) for latent, group in itertools.groupby(examples, key=lambda e: e.window.latent)}

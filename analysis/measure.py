@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.examples import Text
+from analysis.data import Data, normalized_rows
 from crosscoder import CrossCoder
 from ops import latents
 from ops.variance import VarianceTotals
 from run.machine import progress_bar
-from sources.batches import gather_kept
 from sources.planted import RECOVERED, PlantedConcepts
 
-CODES_TOGETHER = 1 << 24  # entries of a matrix of codes: 64 MB, and a few of that size at once
+CODES_TOGETHER = 1 << 24  # entries of a matrix of codes [batch, d_hidden]; each takes 64 MB, and a few exist at once
 CURVE_ROWS = 8192  # held-out rows behind the threshold curve
 CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # L0 at its points, as multiples of the crosscoder's own
 
@@ -64,44 +60,11 @@ COLUMNS = {
 }
 
 
-class Data(NamedTuple):
-    """The activations to measure on, and what is known of them."""
-
-    source: object  # PairedActivations or PlantedConcepts
-    unscale: Tensor  # [n_models, 1] stored values -> raw activations
-    name: str
-    pair: dict | None  # pair.json of a paired dataset
-    text: Text | None
-    val_rows: int
-    train_rows: int  # measured, not all that there are
-
-
-# --- rows
-
-
-def gather(crosscoder: CrossCoder, data: Data, split: str, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
-    """Those of the given rows (ascending) that training keeps, and their normalised activations [rows, n_models, d_model]."""
-    source = data.source
-    out = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
-    kept, _ = gather_kept(source, split, rows, out)
-    out = out[:, : len(kept)]
-    return kept, crosscoder.normalize(out.transpose(0, 1).to(data.unscale.device).float() * data.unscale)
-
-
-def normalized_rows(crosscoder: CrossCoder, data: Data, batch_size: int) -> Iterator[tuple[str, np.ndarray, Tensor]]:
-    """(split, row numbers, normalised activations) of all rows to measure, held-out ones first."""
-    for split, count in (("validation", data.val_rows), ("train", data.train_rows)):
-        for start in range(0, count, batch_size):
-            rows, x = gather(crosscoder, data, split, np.arange(start, min(start + batch_size, count)))
-            if len(rows):
-                yield split, rows, x
-
-
 # --- every latent
 
 
 @torch.no_grad()
-def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
+def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
     """The sums of each split that has rows, and the held-out metrics. Memory is that of the dictionary and one batch."""
     batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     n_texts = len(data.text.names) if data.text else 1
@@ -132,9 +95,19 @@ def measure(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.Laten
     }
 
 
+def define(column: str, text_names: list[str]) -> str:
+    """What a column of `latent_table` says."""
+    name, _, text = column.rpartition("_")
+    if name == "freq_text":
+        return f"share of the tokens of {text_names[int(text)]} at which the latent is active"
+    if name == "mean_text":
+        return f"mean activation over all tokens of {text_names[int(text)]}, zeros included"
+    return COLUMNS[column]
+
+
 @torch.no_grad()
 def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], data: Data) -> dict[str, np.ndarray]:
-    """Every latent, column by column; COLUMNS says what each is."""
+    """Every latent, column by column; `define` says what each is."""
     W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
     norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
     both = sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
@@ -207,7 +180,7 @@ def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict
 
 @torch.no_grad()
 def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
-    """L0 and explained variance at several thresholds, over some held-out rows: how much hangs on the chosen one.
+    """L0 and explained variance at several thresholds, over some held-out rows: how much depends on the chosen one.
 
     Empty for a folded crosscoder, whose thresholds differ from latent to latent.
     """
@@ -221,7 +194,7 @@ def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
     )
     try:
         crosscoder.threshold.zero_()
-        # the largest scores, as many as the longest point needs
+        # the largest scores, as many as the point with the largest L0 needs
         kept, rows = torch.empty(0), 0
         for _, _, x in normalized_rows(crosscoder, few, batch_size):
             score = crosscoder.score(crosscoder.encode(x, normalized=True)).flatten().cpu()

@@ -9,6 +9,7 @@ import base64
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import matplotlib
@@ -32,68 +33,81 @@ TABLE = {  # columns of the page's table: heading
     "frequency": "frequency", "mean_act": "mean active", "max_act": "max", "difference": "difference",
     "planted_concept": "concept", "planted_kind": "its kind", "planted_cosine": "its cosine",
 }  # fmt: skip
-FIGURES = ("relative_norm", "nu", "decoder_cosine", "frequency", "planted", "diffing", "threshold", "training")
+CAPTIONS = {  # of each figure, by the name of its files, in the page's order
+    "relative_norm": (
+        "Relative decoder norm of each live latent, 200 bins: 0 means that only the base model has it, 1 only the fine-tuned "
+        "one. Dotted: the cuts 0.2 and 0.8."
+    ),
+    "nu": (
+        "Latent scaling of the fine-tuned model's directions: how much of each is in the base model's error (x) and in its "
+        "reconstruction (y), relative to the fine-tuned model. Near 0 on both: truly absent from the base model. Dashed: "
+        "the cuts 0.2 and 0.5; points beyond the window lie on its edge. Shared ones have their own marginals."
+    ),
+    "decoder_cosine": (
+        "Cosine of the two decoder rows of shared latents, 100 bins, logarithmic count; the line is for rows of two random "
+        "latents."
+    ),
+    "frequency": "How often each latent is active against its relative norm, with the density of frequencies above.",
+    "planted": (
+        "The truth: each planted concept's frequency against the relative norm of the latent that points at it best. "
+        "Crosses mark concepts that no latent points at (cosine up to 0.83, a cut of ours)."
+    ),
+    "diffing": (
+        "Mean KL divergence to the fine-tuned model, in nats: the base model as it is, and with the fine-tuned side of "
+        "some latents added to its activation."
+    ),
+    "threshold": (
+        "Explained variance over active latents a token as the threshold moves, on held-out rows; the ring marks the "
+        "crosscoder's own threshold."
+    ),
+    "training": "The training run: lines are training batches, points held-out rows.",
+}
+
+
+class Figure(NamedTuple):
+    """A figure as the page shows it."""
+
+    name: str
+    caption: str
+    svg: str  # data URI
 
 
 # --- figures
 
 
-def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], pair: str, truth: dict | None) -> list[dict]:
-    """Draw every figure that there is data for, as NAME.png and NAME.svg. Returns [{name, caption, svg}], svg as a data URI."""
+def draw_figures(
+    folder: Path, table: dict, metrics: dict, *, curves: list[dict], pair: str, truth: dict | None
+) -> list[Figure]:
+    """Draw every figure that there is data for, as NAME.png and NAME.svg."""
     live = ~table["dead"]
+    if not live.any():
+        return []
     table = {name: column[live] for name, column in table.items()}
-    wanted: list[tuple[str, Callable, bool]] = [  # as in FIGURES: caption, what draws it, whether there is data for it
-        (
-            "Relative decoder norm of each live latent, 200 bins: 0 means that only the base model has it, 1 only the "
-            "fine-tuned one. Dotted: the cuts 0.2 and 0.8.",
-            lambda: relative_norm_figure(table, pair), True,
-        ),
-        (
-            "Latent scaling of the fine-tuned model's directions: how much of each is in the base model's error (x) and in its "
-            "reconstruction (y), relative to the fine-tuned model. Near 0 on both: truly absent from the base model. Dashed: "
-            "the cuts 0.2 and 0.5; points beyond the window lie on its edge. Shared ones have their own marginals.",
-            lambda: nu_figure(table), bool(np.isfinite(table["beta_ratio_error"]).any()),
-        ),
-        (
-            "Cosine of the two decoder rows of shared latents, 100 bins, logarithmic count; the line is for rows of two random "
-            "latents.",
-            lambda: cosine_figure(table), bool((table["tag"] == "shared").any()),
-        ),
-        (
-            "How often each latent is active against its relative norm, with the density of frequencies above.",
-            lambda: frequency_figure(table), True,
-        ),
-        (
-            "The truth: each planted concept's frequency against the relative norm of the latent that points at it best. "
-            "Crosses mark concepts that no latent points at (cosine up to 0.83, a cut of ours).",
-            lambda: planted_figure(truth), truth is not None,
-        ),
-        (
-            "Mean KL divergence to the fine-tuned model, in nats: the base model as it is, and with the fine-tuned side of "
-            "some latents added to its activation.",
-            lambda: diffing_figure(metrics["patching"]), "patching" in metrics,
-        ),
-        (
-            "Explained variance over active latents a token as the threshold moves, on held-out rows; the ring marks the "
-            "crosscoder's own threshold.",
-            lambda: threshold_figure(metrics["threshold_curve"]), len(metrics["threshold_curve"]) > 1,
-        ),
-        (
-            "The training run: lines are training batches, points held-out rows.",
-            lambda: training_figure(curves), len(curves) > 1,
-        ),
-    ]  # fmt: skip
+    draw: dict[str, Callable] = {
+        "relative_norm": lambda: relative_norm_figure(table, pair),
+        "frequency": lambda: frequency_figure(table),
+    }
+    if np.isfinite(table["beta_ratio_error"]).any():
+        draw["nu"] = lambda: nu_figure(table)
+    if (table["tag"] == "shared").any():
+        draw["decoder_cosine"] = lambda: cosine_figure(table)
+    if truth is not None:
+        draw["planted"] = lambda: planted_figure(truth)
+    if "patching" in metrics:
+        draw["diffing"] = lambda: diffing_figure(metrics["patching"])
+    if len(metrics["threshold_curve"]) > 1:
+        draw["threshold"] = lambda: threshold_figure(metrics["threshold_curve"])
+    if len(curves) > 1:
+        draw["training"] = lambda: training_figure(curves)
     drawn = []
-    for name, (caption, draw, there) in zip(FIGURES, wanted, strict=True):
-        if not (there and live.any()):
-            continue
+    for name in (name for name in CAPTIONS if name in draw):
         with plt.rc_context(STYLE):
-            figure = draw()
+            figure = draw[name]()
             figure.savefig(folder / f"{name}.png")
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
         svg = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode()
-        drawn.append({"name": name, "caption": caption, "svg": f"data:image/svg+xml;base64,{svg}"})
+        drawn.append(Figure(name, CAPTIONS[name], f"data:image/svg+xml;base64,{svg}"))
     return drawn
 
 
@@ -107,7 +121,7 @@ def relative_norm_figure(table: dict, pair: str):
         axis.axvline(cut, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="relative decoder norm, |ft| / (|base| + |ft|)")
     axis.set(ylabel="Number of Latents")
-    axis.set_title(pair, parse_math=False)  # a name may hold $ and \
+    axis.set_title(pair, parse_math=False)  # a $ in a model's name does not begin a formula
     axis.legend()
     return figure
 
@@ -232,7 +246,7 @@ def training_figure(curves: list[dict]):
               "dead_fraction": "share of dead latents"}  # fmt: skip
     figure, axes = plt.subplots(2, 2, figsize=(7.4, 4.2), sharex=True, layout="constrained")
     known, tokens = [], 0
-    for line in curves:  # the final held-out line carries no tokens of its own
+    for line in curves:  # the last line, of held-out rows, has no `tokens`
         tokens = line.get("tokens", tokens)
         known.append(line | {"tokens": tokens})
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
@@ -244,7 +258,7 @@ def training_figure(curves: list[dict]):
         if name == "loss":
             axis.set_yscale("log")
         elif name == "explained_variance":
-            axis.set_ylim(max(0, axis.get_ylim()[0]), 1)  # the first steps may lie far below
+            axis.set_ylim(max(0, axis.get_ylim()[0]), 1)  # the first steps may be far below 0
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes[1]:
         axis.set(xlabel="training tokens")
@@ -255,14 +269,14 @@ def training_figure(curves: list[dict]):
 
 
 def short(value):
-    """A number with four significant digits, None for what JSON has no number for."""
+    """A value for JSON: floats with four significant digits, None for NaN and infinity, NumPy numbers as Python ones."""
     if isinstance(value, (float, np.floating)):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
 
 
 def render(
-    metrics: dict, table: dict, definitions: dict, text_names: list[str], figures: list[dict], sections: list[dict],
+    metrics: dict, table: dict, *, definitions: dict, text_names: list[str], figures: list[Figure], sections: list[dict],
     truth: dict | None, pair: str,
 ) -> str:  # fmt: skip
     """The page as one string. All text comes in through jinja2's escaping or as inert JSON, which the page's script writes

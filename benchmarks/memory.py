@@ -95,7 +95,8 @@ def analysis(args) -> int:
     """Memory and speed of the pass over all latents, in this process."""
     import torch
 
-    from analysis.measure import Data, latent_table, measure
+    from analysis.data import Data
+    from analysis.measure import latent_table, measure_latents
     from crosscoder import CrossCoder
 
     torch.set_grad_enabled(False)
@@ -106,7 +107,7 @@ def analysis(args) -> int:
     scores = crosscoder.score(crosscoder.encode(sample.transpose(0, 1))).flatten()
     crosscoder.threshold.fill_(scores.topk(256 * args.active).values.min())
     del sample, scores
-    data = Data(source, torch.ones(2, 1), "random", None, None, source.val_rows, args.num_tokens - source.val_rows)
+    data = Data(source, torch.ones(2, 1), "random", None, source.val_rows, args.num_tokens - source.val_rows)
     before, peak, done = anonymous(os.getpid()), [0], threading.Event()
 
     def watch() -> None:
@@ -116,7 +117,7 @@ def analysis(args) -> int:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
-    sums, metrics = measure(crosscoder, data)
+    sums, metrics = measure_latents(crosscoder, data)
     latent_table(crosscoder, sums, data)
     seconds = time.perf_counter() - began
     done.set()

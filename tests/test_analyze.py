@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from helpers import ROOT, needs_mount, one_line_error, run_script
+from helpers import ROOT, needs_mount, one_line_error, run_script, write
 from processes import Started
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -328,6 +328,20 @@ def test_a_run_on_planted_concepts_shows_the_truth(tmp_path):
     assert 'id="truth"' in page and (out / "figures" / "planted.svg").is_file()
     points = metrics["threshold_curve"]
     assert [p["l0"] for p in points] == sorted(p["l0"] for p in points) and points[-1]["l0"] > 1.4 * metrics["k"]
+
+
+@pytest.mark.parametrize("flags", [("--base-dataset", "--ft-dataset"), ("--model-dataset", "--model-dataset")])
+def test_a_run_on_a_dataset_for_each_model_is_measured_on_those(tmp_path, flags):
+    """As wide as the planted concepts, which must not be taken instead; a held-out outlier is left out as in training."""
+    x = np.random.default_rng(0).standard_normal((2, 1000, 128)).astype("float32")
+    x[1, 950] *= 1000
+    data = [f for flag, name, rows in zip(flags, ("one", "two"), x, strict=True) for f in (flag, write(tmp_path / name, rows))]
+    small = ["--d-hidden", 32, "--batch-size", 64, "--val-tokens", 100, "--wandb", "disabled", "--output-dir", tmp_path]
+    run_script("train.py", *data, *small, "--run-name", "run", check=True)
+    found = analyse(tmp_path / "run", "--output", tmp_path / "out")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found["data"] == f"{data[1]} and {data[3]}" and "two single datasets have no texts" in found["notes"][0]
+    assert found["explained_variance"] == pytest.approx(summary["explained_variance"], rel=1e-4) and "planted" not in found
 
 
 # --- what is refused, and what is done without

@@ -55,7 +55,7 @@ def page_of(tmp_path_factory):
 
     folder, table = tmp_path_factory.mktemp("figures"), made_up_table(200)
     with_random = table | {"random_cosine": np.zeros(200)}
-    drawn = report.draw_figures(folder, with_random, made_up_metrics(table), [], HOSTILE[0], None)
+    drawn = report.draw_figures(folder, with_random, made_up_metrics(table), curves=[], pair=HOSTILE[0], truth=None)
     assert {p.suffix for p in folder.iterdir()} == {".png", ".svg"}
 
     def make(n: int, with_examples, n_examples: int = 4):
@@ -63,7 +63,10 @@ def page_of(tmp_path_factory):
         metrics = made_up_metrics(table)
         definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
-        html = report.render(metrics, table, definitions, ["</script>.txt"], drawn, sections, None, HOSTILE[0])
+        html = report.render(
+            metrics, table, definitions=definitions, text_names=["</script>.txt"], figures=drawn, sections=sections, truth=None,
+            pair=HOSTILE[0],
+        )  # fmt: skip
         (folder / "report.html").write_text(html, encoding="utf-8")
         return folder / "report.html"
 
