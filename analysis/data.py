@@ -13,10 +13,10 @@ from torch import Tensor
 
 from crosscoder import CrossCoder
 from sources.batches import gather_kept, limit_norms
-from sources.dataset_files import open_dataset
+from sources.dataset_files import open_dataset, open_datasets
 from sources.planted import PlantedConcepts
 from sources.source import Source
-from sources.stored import PairedActivations, open_pair, open_several, open_single
+from sources.stored import PairedActivations, open_pair, open_single
 
 VAL_ROWS = 2_000_000  # held-out rows at most, for data other than that of the run
 
@@ -99,7 +99,9 @@ def open_data(flags: dict, record: dict | None, crosscoder: CrossCoder, num_toke
 def open_unpaired(flags: dict, record: dict | None, rest: tuple) -> PairedActivations:
     """One dataset for each model. Left out are outliers and, for the run's own data, held out are rows as in training."""
     if flags.get("model_dataset"):
-        source = open_several(flags["model_dataset"], *rest)
+        named = [("--model-dataset", name) for name in flags["model_dataset"]]
+        columns, val_tokens, default_val, seed = rest
+        source = PairedActivations(open_datasets(named, columns), val_tokens, default_val, seed)
     else:
         source = open_single(flags["base_dataset"], flags["ft_dataset"], *rest)
     limit_norms(source, flags["max_norm_ratio"], record and record.get("data", {}).get("median_norm"))

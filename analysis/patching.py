@@ -18,6 +18,7 @@ from torch import Tensor
 
 from analysis.data import Data, HookedModel, Text
 from collecting import language_model as lm
+from collecting.chat import answer_marker
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
@@ -214,7 +215,7 @@ def patch_models(
     skip_first, ratio = pair.get("skip_first", 1), pair.get("max_norm_ratio", math.inf)
     max_norm = [ratio * median for median in pair.get("median_norm", [math.inf, math.inf])]
     sequences = list(take_sequences(data.text, tokens))
-    marker = lm.answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
+    marker = answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
     first, first_rule = first_tokens(sequences, marker, skip_first)
     W_raw = crosscoder.W_dec / crosscoder.scale[:, None]  # [d_hidden, n_models, d_model] rows as raw activations
     carried = {}

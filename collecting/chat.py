@@ -15,7 +15,7 @@ def template_bos(tokenizer) -> str | None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     try:
         shown = [format_chat(tokenizer, turns * times) for times in (1, 2)]
-    except Exception:  # a template may raise anything
+    except Exception:  # noqa: BLE001 - a template may raise anything
         return "kept"
     bos = tokenizer.bos_token
     if bos is None or not any(bos in text for text in shown):
@@ -48,7 +48,7 @@ def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         between = text[text.index(question) + len(question) : text.index(answer)]
-    except Exception:  # a template may raise anything
+    except Exception:  # noqa: BLE001 - a template may raise anything
         return None
     marker, space = (
         tokenizer(part, add_special_tokens=False).input_ids if part else []

@@ -40,7 +40,7 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
     try:
         HfApi().create_commit(name, operations, commit_message="Crosscoder")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - as above
         again = f"python train.py --resume {run} {FLAG} {name}"
         raise ValueError(f"{FLAG} {name}: {first_line(error)}; the run is complete in {run}, try again with {again}") from None
     print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
