@@ -52,6 +52,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     # --- the data, and the settings that follow from it
     warm = WarmStart(given.init_from, given.variant, given.d_hidden) if given.init_from and not begun.checkpoint else None
     config = flags.resolve_sizes(given, begun.resolved, warm, fast_dtype(device), shard.size)
+    if begun.checkpoint:
+        resume.refuse_changes(dataclasses.asdict(config), begun.resolved)
     source, config = open_source(given, config, device, begun.data)
     config = flags.resolve_lengths(given, config, source.train_rows, source.d_model)
     if warm:
@@ -66,7 +68,6 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
         if config.push_to_hub and shard.rank == 0:
             hub.open_repository(config.push_to_hub, "model")
     if begun.checkpoint:
-        resume.refuse_changes(dataclasses.asdict(config), begun.resolved)
         resume.refuse_other_data(resume.facts(source), begun.data)
     run, locked = begun.run, None
     with shard.together():
