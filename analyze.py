@@ -15,6 +15,7 @@ from run.flags import parse
 if __name__ == "__main__":
     CONFIG = parse(AnalyzeConfig)  # before torch is imported, so that --help and a wrong flag answer at once
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from sources.planted import PlantedConcepts
 
 
 def main(config: AnalyzeConfig) -> None:
+    if config.base_model and config.ft_adapter and not config.ft_model:  # the adapter was trained on the base model
+        config = dataclasses.replace(config, ft_model=config.base_model)
     check_numbers(config)
     folder, record = find_run(Path(config.run).expanduser())
     device = torch.device(usable_device(config.device, "--device"))
@@ -112,8 +115,6 @@ def check_numbers(config: AnalyzeConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
     if config.dataset and (config.base_dataset or config.ft_dataset):
         raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
-    if config.base_model and config.ft_adapter:
-        config.ft_model = config.ft_model or config.base_model
     for one, other in (("base_dataset", "ft_dataset"), ("ft_dataset", "base_dataset"), ("base_model", "ft_model"),
                        ("ft_model", "base_model"), ("hook", "base_model"), ("ft_hook", "base_model"),
                        ("ft_adapter", "base_model")):  # fmt: skip
