@@ -1,4 +1,4 @@
-"""What every entry needs from the machine: whole files, free disk and memory, devices, progress bars, one-line errors."""
+"""What every entry needs from the machine: free disk and memory, devices, progress bars, one-line errors."""
 
 from __future__ import annotations
 
