@@ -93,9 +93,9 @@ def read_record(run: Path) -> tuple[dict, dict]:
 
 
 def refuse_changes(settings: dict, saved: dict) -> None:
-    """ValueError if a resumed run would go on under another recipe than it began with. What was None then is not compared."""
+    """ValueError if a resumed run would go on under another recipe than it began with."""
     for name, value in settings.items():
-        if name not in MAY_CHANGE and saved.get(name) is not None and value != saved[name]:
+        if name not in MAY_CHANGE and name in saved and value != saved[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began: a resumed run keeps its "
                 "recipe; leave the flag out, or start a new run with --config and this flag"

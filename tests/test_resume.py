@@ -307,8 +307,10 @@ def test_checkpoints_on_another_disk(tmp_path):
 
 def test_resumed_run_refuses_another_recipe(tmp_path):
     run = train(tmp_path, "a", *SMALL, "--lr", 0.005)
-    result = run_script("train.py", "--resume", run, "--lr", "0.5")
-    assert "--lr is 0.5 and was 0.005 when the run began" in one_line_error(result, "train.py")
+    other = str(run / "crosscoder")  # a setting that the run began without is another recipe too
+    for flag, value, was in (("--lr", "0.5", "0.005"), ("--init-from", other, "None")):
+        result = run_script("train.py", "--resume", run, flag, value)
+        assert f"{flag} is {value} and was {was} when the run began" in one_line_error(result, "train.py")
 
 
 def test_wandb_run_keeps_its_id(tmp_path):
