@@ -32,7 +32,7 @@ def open_source(
         return open_live(given, config, device, known)
     if config.streaming:
         return open_streamed(given, config, known)
-    if not (named := named_datasets(config)):
+    if not (named := named_datasets(given)):
         return PlantedConcepts(config.seed, config.val_tokens), config
     opened = open_datasets(named, (config.base_column, config.ft_column))
     source = PairedActivations(opened, given.val_tokens, config.val_tokens, config.seed)
@@ -41,18 +41,18 @@ def open_source(
     return source, config
 
 
-def named_datasets(config: TrainConfig) -> list[tuple[str, str]]:
-    """(flag, name) of the datasets of activations that the flags name."""
-    if config.dataset:
-        return [("--dataset", config.dataset)]
-    if config.base_dataset:
-        return [("--base-dataset", config.base_dataset), ("--ft-dataset", config.ft_dataset)]
-    return [("--model-dataset", name) for name in config.model_dataset]
+def named_datasets(given: TrainConfig) -> list[tuple[str, str]]:
+    """(flag, name) of the datasets of activations that the user names: a resumed run may find them under other flags."""
+    if given.dataset:
+        return [("--dataset", given.dataset)]
+    if given.base_dataset:
+        return [("--base-dataset", given.base_dataset), ("--ft-dataset", given.ft_dataset)]
+    return [("--model-dataset", name) for name in given.model_dataset]
 
 
 def leave_out_outliers(source: Source, config: TrainConfig, known: dict | None) -> None:
     """The rule of collect.py for datasets without pair.json, with the medians that a resumed run began with."""
-    if config.dataset or (known is not None and "median_norm" not in known):
+    if source.pair or (known is not None and "median_norm" not in known):
         return  # collect.py left them out, or the run began before there was this rule
     share = limit_norms(source, config.max_norm_ratio, known and known["median_norm"])
     medians, limit = ", ".join(f"{median:.4g}" for median in source.record["median_norm"]), f"{config.max_norm_ratio:g}"
@@ -109,7 +109,7 @@ def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -
     from sources.streamed import StreamedActivations
 
     columns = (config.base_column, config.ft_column)
-    opened = open_datasets(named_datasets(config), columns, streaming=True, revisions=known and known["revisions"])
+    opened = open_datasets(named_datasets(given), columns, streaming=True, revisions=known and known["revisions"])
     rows = (opened.pair or {}).get("rows", {})
     length = config.num_tokens or rows.get("train", 0) * (config.epochs or 1)
     if not length or (given.epochs and "train" not in rows):

@@ -106,6 +106,9 @@ def test_resume_refuses_another_dataset_and_finds_a_moved_one(tmp_path):
     moved = ["--base-dataset", tmp_path / "moved" / "b", "--ft-dataset", tmp_path / "moved" / "f"]
     train(tmp_path, "a", "--resume", run, *moved, "--epochs", 3)
     assert len([m for m in metrics(run) if "loss" not in m]) == 1  # one end, although the run ended twice
+    (tmp_path / "moved").rename(tmp_path / "again")  # under other flags, too
+    again = ["--model-dataset", tmp_path / "again" / "b", "--model-dataset", tmp_path / "again" / "f"]
+    train(tmp_path, "a", "--resume", run, *again, "--base-dataset", "None", "--ft-dataset", "None", "--epochs", 4)
     result = run_script("train.py", "--resume", run, *write(tmp_path / "data", 900))
     assert "the data has train_rows 800 and had 900 when the run began" in one_line_error(result, "train.py")
 
