@@ -36,14 +36,11 @@ def require_memory(config, source: Source, device: torch.device, processes: int)
     if not on_cpu:
         places.append((device, torch.cuda.mem_get_info(device)[0], on_device))
     for place, free, needed in places:
-        if sum(needed.values()) > free:
-            flags = [
-                f"--{name.replace('_', '-')} (for {size / 1e9:.1f} GB)" for name, size in needed.items() if size > free / 10
-            ]
-            raise ValueError(
-                f"the run needs {sum(needed.values()) / 1e9:.1f} GB of memory on {place} and {free / 1e9:.1f} GB are free: "
-                f"lower {' or '.join(flags)}"
-            )
+        total, large = sum(needed.values()), {name: size for name, size in needed.items() if size > free / 10}
+        if total > free:
+            flags = " or ".join(f"--{name.replace('_', '-')} (for {size / 1e9:.1f} GB)" for name, size in large.items())
+            what = f"the run needs {total / 1e9:.1f} GB of memory on {place} and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{what}: lower {flags}")
 
 
 @contextmanager
@@ -54,10 +51,9 @@ def memory_errors(run: Path | None = None):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|bad_alloc", str(error)):
             raise
-        raise ValueError(
-            f"out of memory ({first_line(error)}): lower --micro-batch-size, --batch-size or "
-            f"--d-hidden, or end what else uses the memory. Last checkpoint: {checkpoint.newest(run) if run else 'none yet'}"
-        ) from None
+        remedy = "lower --micro-batch-size, --batch-size or --d-hidden, or end what else uses the memory"
+        saved = checkpoint.newest(run) if run else "none yet"
+        raise ValueError(f"out of memory ({first_line(error)}): {remedy}. Last checkpoint: {saved}") from None
 
 
 def require_room(config, source: Source, run: Path) -> None:
@@ -65,7 +61,5 @@ def require_room(config, source: Source, run: Path) -> None:
     size = 3 * 4 * 2 * source.n_models * source.d_model * config.d_hidden
     needed = size * max(1, config.keep_checkpoints + 1 - len(checkpoint.complete(run)))
     if needed > (room := free_disk(run / "checkpoints")):
-        raise ValueError(
-            f"--output-dir: the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free; "
-            "make room, choose another folder, or lower --keep-checkpoints or --d-hidden"
-        )
+        what = f"the checkpoints of this run need {needed / 1e9:.2f} GB and {run} has {room / 1e9:.2f} GB free"
+        raise ValueError(f"--output-dir: {what}; choose another folder, or lower --keep-checkpoints or --d-hidden")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ops.files import whole_file
-
-# --- files
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,9 +28,6 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
-# --- memory and devices
-
-
 def free_memory() -> int:
     """Bytes of host memory that are free or can be freed, within the limits of a container."""
     try:
@@ -44,22 +38,22 @@ def free_memory() -> int:
     return min([free, *left_in_containers()])
 
 
-def left_in_containers(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+def left_in_containers() -> list[int]:
     """Bytes left under each memory limit of this process's control groups, version 1 or 2. Their file caches count as free."""
     left = []
     for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
         _, kind, path = line.split(":", 2)
-        if kind in ("", "memory"):
-            names, total = ("memory.max", "memory.current"), ""
-            if kind:
-                names, total = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-            for folder in (root / kind / path.lstrip("/"), *(root / kind / path.lstrip("/")).parents):
-                try:
-                    limit, used = (int((folder / name).read_text()) for name in names)
-                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    left.append(limit - used + int(stat[f"{total}active_file"]) + int(stat[f"{total}inactive_file"]))
-                except (OSError, ValueError, KeyError):  # no such folder here, or "max": no limit
-                    continue
+        if kind not in ("", "memory"):
+            continue
+        names, total = ("memory.max", "memory.current"), ""
+        if kind:
+            names, total = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+        own = Path("/sys/fs/cgroup", kind, path.lstrip("/"))
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError, KeyError):  # no such folder here, or "max": no limit
+                limit, used = (int((folder / name).read_text()) for name in names)
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(limit - used + int(stat[f"{total}active_file"]) + int(stat[f"{total}inactive_file"]))
     return left
 
 
@@ -67,14 +61,9 @@ def usable_device(name: str, flag: str = "--device") -> str:
     """The device, CUDA or the CPU for auto. ValueError, naming the flag, if it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with library_errors(f"{flag} {name}: not usable here", "auto chooses one", (RuntimeError, AssertionError)):
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for its own kind of missing device
-        raise ValueError(f"{flag} {name}: not usable here ({first_line(error)}); auto chooses one") from None
     return name
-
-
-# --- words
 
 
 def first_line(error: BaseException) -> str:
@@ -84,22 +73,13 @@ def first_line(error: BaseException) -> str:
 
 
 def as_json(values: dict, **options) -> str:
-    """JSON of nested dicts of numbers, with null for what JSON has no number for (an infinite or undefined metric)."""
-
-    def clean(value):
-        if isinstance(value, dict):
-            return {name: clean(part) for name, part in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(values), **options) + "\n"
+    """A line of JSON, with null for what JSON has no number for (an infinite or undefined metric)."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), **options) + "\n"
 
 
 @contextmanager
 def library_errors(fault: str, remedy: str = "", kinds=Exception) -> Iterator[None]:
-    """A library's error inside the block becomes a ValueError of one line: `fault (first line of the error); remedy`.
-
-    kinds: types of errors. All of them where a library raises many, such as those of its HTTP client.
-    """
+    """An error of these kinds inside the block becomes a ValueError of one line: `fault (first line of the error); remedy`."""
     try:
         yield
     except kinds as error:
@@ -107,11 +87,7 @@ def library_errors(fault: str, remedy: str = "", kinds=Exception) -> Iterator[No
 
 
 def size_text(n_bytes: float) -> str:
-    for unit in ("kB", "MB", "GB"):
-        n_bytes /= 1000
-        if n_bytes < 1000:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1000:,.1f} TB"
+    return tqdm.format_sizeof(n_bytes, "B")
 
 
 def progress_bar(what: str | None, total: int, **options) -> tqdm:
@@ -130,14 +106,8 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
 
 
-# --- entries
-
-
 def run_entry(name: str, main: Callable, config, stopped: str | Callable) -> None:
-    """Run an entry's `main(config)` and exit: errors of the user's input in one line, Ctrl-C and SIGTERM with `stopped`.
-
-    stopped: what is kept of the work and what to do, or a function that tells it: `stopped(config)`.
-    """
+    """Run an entry's `main(config)`, bad input an error of one line. stopped: said at Ctrl-C and SIGTERM, or gives what is."""
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt("SIGTERM")
