@@ -93,12 +93,12 @@ def test_config_file_first_then_flags(tmp_path):
         ('{"lr": "fast"}', "lr = 'fast' is not of type float | None"),
         ('{"variant": "topk"}', "variant = 'topk' is not of type"),
         ('{"k": true}', "k = True is not of type"),
-        ("{", "is not JSON"),
+        ("{", "cannot be read as JSON"),
         ("[1]", "expected a JSON object"),
-        pytest.param("[" * 100_000 + "]" * 100_000, "is not JSON (maximum recursion depth exceeded", id="deep"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "cannot be read as JSON (maximum recursion depth exceeded", id="deep"),
         pytest.param('{"lr": ' + "[" * 900 + "]" * 900 + "}", f"lr = {'[' * 40} is not of type", id="deep value"),
         pytest.param('{"lr": 1' + "0" * 400 + "}", "--lr 10000000000000000000: must be a finite number", id="400 digits"),
-        pytest.param('{"batch_size": 1' + "0" * 5000 + "}", "is not JSON (Exceeds the limit", id="5000 digits"),
+        pytest.param('{"batch_size": 1' + "0" * 5000 + "}", "cannot be read as JSON (Exceeds the limit", id="5000 digits"),
     ],
 )
 def test_bad_config_files_are_refused(tmp_path, content, message):
