@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from torch import Tensor
 from crosscoder import CrossCoder
 from ops.files import sync
 from ops.shard import ALONE, Shard
-from run.machine import first_line, free_disk, write_text
+from run.machine import first_line, free_disk, library_errors, write_text
 
 if TYPE_CHECKING:
     from sources.source import Source
@@ -69,14 +69,10 @@ class TrainingState:
 
 
 def save(run: Path, state: TrainingState, keep: int) -> None:
-    """Write the checkpoint of the step that `state` stands at and delete all but the newest `keep`.
-
-    ValueError where the weights are not finite; else as `write`.
-    """
+    """`write` the checkpoint of the step that `state` stands at. ValueError where the weights are not finite."""
     crosscoder, progress = state.crosscoder, state.progress
-    names = [name for name, _ in crosscoder.named_parameters()]
-    tensors = crosscoder.state_dict() | optimizer_tensors(state.optimizer, names)
-    tensors |= random_states() | {"tokens_since_fired": state.tokens_since_fired}
+    tensors = crosscoder.state_dict() | step_tensors(state.optimizer, crosscoder)
+    tensors["tokens_since_fired"] = state.tokens_since_fired
     require_finite(tensors, progress.step, run, crosscoder.shard)
     numbers = asdict(progress) | {"scheduler": state.scheduler.state_dict()}
     numbers["stream"] = state.source.state_dict(progress.position)
@@ -87,10 +83,9 @@ def load(folder: Path, state: TrainingState) -> None:
     """Bring `state` to where the checkpoint stands. ValueError where it is broken or incomplete."""
     crosscoder = state.crosscoder
     tensors, numbers = read(folder, crosscoder.latents)
-    try:
+    with library_errors(f"the checkpoint {folder} is incomplete", "delete it", (KeyError, TypeError, RuntimeError)):
         crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
-        restore_optimizer(state.optimizer, [name for name, _ in crosscoder.named_parameters()], tensors)
-        restore_random_states(tensors)
+        restore_step_tensors(state.optimizer, crosscoder, tensors)
         state.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         state.scheduler.load_state_dict(numbers["scheduler"])
         for field in fields(Progress):
@@ -98,18 +93,14 @@ def load(folder: Path, state: TrainingState) -> None:
         if isinstance(numbers["dropped"], int):  # of a run that began before outliers were counted
             state.progress.dropped = (numbers["dropped"], 0)
         state.source.load_state_dict(numbers.get("stream", {}))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint {folder} is incomplete ({error!r}): delete it") from None
 
 
 def require_finite(tensors: dict[str, Tensor], step: int, run: Path, shard: Shard) -> None:
     """ValueError if what is to be saved holds NaN, inf, or values whose squares overflow. Waits for the device."""
     norm = torch.nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()])
     if shard.any_process(not norm.isfinite()):
-        raise ValueError(
-            f"the weights after step {step} are not finite, or too large for finite norms: lower --lr. They were not saved. "
-            f"Last good checkpoint: {newest(run, step)}"
-        )
+        what = f"the weights after step {step} are not finite, or too large for finite norms: lower --lr. They were not saved"
+        raise ValueError(f"{what}. Last good checkpoint: {newest(run, step)}")
 
 
 # --- files
@@ -118,10 +109,9 @@ def require_finite(tensors: dict[str, Tensor], step: int, run: Path, shard: Shar
 def write(
     run: Path, step: int, tensors: dict[str, Tensor], numbers: dict, *, keep: int, d_hidden: int, shard: Shard = ALONE
 ) -> Path:
-    """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder.
+    """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its folder. Errors as `write_errors`.
 
     Of several processes each writes the slice of the d_hidden latents that it owns, process 0 everything else.
-    Raises OSError with one sentence when the disk is full or read-only; the earlier checkpoints then stay as they were.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -150,13 +140,11 @@ def write(
                     os.rename(folder, folder.with_name(f".{folder.name}.old"))
                 os.rename(partial, folder)
                 sync(folder.parent)
-    with shard.together():
-        if shard.rank == 0:
-            # Checkpoints of later steps were left by a run that was then resumed from an earlier one: they go as well.
-            kept = [path for path in complete(run) if path <= folder][-keep:]
-            for old in set(complete(run)) - set(kept):
-                os.rename(old, old.with_name(f".{old.name}.old"))  # so that a half-deleted one is not taken for complete
-            remove_leftovers(run)
+                # Checkpoints of later steps were left by a run that was then resumed from an earlier one: they go as well.
+                kept = [path for path in complete(run) if path <= folder][-keep:]
+                for old in set(complete(run)) - set(kept):
+                    os.rename(old, old.with_name(f".{old.name}.old"))  # so that a half-deleted one is not taken for complete
+                remove_leftovers(run)
     return folder
 
 
@@ -184,10 +172,7 @@ def checksum_of_index(index: dict) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in a few words; None if they are what was written.
-
-    ValueError if it was written in another format than this code reads.
-    """
+    """What is wrong with a checkpoint's files, in a few words; None if nothing is. ValueError if they are of another format."""
     try:
         index = json.loads((folder / "index.json").read_text())
         number = index.get("format")
@@ -206,10 +191,7 @@ def damage(folder: Path) -> str | None:
 
 
 def remove_leftovers(run: Path) -> list[str]:
-    """Delete what a process that was killed had half written. Only the process that holds the run's lock may do so.
-
-    Returns what a reader would miss: the step whose checkpoint, or the folder whose model was cut off.
-    """
+    """Delete what a killed process had half written, and say which step or model that was. Only the lock's holder may do so."""
     cut_off = [path.name.split(".")[1] for path in sorted((run / "checkpoints").glob(".step_*.partial"))]
     cut_off += ["crosscoder"] * any((run / "crosscoder").glob("*.partial"))
     for leftover in (run / "checkpoints").glob(".step_*"):
@@ -245,21 +227,18 @@ def find(resume: Path, shard: Shard = ALONE) -> Path:
         if shard.rank == 0:
             print(f"damaged  {folder} ({why}): passed over for the one before it", file=sys.stderr)
     if why:
-        raise ValueError(
-            f"--resume {resume}: all its checkpoints are damaged ({why}); put a copy of one back, or begin again with "
-            f"--config {resume / 'config.json'}"
-        )
+        again = f"put a copy of one back, or begin again with --config {resume / 'config.json'}"
+        raise ValueError(f"--resume {resume}: all its checkpoints are damaged ({why}); {again}")
     finished = ", though the run is finished: it cannot go on" if (resume / "summary.json").exists() else ""
     raise ValueError(f"--resume {resume}: holds no complete checkpoint{finished}")
 
 
 def read(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and numbers of a checkpoint, however many processes wrote it. ValueError where a file is missing or changed.
-
-    latents: those of which the tensors with a latent axis are read; None: all.
-    """
+    """Tensors, of some latents where they have such an axis, and numbers. ValueError where a file is not what was written."""
     why = damage(folder)
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+    remedy = "give --resume the run's folder, and it takes the newest whole one"
+    with library_errors(f"the checkpoint {folder} is broken", remedy, kinds):
         if why:
             raise ValueError(why)
         index, numbers = (json.loads((folder / name).read_text()) for name in ("index.json", "state.json"))
@@ -273,45 +252,30 @@ def read(folder: Path, latents: slice | None = None) -> tuple[dict[str, Tensor],
                     for name, found in parts.items():
                         found.append(file.get_slice(name)[low - part["start"] : high - part["start"]])
         tensors |= {name: torch.cat(parts.pop(name)) for name in list(parts)}  # pop frees each part once it is copied
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"the checkpoint {folder} is broken ({error}): give --resume the run's folder, and it takes the newest whole one"
-        ) from None
     return tensors, numbers
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Adam's state as tensors named PARAMETER.adam_KEY; `names` are those of the parameters, in the optimizer's order."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}.adam_{key}": value for i, entry in state.items() for key, value in entry.items() if value.ndim} | {
-        f"adam_step.{names[i]}": entry["step"] for i, entry in state.items()
-    }
+def step_tensors(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, Tensor]:
+    """torch's random states, and Adam's for the module's parameters as PARAMETER.adam_KEY and adam_step.PARAMETER."""
+    tensors = {f"rng.cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"adam_step.{name}" if key == "step" else f"{name}.adam_{key}"] = value
+    return tensors
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; Adam's moments leave `tensors`, so that memory need not hold them twice."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        # empty_like keeps the parameter's memory layout, which fused Adam expects of its moments.
-        keys = ("exp_avg", "exp_avg_sq")
-        moments = {key: torch.empty_like(parameter).copy_(tensors.pop(f"{name}.adam_{key}")) for key in keys}
-        state[i] = moments | {"step": tensors[f"adam_step.{name}"]}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_states() -> dict[str, Tensor]:
-    """torch's random states as byte tensors."""
-    cuda = {f"rng.cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
-    return {"rng.cpu": torch.get_rng_state()} | cuda
-
-
-def restore_random_states(tensors: dict[str, Tensor]) -> None:
-    """Put back what `random_states` gave, for the devices that are here."""
+def restore_step_tensors(optimizer: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `step_tensors` gave; Adam's moments leave `tensors`, so that memory need not hold them twice."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
-        if f"rng.cuda{i}" in tensors:
+        if f"rng.cuda{i}" in tensors:  # else the run was on fewer devices
             torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)
+    for name, parameter in module.named_parameters():
+        state = {"step": tensors[f"adam_step.{name}"].to(parameter.device)}
+        for key in ("exp_avg", "exp_avg_sq"):  # empty_like keeps the parameter's memory layout, which fused Adam expects
+            state[key] = torch.empty_like(parameter).copy_(tensors.pop(f"{name}.adam_{key}"))
+        optimizer.state[parameter] = state
 
 
 def cut_metrics(run: Path, step: int) -> None:
@@ -319,12 +283,10 @@ def cut_metrics(run: Path, step: int) -> None:
     path = run / "metrics.jsonl"
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             metrics = json.loads(line)
             if metrics["step"] <= step and "loss" in metrics:  # the final line has held-out metrics alone
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     with write_errors(path.name, run):
         write_text(path, "".join(kept))
 
@@ -339,8 +301,6 @@ def write_errors(what: str, run: Path, shard: Shard = ALONE):
             remove_leftovers(run)
         if isinstance(error, OSError) and error.errno is None:  # already one sentence
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise OSError(
-            f"{what} could not be written to {run} ({reason}; {free_disk(run / 'checkpoints') / 1e9:.2f} GB free): make room "
-            "or choose a folder you can write to; earlier checkpoints are untouched"
-        ) from None
+        why = f"{getattr(error, 'strerror', None) or first_line(error)}; {free_disk(run / 'checkpoints') / 1e9:.2f} GB free"
+        remedy = "make room or choose a folder you can write to; earlier checkpoints are untouched"
+        raise OSError(f"{what} could not be written to {run} ({why}): {remedy}") from None

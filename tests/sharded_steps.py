@@ -29,13 +29,12 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
     rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
     crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=3e-3, fused=True)
-    names = [name for name, _ in crosscoder.named_parameters()]
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
     done, lines = 0, []
     if start_from:
         tensors, state = checkpoint.read(start_from, crosscoder.latents)
         crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
-        checkpoint.restore_optimizer(optimizer, names, tensors)
+        checkpoint.restore_step_tensors(optimizer, crosscoder, tensors)
         since_fired.copy_(tensors["tokens_since_fired"])
         done = state["step"]
     for step in range(done + 1, 51):
@@ -52,7 +51,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         dead = shard.all_sum((since_fired >= DEAD_AFTER).sum())
         lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, dead]]))
         if step in (20, 50):
-            tensors = crosscoder.state_dict() | checkpoint.optimizer_tensors(optimizer, names)
+            tensors = crosscoder.state_dict() | checkpoint.step_tensors(optimizer, crosscoder)
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.write(
                 out, step, tensors | {"tokens_since_fired": since_fired}, {}, keep=2, d_hidden=D_HIDDEN, shard=shard
