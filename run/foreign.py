@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crosscoder import CrossCoder, hub_folder
+from run.machine import first_line, library_errors
 
 TORCH_FILES = ("cc_weights.pt", "model.pt", "model_final.pt")
 FILES = ("config.json", "model.safetensors", "cfg.json", "sae_weights.safetensors", *TORCH_FILES)
@@ -28,13 +29,8 @@ CODE_NORMALIZATIONS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DEC
 def read_crosscoder(source: str | Path, activation_scale: tuple[float, ...] | None = None) -> CrossCoder:
     """The crosscoder in a folder, a .pt file or a Hub repository of any known layout; raw activations go in.
 
-    An SAE becomes a crosscoder of two equal halves: where both models have the same activation, its codes and
-    reconstructions are the SAE's.
-
-    Args:
-        activation_scale: per model, base first, what ckkissane's training multiplied the activations with.
-
     ValueError, naming the file, for what is missing, broken or has no meaning here.
+    activation_scale: per model, base first, what ckkissane's training multiplied the activations with.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -60,10 +56,8 @@ def read_crosscoder(source: str | Path, activation_scale: tuple[float, ...] | No
     else:
         file = path if path.is_file() else next((path / name for name in TORCH_FILES if name in there), None)
         if file is None:
-            raise ValueError(
-                f"{source}: is no crosscoder; a folder needs config.json and model.safetensors, cfg.json and cc_weights.pt, "
-                "cfg.json and sae_weights.safetensors, or a .pt file"
-            )
+            needs = "config.json and model.safetensors, cfg.json and sae_weights.safetensors, or a .pt file like cc_weights.pt"
+            raise ValueError(f"{source}: is no crosscoder; a folder needs {needs}")
         tensors = read_tensors(file)
         beside = next((f for name in ("cfg.json", "config.json") if (f := file.parent / name).is_file()), None)
         config = read_json(beside) if beside else {}
@@ -77,20 +71,15 @@ def read_crosscoder(source: str | Path, activation_scale: tuple[float, ...] | No
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with library_errors(f"{path}: cannot be read", "copy it again", (OSError, ValueError, RecursionError)):
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); copy it again") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pt file, float32 where they are floats. Never runs what a pickle asks for.
-
-    ValueError for what is no plain tensor, or would take more memory than the file has bytes.
-    """
+    """Tensors of a .safetensors or .pt file, floats as float32. ValueError where they are not plain or more than the file."""
     try:
         size = path.stat().st_size
         if path.suffix == ".safetensors":
@@ -115,7 +104,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError("a name is there twice, with and without _orig_mod.")
         return tensors
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
-        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = first_line(error).split(". ")[0]
         raise ValueError(f"{path}: is no file of plain tensors ({reason}); copy it again, or save its state dict") from None
 
 
@@ -146,14 +135,11 @@ def assemble(  # noqa: PLR0913 - the tensors of a crosscoder, by name
     mean: Tensor | None = None, scale: Tensor | None = None, threshold: Tensor | float = 0.0, k: int | None = None,
 ) -> CrossCoder:  # fmt: skip
     """A crosscoder of the given weights, in the shapes of `CrossCoder`; k: it is a batch_topk. path: named in a ValueError."""
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": torch.as_tensor(threshold).float()}
     tensors["mean"] = torch.zeros_like(b_dec) if mean is None else mean
     tensors["scale"] = torch.ones(len(b_dec)) if scale is None else scale.expand(len(b_dec))
-    tensors["threshold"] = torch.as_tensor(threshold, dtype=torch.float32)
-    try:
+    with library_errors(f"{path}: is no crosscoder", kinds=ValueError):
         return CrossCoder.from_tensors(tensors, "vanilla" if k is None else "batch_topk", k)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Path) -> CrossCoder:
@@ -186,8 +172,8 @@ def from_crosscoder_learning(tensors: dict[str, Tensor], config: dict, path: Pat
         scale = tensors.get("target_rms", torch.tensor(1.0)) / (spread + 1e-8).sqrt()
     k = int(tensors["k"]) if "k" in tensors else None
     threshold = torch.tensor(0.0) if k is None else threshold_of(tensors, config, W_dec, path)
-    W_enc, b_enc, b_dec = (tensors[name] for name in ("encoder.weight", "encoder.bias", "decoder.bias"))
-    return assemble(path, W_enc, b_enc, W_dec, b_dec, mean, scale, threshold, k)
+    weights = tensors["encoder.weight"], tensors["encoder.bias"], W_dec, tensors["decoder.bias"]
+    return assemble(path, *weights, mean, scale, threshold, k)
 
 
 def threshold_of(tensors: dict[str, Tensor], config: dict, W_dec: Tensor, path: Path) -> Tensor:
@@ -214,8 +200,8 @@ def threshold_of(tensors: dict[str, Tensor], config: dict, W_dec: Tensor, path: 
 
 
 def are_positive(values) -> bool:
-    """Whether a list, as JSON gives it, holds nothing but positive finite numbers."""
-    return isinstance(values, list) and all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values)
+    """Whether it is a list of positive finite numbers, and nothing else that JSON could give."""
+    return isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values)
 
 
 def from_ckkissane(tensors: dict[str, Tensor], activation_scale, path: Path) -> CrossCoder:
@@ -224,49 +210,45 @@ def from_ckkissane(tensors: dict[str, Tensor], activation_scale, path: Path) -> 
     shapes = {"W_enc": (n_models, d_model, d_hidden), "W_dec": (d_hidden, n_models, d_model)}
     require(tensors, shapes | {"b_enc": (d_hidden,), "b_dec": (n_models, d_model)}, path)
     if activation_scale is None:
-        raise ValueError(
-            f"{path}: does not say what its training multiplied the activations with; convert it by formats.py with "
-            "--activation-scale BASE FT, each sqrt(d_model) / mean norm of that model's activations, or 1 1 if in the weights"
-        )
-    activation_scale = list(activation_scale) if isinstance(activation_scale, tuple) else activation_scale
+        remedy = "convert it by formats.py with --activation-scale BASE FT, of which formats.py --help says what they are"
+        raise ValueError(f"{path}: does not say what its training multiplied the activations with; {remedy}")
     if not are_positive(activation_scale) or len(activation_scale) != n_models:
         raise ValueError(f"--activation-scale: {n_models} positive numbers are needed, one for each model of {path}")
-    W_enc, b_enc, W_dec = (tensors[name] for name in ("W_enc", "b_enc", "W_dec"))
-    return assemble(path, W_enc, b_enc, W_dec, tensors["b_dec"], scale=torch.tensor(activation_scale))
+    W_enc, b_enc, W_dec, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    return assemble(path, W_enc, b_enc, W_dec, b_dec, scale=torch.tensor(activation_scale, dtype=torch.float32))
 
 
 def read_sae(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and config of a SAELens folder, the input bias moved into b_enc. Read are ReLU and JumpReLU SAEs."""
-    config, path = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
-    tensors = read_tensors(path)
-    d_model, d_hidden = config.get("d_in"), config.get("d_sae")
-    shapes = {"W_enc": (d_model, d_hidden), "W_dec": (d_hidden, d_model), "b_enc": (d_hidden,), "b_dec": (d_model,)}
-    kind = config.get("architecture", "standard")
+    """Tensors and config of a SAELens folder with a ReLU or JumpReLU SAE, the input bias moved into b_enc."""
+    config, path = read_json(folder / "cfg.json"), folder / "cfg.json"
+    tensors = read_tensors(folder / "sae_weights.safetensors")
+    d_model, d_hidden, kind = config.get("d_in"), config.get("d_sae"), config.get("architecture", "standard")
     if kind not in ("standard", "jumprelu") or config.get("activation_fn_str", config.get("activation_fn", "relu")) != "relu":
-        raise ValueError(f"{folder / 'cfg.json'}: an SAE of the kind {kind} is not read; standard (ReLU) and jumprelu are")
+        raise ValueError(f"{path}: an SAE of the kind {kind} is not read; standard (ReLU) and jumprelu are")
     for name in ("normalize_activations", "reshape_activations"):
         if config.get(name, "none") != "none":
-            raise ValueError(
-                f"{folder / 'cfg.json'}: {name} is {config[name]}; only SAEs that take raw activations are read: "
-                "fold it into the weights with SAELens first"
-            )
-    if type(config.get("apply_b_dec_to_input", True)) is not bool or type(config.setdefault("metadata", {})) is not dict:
-        raise ValueError(f"{folder / 'cfg.json'}: apply_b_dec_to_input must be true or false, metadata an object")
-    require(tensors, shapes | ({"threshold": (d_hidden,)} if kind == "jumprelu" else {}), path)
-    if config.get("apply_b_dec_to_input", True):
+            remedy = "only SAEs that take raw activations are read: fold it into the weights with SAELens first"
+            raise ValueError(f"{path}: {name} is {config[name]}; {remedy}")
+    bias_first = config.get("apply_b_dec_to_input", True)
+    if type(bias_first) is not bool or type(config.setdefault("metadata", {})) is not dict:
+        raise ValueError(f"{path}: apply_b_dec_to_input must be true or false, metadata an object")
+    shapes = {"W_enc": (d_model, d_hidden), "W_dec": (d_hidden, d_model), "b_enc": (d_hidden,), "b_dec": (d_model,)}
+    shapes |= {"threshold": (d_hidden,)} if kind == "jumprelu" else {}
+    require(tensors, shapes, folder / "sae_weights.safetensors")
+    if bias_first:
         tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
-    if kind != "jumprelu":
-        tensors["threshold"] = torch.zeros_like(tensors["b_enc"])  # [d_hidden]
+    threshold = tensors.get("threshold", torch.zeros(())).clamp_min(0)  # [d_hidden] on codes after the ReLU
+    tensors["threshold"] = threshold if (threshold != 0).any() else torch.zeros(())  # [] where all codes are ReLU's
     return tensors, config
 
 
 def from_sae(sae: dict[str, Tensor], config: dict, path: Path) -> CrossCoder:
-    """One SAE as both halves of a crosscoder; each encoder gives half of the pre-activation."""
+    """One SAE as both halves: its codes and reconstructions where both models have the same activation."""
     if config["metadata"].get("crosscoder_half"):
         raise ValueError(f"{path}: is one half of a crosscoder; give the folder above it, which holds base/ and ft/")
-    W_enc = (sae["W_enc"] / 2).expand(2, -1, -1)  # [2, d_model, d_hidden]
+    W_enc = (sae["W_enc"] / 2).expand(2, -1, -1)  # [2, d_model, d_hidden], each half of the pre-activation
     W_dec, b_dec = sae["W_dec"][:, None].expand(-1, 2, -1), sae["b_dec"].expand(2, -1)
-    return assemble(path, W_enc, sae["b_enc"], W_dec, b_dec, threshold=jump(sae["threshold"]))
+    return assemble(path, W_enc, sae["b_enc"], W_dec, b_dec, threshold=sae["threshold"])
 
 
 def from_halves(halves: list[tuple[dict[str, Tensor], dict]], path: Path) -> CrossCoder:
@@ -278,21 +260,14 @@ def from_halves(halves: list[tuple[dict[str, Tensor], dict]], path: Path) -> Cro
         raise ValueError(f"{path}: base/ and ft/ are two SAEs and not the halves of one crosscoder; give one of them")
     for sae in saes[1:]:
         require(sae, {name: tuple(t.shape) for name, t in saes[0].items()}, path)
-    W_enc = torch.stack([sae["W_enc"] for sae in saes])  # [n_models, d_model, d_hidden]
-    W_dec = torch.stack([sae["W_dec"] for sae in saes], dim=1)  # [d_hidden, n_models, d_model]
-    b_dec = torch.stack([sae["b_dec"] for sae in saes])  # [n_models, d_model]
-    return assemble(path, W_enc, saes[0]["b_enc"], W_dec, b_dec, threshold=jump(saes[0]["threshold"]), k=notes[0].get("k"))
+    W_enc, W_dec, b_dec = (torch.stack([sae[name] for sae in saes]) for name in ("W_enc", "W_dec", "b_dec"))
+    W_dec = W_dec.transpose(0, 1)  # [d_hidden, n_models, d_model]
+    return assemble(path, W_enc, saes[0]["b_enc"], W_dec, b_dec, threshold=saes[0]["threshold"], k=notes[0].get("k"))
 
 
 def half_name(model: int) -> str:
     """The folder of a model's SAE."""
     return HALVES[model] if model < len(HALVES) else f"model_{model}"
-
-
-def jump(threshold: Tensor) -> Tensor:
-    """Thresholds [d_hidden] on codes after the ReLU, or a single 0 where none has an effect."""
-    threshold = threshold.clamp_min(0)
-    return threshold if (threshold != 0).any() else torch.zeros(())  # NaN stays, to be refused
 
 
 def has_threshold(crosscoder: CrossCoder) -> bool:
