@@ -47,7 +47,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     device = shard.join(torch.device(machine.usable_device(given.device)))
     if shard.rank > 0:  # process 0 alone prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
-    begun = resume.begin(given.resume, given.output_dir, given.run_name, given.variant, shard)
+    begun = resume.begin(given, shard)
 
     # --- the data, and the settings that follow from it
     warm = WarmStart(given.init_from, given.variant, given.d_hidden) if given.init_from and not begun.checkpoint else None
@@ -113,7 +113,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
-    watched = monitor.watch(steps, progress, quiet=shard.rank > 0)
+    watched = monitor.Watched(steps, progress, quiet=shard.rank > 0)
     stream = source.batches(config.batch_size, stop, device, progress.position, Dropped(*progress.dropped), shard)
     with closing(stream), limits.memory_errors(run):
         for batch in watched.timed(stream):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ops import latents
 from run import checkpoint
 from run.checkpoint import Progress
-from run.machine import as_json, say
+from run.machine import as_json, first_line, library_errors, say
 
 if TYPE_CHECKING:
     from sources.source import Source
@@ -64,34 +64,27 @@ def log(run: Path, tracker, step: int, metrics: dict[str, float]):
     return tracker
 
 
-@dataclass
 class Watched:
-    """What is remembered of a run to show how far it is, how fast, and to warn once of each trouble."""
+    """What is remembered of a run to show how far and how fast it is, and to warn once of each trouble."""
 
-    steps: int
-    first: int  # steps that were done before this process began
-    seconds_before: float  # of training before this process began
-    bar: tqdm
-    began: float = field(default_factory=time.perf_counter)
-    interval_began: float = field(default_factory=time.perf_counter)  # the last logged step
-    interval_tokens: int = 0  # trained on before it
-    waited: float = 0.0  # seconds of the interval in which the loop waited for a batch
-    last_save: str = "a first save"
-    shown: float = -math.inf
-    best: float = SOME  # explained variance; while k is annealed, that of the last logged step
-    best_step: int = 0
-    in_a_row: list[int] = field(default_factory=lambda: [0, 0, 0])  # logged steps with each trouble
-    told: set[int] = field(default_factory=set)
+    def __init__(self, steps: int, progress: Progress, quiet: bool = False):
+        hidden = quiet or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
+        self.steps, self.began, self.shown = steps, time.perf_counter(), -math.inf
+        self.steps_before, self.seconds_before = progress.step, progress.seconds  # done before this process began
+        self.begin_interval(progress)
+        self.last_save = "a first save"
+        self.best, self.best_step = SOME, 0  # explained variance; while k is annealed, that of the last logged step
+        self.in_a_row = [0, 0, 0]  # logged steps with each trouble
+        self.told: set[int] = set()
 
     def timed(self, stream: Iterator) -> Iterator:
         """The stream's batches; the time until each comes counts as waiting."""
-        while True:
-            since = time.perf_counter()
-            batch = next(stream, None)
+        since = time.perf_counter()
+        for batch in stream:
             self.waited += time.perf_counter() - since
-            if batch is None:
-                return
             yield batch
+            since = time.perf_counter()
 
     def seconds(self) -> float:
         """Of training, in all processes that went on with the run."""
@@ -104,7 +97,7 @@ class Watched:
         return {"tokens_per_second": speed, "data_wait_fraction": self.waited / elapsed} | source.metrics(elapsed)
 
     def begin_interval(self, progress: Progress) -> None:
-        """A step was logged: what comes next counts for the next line."""
+        """A step was logged: what comes next counts for the next line. waited: seconds in which the loop waited for a batch."""
         self.interval_began, self.interval_tokens, self.waited = time.perf_counter(), progress.tokens, 0.0
 
     @contextmanager
@@ -115,28 +108,19 @@ class Watched:
         self.last_save = f"the last save took {time.perf_counter() - since:.1f} s"
 
 
-def watch(steps: int, progress: Progress, quiet: bool = False) -> Watched:
-    """Begin to show a run of `steps` steps: a bar on a terminal, else lines with the time."""
-    hidden = quiet or not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
-    return Watched(steps, progress.step, progress.seconds, bar, interval_tokens=progress.tokens)
-
-
 def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
     """Show the metrics of a logged step."""
-    text = (
-        f"EV {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}, dead {metrics['dead_fraction']:.1%}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        + (f", models {metrics['model_fraction']:.0%} of the time" if "model_fraction" in metrics else "")
-    )
+    text = f"EV {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}, dead {metrics['dead_fraction']:.1%}"
+    text += f", {metrics['tokens_per_second']:,.0f} tokens/s"
+    if "model_fraction" in metrics:
+        text += f", models {metrics['model_fraction']:.0%} of the time"
     now = time.perf_counter()
     if not watched.bar.disable:
         watched.bar.set_postfix_str(text, refresh=False)
     elif now - watched.shown >= LINE_EVERY or step == watched.steps:
-        left = (watched.steps - step) * (now - watched.began) / (step - watched.first)
-        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        left = (watched.steps - step) * (now - watched.began) / (step - watched.steps_before)
         done = f"step {step:,} of {watched.steps:,}, loss {metrics['loss']:.4g}"
-        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {done}, {text}, {clock} left", sys.stderr)
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {done}, {text}, {timedelta(seconds=int(left))} left", sys.stderr)
         watched.shown = now
 
 
@@ -176,22 +160,18 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
 
 def start_wandb(config, run: Path, progress: Progress):
     """The wandb run, None when disabled. A resumed run keeps its id, which is kept in `progress`."""
-    mode = config.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "auto")  # wandb's own switch
+    mode = os.environ.get("WANDB_MODE", "auto") if config.wandb == "auto" else config.wandb  # wandb's own switch
     if mode == "disabled":
         return None
-    import wandb
-
     # Seconds that the start and the end of a run wait for a network that is gone; wandb's files stay on the disk.
-    def seconds(what: str, usual: float) -> float:
-        return float(os.environ.get(f"WANDB_{what}_TIMEOUT", usual))
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+    import wandb
 
     def init(mode):
         return wandb.init(
-            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), mode=mode,
-            id=progress.wandb_id, resume="allow" if mode == "online" else None, config=vars(config),
-            settings=wandb.Settings(silent=True, init_timeout=seconds("INIT", 30), finish_timeout=seconds("FINISH", 60)),
+            project=config.wandb_project, entity=config.wandb_entity, name=run.name, dir=str(run), config=vars(config),
+            mode=mode, id=progress.wandb_id, resume="allow" if mode == "online" else None, settings=wandb.Settings(silent=True),
         )  # fmt: skip
 
     why = "as asked"
@@ -200,11 +180,9 @@ def start_wandb(config, run: Path, progress: Progress):
             mode, why = ("online", "") if wandb.login(prompt=False) else ("offline", "no key found")
         tracker = init(mode)
     except wandb.errors.Error as error:
-        mode, why = "offline", str(error).splitlines()[0]
-        try:
+        mode, why = "offline", first_line(error)
+        with library_errors("wandb refuses to start", "check --wandb-project and --wandb-entity", wandb.errors.Error):
             tracker = init(mode)
-        except wandb.errors.Error:
-            raise ValueError(f"wandb refuses to start ({why}); check --wandb-project and --wandb-entity") from None
     say("wandb    online" if mode == "online" else f"wandb    offline ({why}); `wandb sync` uploads it later")
     progress.wandb_id = tracker.id
     return tracker
@@ -219,11 +197,9 @@ def finish_wandb(tracker, summary: dict[str, float]) -> None:
 def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
     """The end of a run: held-out metrics, what was found, where it lies."""
     names = {"explained_variance_A": "base", "explained_variance_B": "ft"}  # and C, D, ... of more models
-    each = [(names.get(k, k[-1]), v) for k, v in summary.items() if k.startswith("explained_variance_")]
-    say(
-        f"\nheld out   explained variance {summary['explained_variance']:.3f} "
-        f"({', '.join(f'{name} {v:.3f}' for name, v in each)}), L0 {summary['l0_loss']:.1f}, {val_rows:,} rows"
-    )
+    each = [f"{names.get(k, k[-1])} {v:.3f}" for k, v in summary.items() if k.startswith("explained_variance_")]
+    variance = f"explained variance {summary['explained_variance']:.3f} ({', '.join(each)})"
+    say(f"\nheld out   {variance}, L0 {summary['l0_loss']:.1f}, {val_rows:,} rows")
     if dropped := summary["rows_dropped"]:
         outliers = summary["rows_dropped_by_norm"]
         say(f"left out   {outliers:,} rows by their norm (--max-norm-ratio), {dropped - outliers:,} with NaN or inf")

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -18,7 +19,7 @@ import torch
 
 from ops.shard import Shard
 from run import checkpoint
-from run.machine import as_json, say, write_text
+from run.machine import as_json, library_errors, say, write_text
 
 if TYPE_CHECKING:
     from sources.source import Source
@@ -40,23 +41,18 @@ class Begun:
     data: dict | None = None  # the facts of the data that it began with
 
 
-def begin(resume: str | None, folder: str, name: str | None, variant: str, shard: Shard) -> Begun:
-    """The run that the flags ask for. ValueError where its name is taken, or where it cannot go on.
-
-    Args:
-        resume: None for a fresh run; "auto": from the newest checkpoint of the run of this name, fresh if there is none; else
-            the folder of a run or of a checkpoint.
-        folder: of all runs. name: of this one; None to make one from the variant and the time.
-    """
-    named = Path(folder) / str(name)
-    if resume == "auto" and not checkpoint.complete(named):
+def begin(given, shard: Shard) -> Begun:
+    """The run that the flags of train.py ask for. ValueError where its name is taken, or where it cannot go on."""
+    named = Path(given.output_dir) / str(given.run_name)
+    if given.resume == "auto" and not checkpoint.complete(named):
         require_beginning(named)
         say(f"--resume auto: {named} holds no checkpoint, starting fresh")
-    elif resume is not None:
-        found = checkpoint.find(named if resume == "auto" else Path(resume), shard)
+    elif given.resume is not None:
+        found = checkpoint.find(named if given.resume == "auto" else Path(given.resume), shard)
         return Begun(found.parents[1], found, *read_record(found.parents[1]))
-    run = Path(folder) / shard.from_first(name or f"{variant}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if shard.any_process(resume is None and run.exists()):  # all at once: process 0 will make it
+    name = given.run_name or f"{given.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Path(given.output_dir) / shard.from_first(name)
+    if shard.any_process(given.resume is None and run.exists()):  # all at once: process 0 will make it
         raise ValueError(name_is_taken(run))
     return Begun(run)
 
@@ -70,10 +66,9 @@ def require_beginning(run: Path) -> None:
     step = max(map(int, re.findall(r'^{"step": (\d+),', lines, re.MULTILINE)), default=0)
     finished = (run / "summary.json").exists() or (run / "crosscoder").exists()
     if finished or step > saved["save_every"] or checkpoint.complete(run):
-        raise ValueError(
-            f"--resume auto: {run} {'is finished' if finished else f'was at step {step}'} and is not begun again: choose "
-            "another --run-name, or put its checkpoints/ back if they were moved"
-        )
+        why = "is finished" if finished else f"was at step {step}"
+        remedy = "choose another --run-name, or put its checkpoints/ back if they were moved"
+        raise ValueError(f"--resume auto: {run} {why} and is not begun again: {remedy}")
 
 
 def name_is_taken(run: Path) -> str:
@@ -82,24 +77,19 @@ def name_is_taken(run: Path) -> str:
 
 def read_record(run: Path) -> tuple[dict, dict]:
     """The resolved flags and the facts of the data that a run began with."""
-    try:
+    remedy = f"{run} is no run that can go on, choose another --run-name or --output-dir"
+    kinds = (OSError, ValueError, KeyError, TypeError)
+    with library_errors(f"--resume: {run / 'config.json'} is missing or broken", remedy, kinds):
         record = json.loads((run / "config.json").read_text())
         return record["resolved"], record["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--resume: {run / 'config.json'} is missing or broken ({error!r}): {run} is no run that can go on; choose another "
-            "--run-name or --output-dir"
-        ) from None
 
 
 def refuse_changes(settings: dict, saved: dict) -> None:
     """ValueError if a resumed run would go on under another recipe than it began with."""
     for name, value in settings.items():
         if name not in MAY_CHANGE and name in saved and value != saved[name]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began: a resumed run keeps its "
-                "recipe; leave the flag out, or start a new run with --config and this flag"
-            )
+            change = f"--{name.replace('_', '-')} is {value} and was {saved[name]} when the run began"
+            raise ValueError(f"{change}: leave the flag out, or start a new run with --config and this flag")
 
 
 def facts(source: Source) -> dict:
@@ -112,32 +102,20 @@ def refuse_other_data(data: dict, saved_data: dict) -> None:
     """ValueError if a resumed run would go on with other rows than it began with. What its record lacks is not compared."""
     now, before = (record.get("fingerprint", []) for record in (data, saved_data))
     if before and now != before and sorted(now) == sorted(before):
-        raise ValueError(
-            "the models' activations have changed places since the run began: give --base-dataset and --ft-dataset (or "
-            "the folders base and ft of --dataset, or each --model-dataset) as they were"
-        )
+        raise ValueError("the models' activations have changed places since the run began: give their datasets as they were")
+    remedy = "resume on the same data, or start a new run with --config"
     for name, value in data.items():
         if name == "fingerprint" and before and value != before:
-            models = [f"model {letter}" for letter, a, b in zip(ascii_uppercase, now, before, strict=False) if a != b]
-            raise ValueError(
-                f"the activations of {' and '.join(models)} (A: base, B: fine-tuned) are not those that the run began with: "
-                "resume on the same data, or start a new run with --config"
-            )
-        if value != saved_data.get(name, value):
-            raise ValueError(
-                f"the data has {name} {value} and had {saved_data.get(name)} when the run began: the rows would come in "
-                "another order; resume on the same data, or start a new run with --config"
-            )
+            models = " and ".join(f"model {name}" for name, a, b in zip(ascii_uppercase, now, before, strict=False) if a != b)
+            what = f"the activations of {models} (A: base, B: fine-tuned) are not those that the run began with"
+            raise ValueError(f"{what}: {remedy}")
+        if value != (was := saved_data.get(name, value)):
+            what = f"the data has {name} {value} and had {was} when the run began: the rows would come in another order"
+            raise ValueError(f"{what}; {remedy}")
 
 
 def claim(begun: Begun, given, config, source: Source) -> tuple[Path, int]:
-    """Make the folder of a fresh run, lock it, and write its config.json. By process 0 alone.
-
-    given, config: the flags as the user gave them and as the run has them (dataclasses).
-
-    Returns:
-        the folder, and the lock that holds until it is closed
-    """
+    """Make the folder of a fresh run, lock it, and write its config.json, in process 0. Returns the folder and the lock."""
     run = begun.run if begun.checkpoint else make_folder(begun.run, given.run_name is not None, given.resume == "auto")
     handle = lock(run)
     if not begun.checkpoint:
@@ -153,11 +131,8 @@ def claim(begun: Begun, given, config, source: Source) -> tuple[Path, int]:
 
 
 def lock(run: Path) -> int:
-    """Claim a run's folder for this process, until it closes the returned handle. ValueError if that cannot be.
-
-    The lock is on the folder: a file in it may be replaced by another process that starts at the same moment.
-    """
-    handle = os.open(run, os.O_RDONLY)
+    """Claim a run's folder for this process, until it closes the returned handle. ValueError if that cannot be."""
+    handle = os.open(run, os.O_RDONLY)  # of the folder: another process that starts now may replace a file in it
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,28 +147,24 @@ def lock(run: Path) -> int:
 
 
 def make_folder(run: Path, named: bool, may_exist: bool) -> Path:
-    """The new folder of a fresh run. One named by the time gets a number if another run has just taken that name."""
-    folder, number = run, 1
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=may_exist)
-            return folder
-        except FileExistsError:
-            if named:
-                raise ValueError(name_is_taken(run)) from None
-            number += 1
-            folder = run.with_name(f"{run.name}-{number}")
-        except OSError as error:
-            raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose one you can write to") from None
+    """The new folder of a fresh run. One named by the time gets a longer name if another run has just taken that one."""
+    try:
+        run.mkdir(parents=True, exist_ok=may_exist)
+        return run
+    except FileExistsError:
+        if named:
+            raise ValueError(name_is_taken(run)) from None
+        return make_folder(run.with_name(f"{run.name}-2"), named, may_exist)
+    except OSError as error:
+        raise ValueError(f"--output-dir: cannot create {run} ({error.strerror}); choose one you can write to") from None
 
 
 def code_version() -> dict[str, str | None]:
     """The commit of this code, with -dirty where files differ from it, None outside a git checkout; the version of torch."""
-    root = Path(__file__).parents[1]
-    try:  # --git-dir: without it a copy inside another project's checkout would get that project's commit
+    root, commit = Path(__file__).parents[1], None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        # --git-dir: without it a copy inside another project's checkout would get that project's commit
         command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]
         command += ["--abbrev=12", "--exclude=*"]  # a hash, never a tag
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
     return {"commit": commit, "torch": torch.__version__}

@@ -11,7 +11,7 @@ from helpers import metrics, run_script
 
 from config import TrainConfig
 from run.checkpoint import Progress
-from run.monitor import FALLEN_TO, warn, watch
+from run.monitor import FALLEN_TO, Watched, warn
 
 TOPK = ["--variant", "batch_topk", "--k", 12]
 
@@ -108,7 +108,7 @@ def test_rows_made_by_the_models_keep_waiting_and_stored_ones_do_not(tiny, tmp_p
 
 def test_waiting_is_warned_of_once_and_only_where_something_can_be_done(capfd):
     def shown(waiting, **where):
-        config, watched = TrainConfig(l1_coeff=1.0, k=8, k_start=16, d_hidden=64, lr=0.01, **where), watch(100, Progress())
+        config, watched = TrainConfig(l1_coeff=1.0, k=8, k_start=16, d_hidden=64, lr=0.01, **where), Watched(100, Progress())
         for step, waited in enumerate(waiting, 1):
             line = {"explained_variance": 0.9, "dead_fraction": 0.0, "data_wait_fraction": waited}
             warn(watched, config, step, line)
