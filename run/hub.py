@@ -1,7 +1,4 @@
-"""Results on the Hugging Face Hub: a trained crosscoder or a paired dataset as a repository with a filled-in card.
-
-Only --push-to-hub comes here. `crosscoder.hub_folder` is the way back.
-"""
+"""--push-to-hub: a trained crosscoder or a paired dataset as a repository of the Hugging Face Hub with a filled-in card."""
 
 from __future__ import annotations
 
@@ -13,50 +10,41 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
-from run.machine import first_line
+from run.machine import library_errors
 
 FLAG = "--push-to-hub"
 
 
 def open_repository(name: str, kind: str) -> None:
-    """Make the repository `user/name` of the kind model or dataset unless it is there; a new one is private.
-
-    Called before the work starts: ValueError where the Hub would refuse the result after it.
-    """
+    """Make the model or dataset repository `user/name`, private, unless it is there. ValueError where the Hub refuses."""
     if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
         raise ValueError(f"{FLAG} {name}: is no Hub repository; give one as user/name")
-    try:
+    with library_errors(f"{FLAG} {name}: the Hub refuses it", "log in with `hf auth login`, or leave the flag out"):
         HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)
-    except Exception as error:  # noqa: BLE001 - refusals, broken connections and its HTTP library's own, by many names
-        raise ValueError(f"{FLAG} {name}: {first_line(error)}; log in with `hf auth login`, or leave the flag out") from None
 
 
 def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> None:
-    """Upload RUN/crosscoder and RUN/summary.json with a model card. norms, pair: as for `model_card`."""
+    """Upload RUN/crosscoder and RUN/summary.json with a card. norms, pair: as for `model_card`."""
     record, summary = (json.loads((run / file).read_text()) for file in ("config.json", "summary.json"))
     card = model_card(name, record, summary, norms, pair)
     files: dict[str, Path | bytes] = {file: run / "crosscoder" / file for file in ("config.json", "model.safetensors")}
     files |= {"summary.json": run / "summary.json", "README.md": card.encode()}
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
-    try:
+    again = f"python train.py --resume {run} {FLAG} {name}"
+    with library_errors(f"{FLAG} {name}: the Hub refuses it", f"the run is complete in {run}, try again with {again}"):
         HfApi().create_commit(name, operations, commit_message="Crosscoder")
-    except Exception as error:  # noqa: BLE001 - as above
-        again = f"python train.py --resume {run} {FLAG} {name}"
-        raise ValueError(f"{FLAG} {name}: {first_line(error)}; the run is complete in {run}, try again with {again}") from None
     print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
 
 
 def push_dataset(name: str, out: Path, pair: dict) -> None:
     """Upload a complete paired dataset with a card that makes base, ft and tokens its configs."""
     card = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=dataset_card(name, pair).encode())
-    patterns = [f"{part}/**" for part in ("base", "ft", "tokens")] + ["pair.json"]
-    try:
+    patterns = ["base/**", "ft/**", "tokens/**", "pair.json"]
+    with library_errors(f"{FLAG} {name}: the Hub refuses it", f"{out} is complete, the same command tries again"):
         HfApi().create_commit(name, [card], repo_type="dataset", commit_message="Card")
         HfApi().upload_folder(
             repo_id=name, folder_path=out, repo_type="dataset", allow_patterns=patterns, commit_message="Activations"
         )
-    except Exception as error:  # noqa: BLE001 - as above
-        raise ValueError(f"{FLAG} {name}: {first_line(error)}; {out} is complete, the same command tries again") from None
     print(f"pushed to {name}: python train.py --dataset {name}")
 
 
@@ -87,9 +75,8 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict
     norms: [d_hidden, n_models] decoder norms. pair: what the pair.json of the run's paired dataset says.
     """
     config, data = record["resolved"], record["data"]
-    origin, made = config, "planted concepts, activations with known directions"
+    origin, made = (pair or {}) if config["dataset"] else config, "planted concepts, activations with known directions"
     if config["dataset"]:
-        origin = pair or {}
         made = f"the paired dataset {shown(config['dataset'])}"
     elif config["base_dataset"]:
         made = f"the datasets {shown(config['base_dataset'])} (base) and {shown(config['ft_dataset'])} (fine-tuned)"
@@ -101,25 +88,21 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict
     lines = [f"- {role}: {shown(model)}" for role, model in models.items() if model]
     lines += [f"- Adapter of the fine-tuned model: {shown(origin['ft_adapter'])}"] if origin.get("ft_adapter") else []
     lines += [f"- Hook: {code(origin['hook'])}"] if origin.get("hook") else []
-    lines.append(f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows")
+    lines += [f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows"]
     kind = f"{config['variant']}, {config['d_hidden']:,} latents, {data['n_models']} models of width {data['d_model']}"
     kind += f", k {config['k']}" if config["variant"] == "batch_topk" else f", l1_coeff {config['l1_coeff']:g}"
-    roles = {"explained_variance_A": "base model", "explained_variance_B": "fine-tuned model"}
-    each = {k: v for k, v in summary.items() if k.startswith("explained_variance_")}
-    rows = [
-        ("explained variance", f"{summary['explained_variance']:.4f}"),
-        *((f"explained variance, {roles.get(k, f'model {k[-1]}')}", f"{v:.4f}") for k, v in each.items()),
-        ("L0 (active latents a token)", f"{summary['l0_loss']:.2f}"),
-        ("dead latents", f"{summary['dead_fraction']:.1%}"),
-        *((f"latents, {label.replace('_', '-')}", f"{count:,}") for label, count in summary["latents"].items()),
-    ]
+    roles = {"": "", "_A": ", base model", "_B": ", fine-tuned model"}
+    ends = {k.removeprefix("explained_variance"): v for k, v in summary.items() if k.startswith("explained_variance")}
+    rows = {f"explained variance{roles.get(end, f', model {end[-1:]}')}": f"{v:.4f}" for end, v in ends.items()}
+    rows |= {"L0 (active latents a token)": f"{summary['l0_loss']:.2f}", "dead latents": f"{summary['dead_fraction']:.1%}"}
+    rows |= {f"latents, {label.replace('_', '-')}": f"{count:,}" for label, count in summary["latents"].items()}
     hub_ids = [m for m in models.values() if m and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", m, re.ASCII) and not Path(m).exists()]
     fields = {"tags": ["crosscoder", "sparse-dictionary", "model-diffing"]} | ({"base_model": hub_ids} if hub_ids else {})
     return front(**fields) + "\n".join(
         [
             f"# {name.split('/')[1]}", "",
             "A crosscoder: one sparse dictionary for the activations of a base model and its fine-tuned version.", "",
-            f"- {kind}", *lines, "", "| held out | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows), "",
+            f"- {kind}", *lines, "", "| held out | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows.items()), "",
             "## Relative norms", "",
             "Norm of a latent's fine-tuned decoder row over the sum of both: 0 only base, 1 only fine-tuned.", "",
             *norm_figure(norms), "", "## Loading", "", "```python", "from crosscoder import CrossCoder", "",
@@ -134,20 +117,17 @@ def norm_figure(norms: Tensor, bins: int = 10) -> list[str]:
     """A histogram of the relative norms, in text. norms: [d_hidden, n_models]."""
     relative = norms[:, 1] / norms[:, :2].sum(-1).clamp_min(1e-12)
     counts = torch.histc(relative.float().cpu(), bins, 0, 1).int().tolist()
-    bars = [
-        f"{i / bins:.1f}-{(i + 1) / bins:.1f} {'#' * -(-40 * n // max(1, *counts)):<40} {n:,}" for i, n in enumerate(counts)
-    ]
+    marks = ["#" * -(-40 * n // max(1, *counts)) for n in counts]
+    bars = [f"{i / bins:.1f}-{(i + 1) / bins:.1f} {marks[i]:<40} {n:,}" for i, n in enumerate(counts)]
     return ["```", *bars, "```"]
 
 
 def dataset_card(name: str, pair: dict) -> str:
     """Models, hook, texts and rows, and where each config's files are."""
     splits = [split for split, rows in pair["rows"].items() if rows]
-    configs = [
-        {"config_name": part, "data_files": [{"split": split, "path": f"{part}/{split}/*.arrow"} for split in splits]}
-        for part in ("base", "ft")
-    ]
-    configs.append({"config_name": "tokens", "data_files": [{"split": "train", "path": "tokens/*.arrow"}]})
+    files = {part: [{"split": split, "path": f"{part}/{split}/*.arrow"} for split in splits] for part in ("base", "ft")}
+    files["tokens"] = [{"split": "train", "path": "tokens/*.arrow"}]
+    configs = [{"config_name": part, "data_files": patterns} for part, patterns in files.items()]
     texts = ", ".join(f"{shown(source['source'])} ({source['tokens']:,} tokens)" for source in pair["text"])
     adapter = f" with the adapter {shown(pair['ft_adapter'])}" if pair.get("ft_adapter") else ""
     lines = [

@@ -12,11 +12,7 @@ from run.machine import say
 
 
 class WarmStart:
-    """The crosscoder that --init-from names. ValueError if it cannot be what a run of these flags begins with.
-
-    Args:
-        name: a folder, a .pt file or a Hub id. variant, d_hidden: of the run; d_hidden None: that of the crosscoder.
-    """
+    """The crosscoder that --init-from names. ValueError if it cannot be what a run of these flags begins with."""
 
     def __init__(self, name: str, variant: str, d_hidden: int | None):
         try:
@@ -35,16 +31,14 @@ class WarmStart:
 
     @torch.no_grad()
     def settle_k(self, x: Tensor, k: int | None) -> int | None:
-        """The run's k. A crosscoder with thresholds and no k (JumpReLU) begins with the L0 that it has on these rows.
+        """The run's k, by default the crosscoder's; one with thresholds and no k (JumpReLU) has its L0 on these rows.
 
-        Args:
-            x: [rows, n_models, d_model] raw activations of the run's data. k: what the user asked for.
+        x: [rows, n_models, d_model] raw activations of the run's data. k: what the user asked for.
         """
         if (self.trained.n_models, self.trained.d_model) != tuple(x.shape[1:]):
-            raise ValueError(
-                f"--init-from {self.name}: is for {self.trained.n_models} models of width {self.trained.d_model}, the "
-                f"activations are of {x.shape[1]} of width {x.shape[2]}; give one that was trained at this hook"
-            )
+            theirs = f"{self.trained.n_models} models of width {self.trained.d_model}"
+            ours = f"the activations are of {x.shape[1]} of width {x.shape[2]}; give one that was trained at this hook"
+            raise ValueError(f"--init-from {self.name}: is for {theirs}, {ours}")
         if self.variant == "vanilla" or self.k is not None:
             return k or self.k
         self.sample = x
@@ -68,10 +62,7 @@ def with_normalization(crosscoder: CrossCoder, mean: Tensor, scale: Tensor, k: i
     """The same codes and reconstructions on raw activations, with another mean [n_models, d_model] and scale [n_models].
 
     Training has one threshold, on the score. Thresholds per latent become the median of their values on the score: they are all
-    equal there if the ratio of the models' scales stays the same; if not, codes near a threshold can change.
-
-    Args:
-        k: of the new crosscoder, a batch_topk; None keeps variant and k.
+    equal there if the ratio of the models' scales stays the same; if not, codes near a threshold can change. k: None keeps it.
     """
     raw, k = crosscoder.fold_normalization(), crosscoder.k if k is None else k
     mean, scale = mean.double().cpu(), scale.double().cpu()
