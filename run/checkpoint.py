@@ -156,15 +156,10 @@ def write_index(folder: Path, index: dict) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 over the SHA-256 of each block of a file: blocks are hashed in parallel, as one core is slower than the disk."""
-
-    def of_block(start: int) -> bytes:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(HASHED_TOGETHER)).digest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        blocks = pool.map(of_block, range(0, path.stat().st_size, HASHED_TOGETHER))
-    return hashlib.sha256(b"".join(blocks)).hexdigest()
+    with open(path, "rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        starts = range(0, path.stat().st_size, HASHED_TOGETHER)
+        blocks = pool.map(lambda start: hashlib.sha256(os.pread(file.fileno(), HASHED_TOGETHER, start)).digest(), starts)
+        return hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 def checksum_of_index(index: dict) -> str:

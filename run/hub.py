@@ -30,8 +30,8 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
     files: dict[str, Path | bytes] = {file: run / "crosscoder" / file for file in ("config.json", "model.safetensors")}
     files |= {"summary.json": run / "summary.json", "README.md": card.encode()}
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
-    again = f"python train.py --resume {run} {FLAG} {name}"
-    with library_errors(f"{FLAG} {name}: the Hub refuses it", f"the run is complete in {run}, try again with {again}"):
+    remedy = f"the run is complete in {run}, try again with python train.py --resume {run} {FLAG} {name}"
+    with library_errors(f"{FLAG} {name}: the Hub refuses it", remedy):
         HfApi().create_commit(name, operations, commit_message="Crosscoder")
     print(f'pushed     {name}: CrossCoder.from_pretrained("{name}")')
 
@@ -113,13 +113,12 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict
     )  # fmt: skip
 
 
-def norm_figure(norms: Tensor, bins: int = 10) -> list[str]:
+def norm_figure(norms: Tensor) -> list[str]:
     """A histogram of the relative norms, in text. norms: [d_hidden, n_models]."""
     relative = norms[:, 1] / norms[:, :2].sum(-1).clamp_min(1e-12)
-    counts = torch.histc(relative.float().cpu(), bins, 0, 1).int().tolist()
+    counts = torch.histc(relative.float().cpu(), 10, 0, 1).int().tolist()
     marks = ["#" * -(-40 * n // max(1, *counts)) for n in counts]
-    bars = [f"{i / bins:.1f}-{(i + 1) / bins:.1f} {marks[i]:<40} {n:,}" for i, n in enumerate(counts)]
-    return ["```", *bars, "```"]
+    return ["```", *(f"{i / 10:.1f}-{(i + 1) / 10:.1f} {marks[i]:<40} {n:,}" for i, n in enumerate(counts)), "```"]
 
 
 def dataset_card(name: str, pair: dict) -> str:

@@ -139,17 +139,16 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     revive = "see docs/recipes.md"
     if topk:
         revive = f"try --d-hidden {config.d_hidden // 2}" if config.l1_coeff else "try --l1-coeff 1"
-    sooner = "see docs/speed.md"
-    if config.base_model:
-        sooner = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
+    live = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
+    sooner = live if config.base_model else "see docs/speed.md"
     # Planted concepts are computed during the run, so waiting for them is expected.
     real = config.base_model or config.dataset or config.base_dataset or config.model_dataset
+    nothing = variance < NOTHING and step > EARLY * watched.steps
     troubles = (
         (dead > DEAD_SHARE, f"{dead:.0%} of the latents are dead: {revive}"),
-        (fell or (variance < NOTHING and step > EARLY * watched.steps),
-         f"explained variance {change} {variance:.2f}: try {explain}"),
+        (fell or nothing, f"explained variance {change} {variance:.2f}: try {explain}"),
         (real and waited > WAITING_SHARE, f"{waited:.0%} of the time goes into waiting for data: {sooner}"),
-    )  # fmt: skip
+    )
     for place, (now, text) in enumerate(troubles):
         watched.in_a_row[place] = watched.in_a_row[place] + 1 if now else 0
         if watched.in_a_row[place] >= IN_A_ROW and place not in watched.told:
