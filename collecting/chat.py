@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # a chat must not depend on the day of a restart
+EXCHANGE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]  # to see what a template does
 
 
 def template_bos(tokenizer) -> str | None:
@@ -12,15 +15,27 @@ def template_bos(tokenizer) -> str | None:
     It is left out where it marks the beginning of a text: it comes once, at the front, however many turns there are. In ChatML
     and its like it opens every turn, and a conversation without its first one would be damaged. None: the template writes none.
     """
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     try:
-        shown = [format_chat(tokenizer, turns * times) for times in (1, 2)]
+        shown = [format_chat(tokenizer, EXCHANGE * times) for times in (1, 2)]
     except Exception:  # noqa: BLE001 - a template may raise anything
         return "kept"
     bos = tokenizer.bos_token
     if bos is None or not any(bos in text for text in shown):
         return None
     return "left out" if all(text.startswith(bos) and text.count(bos) == 1 for text in shown) else "kept"
+
+
+def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
+    """The tokens that the chat template writes before an answer, and the white space that may follow them before its text.
+
+    None where there is no template, or where it writes nothing between a question and its answer.
+    """
+    try:
+        between = re.search(r"QUESTION(.*?)(\s*)ANSWER", format_chat(tokenizer, EXCHANGE), re.DOTALL).groups()
+    except Exception:  # noqa: BLE001 - as above, and there may be no template, or no answer in what it writes
+        return None
+    marker, space = (tokenizer(part, add_special_tokens=False).input_ids for part in between)
+    return (marker, space) if marker else None
 
 
 def format_chat(tokenizer, turns: list[dict]) -> str:
@@ -34,24 +49,3 @@ def turn(message: dict) -> dict:
     """{role, content}, also from ShareGPT's {from, value}."""
     role = message.get("role") or message.get("from")
     return {"role": ROLES.get(role, role), "content": message.get("content") or message.get("value") or ""}
-
-
-def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
-    """The tokens that the chat template writes before an answer, and the white space that may follow them before its text.
-
-    None where there is no template, or where it writes nothing between a question and its answer.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    question, answer = "QUESTION", "ANSWER"
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        between = text[text.index(question) + len(question) : text.index(answer)]
-    except Exception:  # noqa: BLE001 - a template may raise anything
-        return None
-    marker, space = (
-        tokenizer(part, add_special_tokens=False).input_ids if part else []
-        for part in (between.rstrip(), between[len(between.rstrip()) :])
-    )
-    return (marker, space) if marker else None

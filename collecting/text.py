@@ -29,7 +29,6 @@ datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its err
 
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXTS = (".txt", ".md", ".py")
-KINDS = f"{', '.join(TABLES)}, {', '.join(TEXTS)}"
 DEFAULT_COLUMNS = ("text", "content", "messages", "conversation", "conversations")
 PIECE_CHARS = 1_000_000  # longer documents are tokenized in pieces: tokenizers need many times the size of their text
 TOKENIZE_TOGETHER = 256  # documents: enough for the tokenizer's threads
@@ -38,21 +37,18 @@ FINGERPRINT_BLOCKS, BLOCK_BYTES = 1024, 65_536  # at most 64 MB are read for a f
 
 @dataclasses.dataclass
 class TextSource:
-    """One --text source, opened. `tokens` counts what it has handed out, `refused` what its chat template could not format."""
+    """One --text source, opened."""
 
     name: str
     weight: float
+    rows: datasets.Dataset | datasets.IterableDataset | None  # None: plain text files
     files: list[Path]  # where it is read from; none for a Hub dataset
     commit: str | None  # of a Hub dataset
     sequences: Iterator[np.ndarray] | None = None  # int32 [<= seq_len] each
     templated: bool = False
     template_bos: str | None = None  # what is done with the BOS that the chat template writes: "left out" or "kept"
-    tokens: int = 0
-    refused: int = 0
-
-    def fingerprint(self) -> str:
-        """Changes when its text does."""
-        return self.commit or fingerprint(self.files)
+    tokens: int = 0  # handed out
+    refused: int = 0  # conversations that the chat template could not format
 
 
 def open_sources(
@@ -63,24 +59,21 @@ def open_sources(
 
     ValueError, naming the flag, if one cannot be opened or lacks the columns.
     """
-    sources, any_table = [], False
+    sources = []
     for spec in specs:
         name, weight = split_weight(spec)
         path = local_path(name)
-        files, commit = [], None
-        if path is None:
-            rows, commit = load_hub(name, (commits or {}).get(name))
+        source = TextSource(name, weight, *(load_local(name, path) if path else load_hub(name, (commits or {}).get(name))))
+        if source.rows is None:
+            documents = map(read_chunks, source.files)
         else:
-            rows, files = load_local(name, path)
-        source = TextSource(name, weight, files, commit)
-        if rows is None:  # plain text files
-            documents = (read_chunks(file) for file in files)
-        else:
-            documents = table_documents(source, rows, tokenizer, text_column, chat_template)
-            any_table = True
-        source.sequences = token_sequences(tokenize(documents, tokenizer), tokenizer, seq_len, skip_first, pack)
+            documents = table_documents(source, tokenizer, text_column, chat_template)
+        # not packed, a document gives one sequence, for which its first piece is enough
+        parts = (pieces(document) if pack else itertools.islice(pieces(document), 1) for document in documents)
+        tokenized = tokenize(itertools.chain.from_iterable(parts), tokenizer)
+        source.sequences = token_sequences(tokenized, tokenizer, seq_len, skip_first, pack)
         sources.append(source)
-    if text_column and not any_table:
+    if text_column and all(source.rows is None for source in sources):
         raise ValueError(f"--text-column {' '.join(text_column)}: plain text files have no columns; leave it out")
     if chat_template and not any(source.templated for source in sources):
         raise ValueError("--chat-template: no --text has a messages column or several text columns to format; leave it out")
@@ -94,7 +87,7 @@ def mix(sources: list[TextSource]) -> Iterator[tuple[int, np.ndarray]]:
     """
     left = list(range(len(sources)))
     while left:
-        index = min(left, key=lambda i: (sources[i].tokens / sources[i].weight, i))
+        index = min(left, key=lambda i: sources[i].tokens / sources[i].weight)
         source = sources[index]
         tokens = next(source.sequences, None)
         if tokens is not None:
@@ -114,8 +107,8 @@ def mix(sources: list[TextSource]) -> Iterator[tuple[int, np.ndarray]]:
 
 def split_weight(spec: str) -> tuple[str, float]:
     """`SRC=WEIGHT` -> (SRC, WEIGHT); without a number after the last `=` the weight is 1."""
-    name, equals, right = spec.rpartition("=")
-    if not equals or not name or os.path.exists(os.path.expanduser(spec)):
+    name, _, right = spec.rpartition("=")
+    if not name or os.path.exists(os.path.expanduser(spec)):
         return spec, 1.0
     try:
         weight = float(right)
@@ -138,8 +131,11 @@ def local_path(name: str) -> Path | None:
     return None
 
 
-def load_hub(name: str, commit: str | None = None) -> tuple[datasets.IterableDataset, str | None]:
-    """`id`, `id:config` or `id:config:split` (the split is train unless given), streamed, and its commit (None: the newest)."""
+def load_hub(name: str, commit: str | None) -> tuple[datasets.IterableDataset, list[Path], str | None]:
+    """`id`, `id:config` or `id:config:split` (the split is train unless given), streamed; no files; its commit.
+
+    commit: None for the newest.
+    """
     parts = name.split(":")
     if len(parts) > 3 or not parts[0]:
         raise ValueError(f"--text {name}: is neither an existing path nor a Hub id of the form id:config:split")
@@ -148,11 +144,12 @@ def load_hub(name: str, commit: str | None = None) -> tuple[datasets.IterableDat
     with library_errors(fault, "check the name and the network, or give a file or folder"):
         if commit is None and not datasets.config.HF_HUB_OFFLINE:  # asks once, where load_dataset tries six times
             commit = HfApi().repo_info(parts[0], repo_type="dataset", timeout=30).sha
-        return datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit), commit
+        rows = datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit)
+    return rows, [], commit
 
 
-def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.IterableDataset | None, list[Path]]:
-    """Tables and folders of save_to_disk as a dataset, read as it is needed, None for plain text; and the files."""
+def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.IterableDataset | None, list[Path], None]:
+    """Tables and folders of save_to_disk as a dataset, read as it is needed, None for plain text; the files; no commit."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         with library_errors(f"--text {name}: cannot be read as a dataset folder"):
             rows = datasets.load_from_disk(str(path))
@@ -160,25 +157,24 @@ def load_local(name: str, path: Path) -> tuple[datasets.Dataset | datasets.Itera
                 if "train" not in rows and len(rows) > 1:
                     raise ValueError(f"it has the splits {', '.join(rows)} and none named train; give the folder of one")
                 rows = rows["train"] if "train" in rows else next(iter(rows.values()))
-            return rows, [Path(file["filename"]) for file in rows.cache_files]
+        return rows, [Path(file["filename"]) for file in rows.cache_files], None
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p[0] == "." for p in f.relative_to(path).parts))
     files = [file for file in files if file.stat().st_size]
-    kinds = {TABLES[f.suffix] for f in files if f.suffix in TABLES}
-    texts = [f for f in files if f.suffix in TEXTS]
+    tables, texts = ([f for f in files if f.suffix in known] for known in (TABLES, TEXTS))
+    kinds = {TABLES[f.suffix] for f in tables}
     if len(kinds) > 1 or (kinds and any(f.suffix != ".md" for f in texts)):  # a README.md beside tables is no text of theirs
-        found = sorted({f.suffix for f in files if f.suffix in TABLES or f.suffix in TEXTS})
+        found = sorted({f.suffix for f in tables + texts})
         raise ValueError(f"--text {name}: holds files of several kinds ({', '.join(found)}); give a folder with one kind")
     if kinds:
-        tables = [f for f in files if f.suffix in TABLES]
         with library_errors(f"--text {name}: cannot be read"):
             rows = datasets.load_dataset(kinds.pop(), data_files=[str(f) for f in tables], split="train", streaming=True)
-        return rows, tables
+        return rows, tables, None
     if not texts:
         what = "holds no file with content" if path.is_dir() or not files else "is of an unknown kind"
-        raise ValueError(f"--text {name}: {what}; known are {KINDS} and folders of save_to_disk")
-    return None, texts
+        raise ValueError(f"--text {name}: {what}; known are {', '.join((*TABLES, *TEXTS))} and folders of save_to_disk")
+    return None, texts, None
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -234,19 +230,17 @@ def read_chunks(file: Path) -> Iterator[str]:
 # --- which text of a row
 
 
-def table_documents(
-    source: TextSource, rows, tokenizer, text_column: tuple[str, ...], chat_template: bool
-) -> Iterator[tuple[str]]:
+def table_documents(source: TextSource, tokenizer, text_column: tuple[str, ...], chat_template: bool) -> Iterator[tuple[str]]:
     """The text of each row of a table, as a document of one part. Decides whether the chat template applies to it."""
     name = f"--text {source.name}"
-    sample = list(itertools.islice(read_rows(source, rows), 20))
+    sample = list(itertools.islice(read_rows(source, source.rows), 20))
     if not sample:
         raise ValueError(f"{name}: holds no rows; give a source with text in it")
     columns = choose_columns(source.name, sample, text_column)
     messages = [c for c in columns if any(isinstance(row[c], list) for row in sample)]
     if messages and len(columns) > 1:
         raise ValueError(
-            f"{name}: {messages[0]!r} holds chat messages and cannot be joined with {', '.join(columns)}; give it alone"
+            f"{name}: {messages[0]!r} holds chat messages, not to be joined with {', '.join(columns)}; give it alone"
         )
     if messages and not chat_template:
         raise ValueError(f"{name}: the column {messages[0]!r} holds chat messages; add --chat-template to format them")
@@ -254,11 +248,11 @@ def table_documents(
     source.templated = chat_template and (bool(messages) or len(columns) > 1)
     if source.templated and tokenizer.chat_template is None:
         raise ValueError(f"--chat-template: the tokenizer has no template to format {name} with; leave the flag out")
-    rows = read_rows(source, rows.select_columns(list(columns)))
+    rows = read_rows(source, source.rows.select_columns(list(columns)))
     if source.templated:
         source.template_bos = chat.template_bos(tokenizer)
-        return ((text,) for text in templated(source, rows, columns, tokenizer))
-    return (("\n\n".join(strings(row, columns)),) for row in rows)
+        return zip(templated(source, rows, columns, tokenizer))
+    return zip(joined(rows, columns))
 
 
 def choose_columns(name: str, sample: list[dict], text_column: tuple[str, ...]) -> tuple[str, ...]:
@@ -276,9 +270,10 @@ def choose_columns(name: str, sample: list[dict], text_column: tuple[str, ...]) 
     raise ValueError(f"--text {name}: which column holds the text? {listing}; name it with --text-column")
 
 
-def strings(row: dict, columns: tuple[str, ...]) -> list[str]:
-    """The row's texts, without missing and empty ones. Numbers (answers in a CSV) are written out."""
-    return [str(row[c]) for c in columns if isinstance(row[c], (str, int, float)) and str(row[c]).strip()]
+def joined(rows: Iterable[dict], columns: tuple[str, ...]) -> Iterator[str]:
+    """Each row's texts, without missing and empty ones. Numbers (answers in a CSV) are written out."""
+    for row in rows:
+        yield "\n\n".join(str(row[c]) for c in columns if isinstance(row[c], (str, int, float)) and str(row[c]).strip())
 
 
 def templated(source: TextSource, rows: Iterable[dict], columns: tuple[str, ...], tokenizer) -> Iterator[str]:
@@ -296,9 +291,7 @@ def templated(source: TextSource, rows: Iterable[dict], columns: tuple[str, ...]
             text = chat.format_chat(tokenizer, turns) if any(t["content"] for t in turns) else ""
         except Exception as error:  # a template may raise anything
             if source.refused == 0:
-                tqdm.write(
-                    f"--text {source.name}: left out what the chat template refuses, the first time: {first_line(error)}"
-                )
+                tqdm.write(f"--text {source.name}: left out what the chat template refuses, at first: {first_line(error)}")
             source.refused += 1
             continue
         yield text.removeprefix(tokenizer.bos_token) if source.template_bos == "left out" else text
@@ -321,24 +314,16 @@ def pieces(document: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield rest, True
 
 
-def tokenize(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Documents -> (token ids of a piece, whether it is its document's last)."""
-    stream = itertools.chain.from_iterable(pieces(document) for document in documents)
-    together, chars = [], 0
-    for text, last in stream:
-        together.append((text, last))
-        chars += len(text)
-        if len(together) == TOKENIZE_TOGETHER or chars >= PIECE_CHARS:
-            yield from tokenize_together(together, tokenizer)
-            together, chars = [], 0
-    if together:
-        yield from tokenize_together(together, tokenizer)
-
-
-def tokenize_together(texts: list[tuple[str, bool]], tokenizer) -> Iterator[tuple[list[int], bool]]:
-    # verbose=False: no warning about documents longer than the model, they are cut into sequences below
-    ids = tokenizer([t for t, _ in texts], add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-    return zip(ids, (last for _, last in texts), strict=True)
+def tokenize(stream: Iterator[tuple[str, bool]], tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """(text of a piece, whether it is its document's last) -> the same with token ids."""
+    for piece in stream:
+        texts, lasts = [piece[0]], [piece[1]]
+        while len(texts) < TOKENIZE_TOGETHER and sum(map(len, texts)) < PIECE_CHARS and (piece := next(stream, None)):
+            texts.append(piece[0])
+            lasts.append(piece[1])
+        # verbose=False: no warning about documents longer than the model, they are cut into sequences below
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        yield from zip(ids, lasts, strict=True)
 
 
 def token_sequences(
@@ -350,7 +335,7 @@ def token_sequences(
     Sequences that no row would be stored of (no longer than skip_first) are left out.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    buffer, inside = [], False  # inside: the next piece belongs to the same document as the last one
+    buffer = []
 
     def front(first: list[int]) -> list[int]:
         """What is put before these tokens: a chat template may have written the BOS already."""
@@ -358,10 +343,8 @@ def token_sequences(
 
     for ids, last in tokenized:
         if not pack:
-            sequence = front(ids[:1]) + ids[:seq_len]
-            if not inside and len(sequence) > skip_first:
+            if len(sequence := front(ids[:1]) + ids[:seq_len]) > skip_first:
                 yield np.array(sequence[:seq_len], dtype=np.int32)
-            inside = not last
             continue
         buffer += ids
         # a chat template may have ended the document with EOS already
