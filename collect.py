@@ -2,7 +2,6 @@
 
     python collect.py --base-model A --ft-model B --hook model.layers.16.mlp --text web=1 --text chat=1 --output OUT
 
-OUT/base, OUT/ft and OUT/tokens are Hugging Face datasets (load_from_disk reads them), OUT/pair.json says what they are.
 A row is one token; row i of both models is the same token. Rows are shuffled within shards, held-out ones are whole
 sequences from the beginning of the texts. Stopped or killed, the same command goes on after the last complete shard and
 ends with the same rows.
@@ -21,14 +20,13 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import CALIBRATION_ROWS, HELD_OUT_STRETCH, GatheredRows, PairedModels, Rows
+from collecting.paired_rows import HELD_OUT_STRETCH, GatheredRows, PairedModels, Rows
 from run import hub
 from run.machine import progress_bar, run_entry, size_text, usable_device
 
@@ -44,7 +42,7 @@ def main(config: CollectConfig) -> None:
     if config.push_to_hub:
         hub.open_repository(config.push_to_hub, "dataset")
     if dataset.pair:
-        n_rows = dataset.progress["rows"]["train"]
+        n_rows = dataset.pair["rows"]["train"]
         print(f"{out} is complete ({n_rows:,} training rows); train on it: python train.py --dataset {out}")
     else:
         collect(config, dataset)
@@ -67,10 +65,7 @@ def collect(config: CollectConfig, dataset: PairedDataset) -> None:
 
     # --- outlier limit and scale, from the first rows
     models.start(progress["sequences"])
-    if progress["stored_scale"] is None:
-        models.calibrate(min(CALIBRATION_ROWS, config.num_tokens), val_tokens(config))
-    else:
-        models.median, models.scale = np.array(progress["median_norm"]), np.array(progress["stored_scale"])
+    models.calibrate(config.num_tokens, val_tokens(config), progress if progress["stored_scale"] else None)
     dataset.begin(models)
     base, ft = models.median
     print(f"median norm: base {base:.4g}, ft {ft:.4g}; rows above {config.max_norm_ratio:g} times are left out")
@@ -87,15 +82,14 @@ def write_rows(config: CollectConfig, models: PairedModels, dataset: PairedDatas
     shard_rows = min(config.shard_rows, max(MIN_SHARD_ROWS, config.num_tokens // 20))  # lost when the process is killed
     capacity = min(shard_rows + models.drawn * config.seq_len, config.num_tokens - stored)
     shape, dtype = (capacity, 2, models.d_model), getattr(torch, config.dtype)
-    filling, written = (GatheredRows(torch.empty(shape, dtype=dtype)) for _ in range(2))
-    writing: Future = Future()  # of the shard before
-    writing.set_result(None)
+    shards = itertools.cycle([GatheredRows(torch.empty(shape, dtype=dtype)) for _ in range(2)])
+    filling, writing = next(shards), None  # the shard that rows go into, and the Future of the one before
 
     def write(split: str) -> None:
-        nonlocal filling, written, writing
-        writing.result()  # raises what went wrong with it
-        filling, written = written, filling
-        writing = writer.submit(dataset.write_shard, split, written, models.held_out_until)
+        nonlocal filling, writing
+        if writing:
+            writing.result()  # raises what went wrong with it
+        writing, filling = writer.submit(dataset.write_shard, split, filling, models.held_out_until), next(shards)
         filling.clear()
 
     def write_all(split: str, batches: Iterator[Rows]) -> None:
@@ -111,14 +105,13 @@ def write_rows(config: CollectConfig, models: PairedModels, dataset: PairedDatas
             filling.passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
         if filling.n or filling.passed:
             write(split)
-        writing.result()
+        if writing:
+            writing.result()
 
     with progress_bar(None, config.num_tokens, initial=stored, leave=True, delay=0) as bar, ThreadPoolExecutor(1) as writer:
         models.held_out_until = progress["held_out_until"]
-        if not progress["held_out_complete"]:
-            write_all("validation", models.held_out(val_tokens(config), so_far=progress["rows"]["validation"]))
-            progress["held_out_complete"] = True
-            dataset.save_progress()
+        if not progress["sequences"]:  # no training row is written yet
+            write_all("validation", models.held_out(val_tokens(config)))
         write_all("train", models.training_rows())
 
 

@@ -308,7 +308,7 @@ class CollectConfig(ModelFlags):
     num_tokens: int = 1_000_000
 
     # Rows held out, as closely as whole sequences allow: one of every four sequences from the beginning of the texts, until
-    # there are enough. At most a quarter of --num-tokens. None: a twentieth, at most 2 million.
+    # there are enough, outliers counted. At most a quarter of --num-tokens. None: a twentieth, at most 2 million.
     val_tokens: int | None = None
 
     # Sequences per forward pass.

@@ -87,9 +87,8 @@ class TokenBatch(NamedTuple):
 
 
 def make_batch(sequences: list[np.ndarray], first: list[np.ndarray], skip_first: int, device: torch.device) -> TokenBatch:
-    ids, lengths = lm.pad_batch(sequences)
+    ids, mask = lm.pad_batch(sequences)
     position = torch.arange(ids.shape[1])  # [seq]
-    mask = position < lengths[:, None]  # [batch, seq]
     is_first = torch.zeros_like(mask)
     for row, part in zip(is_first, first, strict=True):
         row[: len(part)] = torch.from_numpy(part)
@@ -228,9 +227,7 @@ def patch_models(
         for start in range(0, len(sequences), batch_size):
             part = slice(start, start + batch_size)
             batch = make_batch(sequences[part], first[part], skip_first, models[0].model._module.device)
-            for one, flag in zip(models, ("--base-model", "--ft-model"), strict=True):
-                if (token := int(batch.ids.max())) >= lm.embedding_rows(one.model):
-                    raise ValueError(f"{flag}: the dataset holds the token id {token}, which this model does not know")
+            lm.refuse_unknown_tokens([one.model for one in models], batch.ids)
             totals["tokens"] += batch.weight.sum(1).cpu()
             for name, found in patched_batch(models, crosscoder, batch, carried, max_norm):
                 totals[name] += found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import nnsight
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from run.machine import first_line, library_errors
 
@@ -33,9 +34,7 @@ class RawRows(NamedTuple):
     base: torch.Tensor  # [rows, d_model], in the base model's precision and on its device
     ft: torch.Tensor  # [rows, d_model], in the fine-tuned model's precision and on its device
     norms: np.ndarray  # [rows, 2] float64, L2; not finite where a value of the row is not
-    sequence: np.ndarray  # [rows] int32, index of the row's sequence
-    position: np.ndarray  # [rows] int32, position inside it
-    token: np.ndarray  # [rows] int32, id of the token there
+    columns: np.ndarray  # [3, rows] int32: index of the row's sequence, position inside it, id of the token there
 
 
 # --- loading
@@ -77,66 +76,52 @@ def load_model(
     path = model_path(name, flag, revision)
     if revision and os.path.isdir(path):
         raise ValueError(f"{flag.replace('model', 'revision')} {revision}: {flag} {name} is a folder, which has no revisions")
-    if is_adapter(path):
-        raise ValueError(
-            f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter and leave --ft-model out"
-        )
+    if os.path.isfile(f"{path}/adapter_config.json") and not os.path.isfile(f"{path}/config.json"):
+        raise ValueError(f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter, without --ft-model")
     try:
         remedy = "give a causal language model's Hugging Face id or folder"
         with library_errors(f"{flag} {name}: cannot be loaded", remedy, (OSError, ValueError)):
-            model, quantized = load_weights(path, dtype, device, revision or "main")
+            model = load_weights(path, dtype, device, revision or "main")
+        quantized = hasattr(model.config, "quantization_config")
+        if adapter and quantized:
+            raise ValueError(f"--ft-adapter {adapter}: is merged into unquantised weights; give --model-dtype bfloat16")
+        if adapter:
+            model = merge_adapter(model, adapter)
+        if not quantized:  # it is on its device already, and cannot be moved
+            model.to(device)
     except ImportError as error:  # it names the package that a quantised model needs
         raise ValueError(f"{flag} {name}: {first_line(error)}") from None
-    if adapter and quantized:
-        raise ValueError(f"--ft-adapter {adapter}: is merged into unquantised weights; give --model-dtype bfloat16")
-    if adapter:
-        model = merge_adapter(model, adapter)
-    model.requires_grad_(False)
-    try:
-        if not quantized:
-            model.to(device)
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{flag} {name}: does not fit into the memory of {device}; "
             "give each model a device of its own with --base-device and --ft-device"
         ) from None
     # NNsight and not TransformersModel: it needs no tokenizer and leaves the padding side alone
-    return nnsight.NNsight(model.eval())
+    return nnsight.NNsight(model.requires_grad_(False).eval())
 
 
-def load_weights(path: str, dtype: str, device: str, revision: str) -> tuple[transformers.PreTrainedModel, bool]:
-    """The model, and whether it is quantised; then it is on the device already, and cannot be moved."""
+def load_weights(path: str, dtype: str, device: str, revision: str) -> transformers.PreTrainedModel:
+    """The model, on the device if it is quantised and else on the CPU."""
     options = {"dtype": getattr(torch, "bfloat16" if dtype in QUANTIZED else dtype), "revision": revision}
-    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
     if dtype in QUANTIZED:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-    quantized = dtype in QUANTIZED or hasattr(config, "quantization_config")
-    if quantized:
+    if dtype in QUANTIZED or hasattr(transformers.AutoConfig.from_pretrained(path, revision=revision), "quantization_config"):
         options["device_map"] = device  # needs accelerate, as quantisation does anyway
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **options), quantized
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a folder holds a peft adapter and not a whole model."""
-    adapter, model = (os.path.isfile(os.path.join(path, name)) for name in ("adapter_config.json", "config.json"))
-    return adapter and not model
-
-
-def merge_adapter(
-    model: transformers.PreTrainedModel, adapter: str, flag: str = "--ft-adapter"
-) -> transformers.PreTrainedModel:
-    """The model with a peft adapter (id or folder) added to its weights, in their precision. ValueError naming `flag`."""
-    path = model_path(adapter, flag)
+def merge_adapter(model: transformers.PreTrainedModel, adapter: str) -> transformers.PreTrainedModel:
+    """The model with a peft adapter (id or folder) added to its weights, in their precision."""
+    path = model_path(adapter, "--ft-adapter")
     try:
         import peft
     except ImportError:
-        raise ValueError(f"{flag} {adapter}: adapters need peft; `pip install peft`") from None
+        raise ValueError(f"--ft-adapter {adapter}: adapters need peft; `pip install peft`") from None
     remedy = "give an adapter that was trained on --ft-model (without --ft-model: on --base-model)"
-    kinds = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, UserWarning)
-    with library_errors(f"{flag} {adapter}: cannot be merged into its model", remedy, kinds), warnings.catch_warnings():
+    with library_errors(f"--ft-adapter {adapter}: cannot be merged into its model", remedy), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("error", ".*missing adapter keys")  # peft would leave those weights out
         return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
@@ -162,29 +147,25 @@ def load_paired_tokenizer(base_name: str, ft_name: str, base_revision=None, ft_r
         ft = load_tokenizer(path, "--ft-adapter")
     if ft is None:
         ft = load_tokenizer(ft_name, "--ft-model", ft_revision)
-    if base is None and ft is None:
+    tokenizer = base if ft is None else ft
+    if tokenizer is None:
         raise ValueError(f"--base-model {base_name}, --ft-model {ft_name}: neither folder holds a tokenizer; save one into it")
-    if base is not None and ft is not None:
-        check_vocabularies(base.get_vocab(), ft.get_vocab())
-    tokenizer = ft if ft is not None else base
+    if base is not None:
+        check_vocabularies(base.get_vocab(), tokenizer.get_vocab())
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
     """ValueError unless every token that both know has one id, and every id that both know is one token."""
-    ft_tokens = {index: token for token, index in ft.items()}
-    for token, index in base.items():
-        where = None
-        if token in ft and ft[token] != index:
-            where = f"the token {token!r} is {index} in the base model and {ft[token]} in the fine-tuned one"
-        elif ft_tokens.get(index, token) != token:
-            where = f"the id {index} is {token!r} in the base model and {ft_tokens[index]!r} in the fine-tuned one"
-        if where:
-            raise ValueError(
-                f"--base-model, --ft-model: their tokenizers differ ({where}), so these two models cannot be paired; "
-                "give a model and its own fine-tuned version"
-            )
+    base_tokens, ft_tokens = ({index: token for token, index in vocabulary.items()} for vocabulary in (base, ft))
+    for what, ours, theirs in (("token", base, ft), ("id", base_tokens, ft_tokens)):
+        for one, means in ours.items():
+            if theirs.get(one, means) != means:
+                raise ValueError(
+                    f"--base-model, --ft-model: their tokenizers differ (the {what} {one!r} is {means!r} in the base model and "
+                    f"{theirs[one]!r} in the fine-tuned one), so they cannot be paired; give a model and its fine-tuned version"
+                )
 
 
 def cached_commit(name: str, revision: str | None = None) -> str | None:
@@ -195,46 +176,35 @@ def cached_commit(name: str, revision: str | None = None) -> str | None:
     return next((os.path.basename(os.path.dirname(file)) for file in found if isinstance(file, str)), None)
 
 
-def embedding_rows(model: nnsight.NNsight) -> int:
-    """How many token ids the model knows."""
-    return model._module.get_input_embeddings().weight.shape[0]
-
-
-def memory(model: nnsight.NNsight) -> int:
-    """Bytes of the model's weights."""
-    return sum(p.numel() * p.element_size() for p in model._module.parameters())
-
-
-def max_positions(model: nnsight.NNsight) -> int | None:
-    """Longest sequence that the model was made for, in tokens; None where its config does not say."""
-    return getattr(model._module.config.get_text_config(), "max_position_embeddings", None)
+def refuse_unknown_tokens(models: list[nnsight.NNsight], ids: torch.Tensor) -> None:
+    """ValueError if a token id is beyond the embedding of the base or of the fine-tuned model."""
+    token = int(ids.max())
+    for model, flag in zip(models, ("--base-model", "--ft-model"), strict=True):
+        if token >= (rows := model._module.get_input_embeddings().weight.shape[0]):
+            raise ValueError(
+                f"{flag}: the text holds the token id {token}, but this model's embedding has only {rows} rows; "
+                "take that token out of the text or the chat template"
+            )
 
 
 # --- reading one hook
 
 
 def parse_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> str:
-    """`model.layers.16.mlp` -> `model.layers.16.mlp.output`; `.input` and `.output` stay.
-
-    ValueError with close names if the model has no such module.
-    """
-    path, end = hook, "output"
-    if hook.rpartition(".")[2] in ("input", "output"):
-        path, _, end = hook.rpartition(".")
-    modules = dict(model._module.named_modules())
-    if path in modules and path:
-        return f"{path}.{end}"
-    hint = ""
-    # the longest part that exists: if it is a list of layers, the index is what went wrong
-    parent = path
+    """`model.layers.16.mlp` -> `model.layers.16.mlp.output`; `.input` and `.output` stay. ValueError with close names."""
+    end = ".input" if hook.endswith(".input") else ".output"
+    path, modules = hook.removesuffix(end), dict(model._module.named_modules())
+    if path and path in modules:
+        return path + end
+    hint, parent = "", path  # the longest part that exists: if it is a list of layers, the index is what went wrong
     while parent not in modules:
         parent = parent.rpartition(".")[0]
     index = path[len(parent) + 1 :].split(".")[0]
     if isinstance(modules[parent], torch.nn.ModuleList) and index.isdecimal():
-        hint = f"{parent} has {len(modules[parent])} entries, 0 to {len(modules[parent]) - 1}"
+        hint = f"; {parent} has {len(modules[parent])} entries, 0 to {len(modules[parent]) - 1}"
     elif close := difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.4):
-        hint = f"did you mean {' or '.join(close)}?"
-    raise ValueError(f"{flag} {hook}: the model has no module {path!r}" + (f"; {hint}" if hint else ""))
+        hint = f"; did you mean {' or '.join(close)}?"
+    raise ValueError(f"{flag} {hook}: the model has no module {path!r}{hint}")
 
 
 @torch.no_grad()
@@ -263,32 +233,25 @@ def read_logits(
     path, _, end = hook.rpartition(".")
     with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False):
         module = model.get(path)
-        found = module.output if end == "output" else module.input
+        found = getattr(module, end)
         first = found[0] if isinstance(found, tuple) else found
         activation = nnsight.save(first)
         if value is not None:
             spliced = value.to(first.device, first.dtype)
-            spliced = (spliced, *found[1:]) if isinstance(found, tuple) else spliced
-            if end == "output":
-                module.output = spliced
-            else:
-                module.input = spliced
+            setattr(module, end, (spliced, *found[1:]) if isinstance(found, tuple) else spliced)
         logits = nnsight.save(model.output.logits)
     return activation, logits
 
 
 def token_texts(tokenizer, ids: np.ndarray) -> dict[int, str]:
     """What each of these token ids stands for in running text, with the white space before it; damaged bytes as U+FFFD."""
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     anchor = tokenizer("a", add_special_tokens=False).input_ids[-1:]  # some decoders drop the space of a first token
-    start = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-
-    def text(index: int) -> str:
-        whole = tokenizer.decode([*anchor, index], clean_up_tokenization_spaces=False)
-        if whole.startswith(start):
-            return whole[len(start) :]
-        return tokenizer.decode([index], clean_up_tokenization_spaces=False)
-
-    return {int(index): text(int(index)) for index in np.unique(ids)}
+    start, found = decode(anchor), {}
+    for index in np.unique(ids).tolist():
+        whole = decode([*anchor, index])
+        found[index] = whole.removeprefix(start) if whole.startswith(start) else decode([index])
+    return found
 
 
 def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
@@ -306,12 +269,10 @@ def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
 
 
 def pad_batch(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token sequences -> ids [batch, seq] padded on the right with 0, lengths [batch]; both int64."""
-    lengths = torch.tensor([len(s) for s in sequences])  # [batch]
-    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)  # [batch, seq]
-    for row, tokens in zip(ids, sequences, strict=True):
-        row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-    return ids, lengths
+    """Token sequences -> ids [batch, seq] int64, padded on the right with 0; mask [batch, seq] bool, False at padding."""
+    ids = pad_sequence([torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences], batch_first=True)
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 def paired_activations(
@@ -324,16 +285,9 @@ def paired_activations(
     ValueError if a token is unknown to one of the models, an activation is not d_model wide, or the batch does not fit into
     memory (naming `batch_flag`).
     """
-    ids, lengths = pad_batch(sequences)
-    for model, flag in zip(models, ("--base-model", "--ft-model"), strict=True):
-        if int(ids.max()) >= embedding_rows(model):
-            raise ValueError(
-                f"{flag}: the text holds the token id {int(ids.max())}, but this model's embedding has only "
-                f"{embedding_rows(model)} rows; take that token out of the text or the chat template"
-            )
-    positions = torch.arange(ids.shape[1])  # [seq]
-    mask = positions < lengths[:, None]  # [batch, seq]
-    keep = mask & (positions >= skip_first)  # [batch, seq]
+    ids, mask = pad_batch(sequences)
+    refuse_unknown_tokens(models, ids)
+    keep = mask & (torch.arange(ids.shape[1]) >= skip_first)  # [batch, seq]
     try:  # picking rows waits for the device, so both models, which may each have their own, get their work before it
         values = []  # [batch, seq, d_model] each
         for model, hook in zip(models, hooks, strict=True):
@@ -351,10 +305,5 @@ def paired_activations(
         ) from None
     norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in acts]  # [rows] each
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
-    return RawRows(
-        *acts,
-        norms=torch.stack(norms, dim=1).numpy(),
-        sequence=np.array(indices, dtype=np.int32)[sequence.numpy()],
-        position=position.numpy().astype(np.int32),
-        token=ids[keep].numpy().astype(np.int32),
-    )
+    columns = torch.stack([torch.tensor(indices)[sequence], position, ids[keep]])
+    return RawRows(*acts, torch.stack(norms, dim=1).numpy(), columns.int().numpy())

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,21 +22,25 @@ from run.machine import first_line, free_disk, size_text, whole_file, write_text
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
 SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch
 SPLITS = ("train", "validation")
+# Columns of OUT/tokens, whose row i is sequence i; source is an index into `text` of pair.json.
+TOKEN_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "source": datasets.Value("int32")})
+FACTS = (  # of the recipe and the progress, that pair.json holds under the same names
+    "base_model", "base_revision", "ft_revision", "ft_adapter", "hook", "ft_model", "chat_template", "pack", "seq_len", "seed",
+    "dtype", "skip_first", "max_norm_ratio", "fingerprints", "rows", "sequences", "stored_scale", "median_norm",
+    "left_out",
+)  # fmt: skip
 
 
 class PairedDataset:
     """A paired dataset that is being written: `begin`, then `write_shard` of held-out and of training rows, then `finish`.
 
-    Args:
-        out: its folder.
-        recipe: every flag that decides the rows; a collection goes on only under the recipe that it began with.
-        flag: the flag that named the folder, for errors.
-
-    ValueError if the folder holds anything else, or was begun by another recipe. Files of an incomplete shard are removed.
+    recipe: every flag that decides the rows; a collection goes on only under the recipe that it began with. flag: that named
+    the folder `out`, for errors. ValueError if the folder holds anything else, or was begun by another recipe. Files of an
+    incomplete shard are removed.
     """
 
     def __init__(self, out: Path, recipe: dict, flag: str):
-        self.out, self.recipe, self.flag = out, json.loads(json.dumps(recipe)), flag
+        self.out, self.recipe, self.where = out, json.loads(json.dumps(recipe)), f"{flag} {out}"
         self.pair = None  # what pair.json says, once the dataset is complete
         self.progress = self.read_progress()
 
@@ -46,19 +48,16 @@ class PairedDataset:
         """What progress.json says, or the state of a collection that has not begun."""
         out, recipe = self.out, self.recipe
         fresh = {
-            "recipe": recipe, "revisions": None, "fingerprints": None, "median_norm": None, "stored_scale": None,
-            "sequences": 0, "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0),
-            "left_out": dict.fromkeys(REASONS, 0), "held_out_until": 0, "held_out_complete": False,
-            "source_tokens": [0] * len(recipe["text"]),
+            "recipe": recipe, "fingerprints": None, "median_norm": None, "stored_scale": None, "sequences": 0,
+            "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
+            "held_out_until": 0, "source_tokens": [0] * len(recipe["text"]),
         }  # fmt: skip
-        if not out.exists():
-            return fresh
-        if not out.is_dir():
-            raise ValueError(f"{self.flag} {out}: is a file; choose a folder")
+        if out.is_file():
+            raise ValueError(f"{self.where}: is a file; choose a folder")
         saved = next((out / name for name in ("pair.json", "progress.json") if (out / name).is_file()), None)
         if saved is None:
-            if any(path.suffix != ".partial" for path in out.iterdir()):
-                raise ValueError(f"{self.flag} {out}: is not empty and holds no collection; choose another folder")
+            if out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+                raise ValueError(f"{self.where}: is not empty and holds no collection; choose another folder")
             return fresh
         try:
             found = json.loads(saved.read_text())
@@ -66,19 +65,17 @@ class PairedDataset:
             if not isinstance(found["rows"], dict) or (saved.name == "progress.json" and "fingerprints" not in found):
                 raise TypeError("of an older version")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(
-                f"{self.flag} {out}: {saved.name} cannot be understood; choose another folder or delete it"
-            ) from None
+            raise ValueError(f"{self.where}: {saved.name} cannot be understood; choose another folder or delete it") from None
         if differs:
             was, now = (json.dumps(r.get(differs[0])) for r in (found["recipe"], recipe))
             raise ValueError(
-                f"{self.flag} {out}: was begun with {differs[0].replace('_', '-')} {was} and not {now}; "
+                f"{self.where}: was begun with {differs[0].replace('_', '-')} {was} and not {now}; "
                 "repeat the command as it was, choose another folder or delete this one"
             )
         if saved.name == "pair.json":
             (out / "progress.json").unlink(missing_ok=True)
             self.pair = found
-            return fresh | {"rows": found["rows"], "sequences": found["sequences"]}
+            return fresh
         for path in [*out.rglob("*.partial"), *out.rglob("data-*.arrow")]:
             split = "validation" if path.parent.name == "validation" else "train"  # tokens/ grows with the training rows
             if path.suffix == ".partial" or int(path.stem.removeprefix("data-")) >= found["shards"][split]:
@@ -88,29 +85,27 @@ class PairedDataset:
     def require_room(self, rows: int, d_model: int) -> int:
         """Bytes that a row takes. ValueError if so many rows do not fit on the disk."""
         row_bytes = 2 * (d_model * np.dtype(self.recipe["dtype"]).itemsize + 12) + 4  # 12: three columns; 4: tokens/
-        free = free_disk(self.out)
+        needed, free = rows * row_bytes, free_disk(self.out)
         print(
             f"{rows:,} rows of 2 x {d_model} {self.recipe['dtype']} values to write: "
-            f"about {size_text(rows * row_bytes)}, {size_text(free)} of disk are free"
+            f"about {size_text(needed)}, {size_text(free)} of disk are free"
         )
-        if rows * row_bytes > free:
+        if needed > free:
             raise ValueError(
-                f"{self.flag} {self.out}: about {size_text(rows * row_bytes)} do not fit into {size_text(free)} of free disk; "
-                "lower --num-tokens, choose another folder" + (" or --dtype float16" if row_bytes > 4 * d_model + 28 else "")
+                f"{self.where}: about {size_text(needed)} do not fit into {size_text(free)} of free disk; lower --num-tokens, "
+                "choose another folder" + (" or --dtype float16" if self.recipe["dtype"] == "float32" else "")
             )
         return row_bytes
 
     def begin(self, models: PairedModels) -> None:
         """Write down the calibration, or compare with it where the collection has begun before."""
         found = {"median_norm": models.median.tolist(), "stored_scale": models.scale.tolist()}
-        found |= {"revisions": models.revisions, "fingerprints": models.fingerprints}
+        found["fingerprints"] = models.fingerprints
         if self.progress["stored_scale"] is None:
             self.progress |= found
             self.save_progress()
         elif any(self.progress[name] != value for name, value in found.items()):
-            raise ValueError(
-                f"{self.flag} {self.out}: was begun with other models or texts; choose another folder or delete it"
-            )
+            raise ValueError(f"{self.where}: was begun with other models or texts; choose another folder or delete it")
 
     def save_progress(self) -> None:
         with self.writing():
@@ -125,7 +120,7 @@ class PairedDataset:
             yield
         except OSError as error:
             raise ValueError(
-                f"{self.flag} {self.out}: cannot be written ({error.strerror or first_line(error)}); {rows:,} rows stay in "
+                f"{self.where}: cannot be written ({error.strerror or first_line(error)}); {rows:,} rows stay in "
                 "complete shards: make room, and the same command goes on"
             ) from None
 
@@ -133,7 +128,7 @@ class PairedDataset:
         """Write the gathered rows, shuffled, as the next shard of a split, and count it in progress.json.
 
         With training rows go the sequences that the texts gave meanwhile. held_out_until: how far the texts were read for
-        held-out rows. ValueError if the disk does not take it.
+        held-out rows.
         """
         shard, progress = self.progress["shards"][split], self.progress
         order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(rows.n)
@@ -151,7 +146,10 @@ class PairedDataset:
             for i, model in enumerate(("base", "ft")):
                 write_arrow(shard_file(self.out / model / split, shard), schema, record_batches(i))
             if split == "train":
-                self.write_tokens(shard, rows)
+                ids = pa.array([s.tokens for s in rows.passed], pa.list_(pa.int32()))
+                sources = pa.array([s.source for s in rows.passed], pa.int32())
+                batch = pa.record_batch([ids, sources], schema=TOKEN_FEATURES.arrow_schema)
+                write_arrow(shard_file(self.out / "tokens", shard), batch.schema, [batch])
             progress["shards"][split] += 1
             progress["rows"][split] += rows.n
             progress["sequences"] += len(rows.passed)
@@ -161,12 +159,6 @@ class PairedDataset:
                 progress["source_tokens"][sequence.source] += len(sequence.tokens)
             progress["held_out_until"] = held_out_until
             self.save_progress()
-
-    def write_tokens(self, shard: int, rows: GatheredRows) -> None:
-        schema = token_features().arrow_schema
-        ids = pa.array([s.tokens for s in rows.passed], pa.list_(pa.int32()))
-        sources = pa.array([s.source for s in rows.passed], pa.int32())
-        write_arrow(shard_file(self.out / "tokens", shard), schema, [pa.record_batch([ids, sources], schema=schema)])
 
     def finish(self, models: PairedModels) -> dict:
         """Make the folders of shards readable by load_from_disk and write pair.json. Returns what it says."""
@@ -179,21 +171,20 @@ class PairedDataset:
 
     def write_folders(self, d_model: int) -> None:
         """What load_from_disk needs beside the shards."""
-        recipe, progress = self.recipe, self.progress
-        rows = row_features(d_model, recipe["dtype"])
-        folders = {self.out / model / split: (rows, progress["shards"][split]) for model in ("base", "ft") for split in SPLITS}
-        folders[self.out / "tokens"] = (token_features(), progress["shards"]["train"])
+        shards, rows = self.progress["shards"], row_features(d_model, self.recipe["dtype"])
+        folders = {self.out / model / split: (rows, shards[split]) for model in ("base", "ft") for split in SPLITS}
+        folders[self.out / "tokens"] = (TOKEN_FEATURES, shards["train"])
         for folder, (features, n_shards) in folders.items():
             if not n_shards:  # nothing was held out
                 write_arrow(shard_file(folder, 0), features.arrow_schema, [])
-            with tempfile.TemporaryDirectory() as empty:  # the library writes them; only the list of files is ours
-                datasets.Dataset.from_dict({name: [] for name in features}, features=features).save_to_disk(empty)
-                state = json.loads((Path(empty) / "state.json").read_text())
-                shutil.copy(Path(empty) / "dataset_info.json", folder)
-            state["_data_files"] = [{"filename": shard_file(folder, shard).name} for shard in range(max(1, n_shards))]
-            # it names cached results of map() and the like, so each folder needs its own
-            state["_fingerprint"] = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-            state["_split"] = None if folder.name == "tokens" else folder.name
+            datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+            state = {
+                "_data_files": [{"filename": shard_file(folder, shard).name} for shard in range(max(1, n_shards))],
+                # it names cached results of map() and the like, so each folder needs its own
+                "_fingerprint": hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
+                "_split": None if folder.name == "tokens" else folder.name,
+                "_format_type": None, "_format_kwargs": {}, "_format_columns": None, "_output_all_columns": False,
+            }  # fmt: skip
             write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
         for model in ("base", "ft"):
             write_text(self.out / model / "dataset_dict.json", json.dumps({"splits": SPLITS}, indent=2) + "\n")
@@ -201,20 +192,15 @@ class PairedDataset:
     def summary(self, models: PairedModels) -> dict:
         """What pair.json says."""
         recipe, progress = self.recipe, self.progress
-        given = [
-            {"source": source.name, "weight": source.weight, "tokens": tokens, "refused": source.refused}
-            | {"template_bos": source.template_bos}
-            for source, tokens in zip(models.sources, progress["source_tokens"], strict=True)
-        ]
         facts = recipe | progress | {"ft_model": recipe["ft_model"] or recipe["base_model"]}
-        names = (
-            "base_model", "base_revision", "ft_revision", "ft_adapter", "hook", "ft_model", "chat_template", "pack", "seq_len",
-            "seed", "dtype", "skip_first", "max_norm_ratio", "revisions", "fingerprints", "rows", "sequences", "stored_scale",
-            "median_norm", "left_out",
-        )  # fmt: skip
+        texts = zip(models.sources, progress["source_tokens"], strict=True)
         return {
-            **{name: facts[name] for name in names},
-            "text": given,
+            **{name: facts[name] for name in FACTS},
+            "text": [
+                {"source": s.name, "weight": s.weight, "tokens": tokens, "refused": s.refused, "template_bos": s.template_bos}
+                for s, tokens in texts
+            ],
+            "revisions": models.revisions,
             "tokenizer": models.tokenizer.name_or_path,
             "ft_hook": models.ft_hook,
             "d_model": models.d_model,
@@ -230,11 +216,6 @@ def row_features(d_model: int, dtype: str):
     number = datasets.Value("int32")
     activation = datasets.List(datasets.Value(dtype), length=d_model)
     return datasets.Features({"activation": activation, "sequence": number, "position": number, "token": number})
-
-
-def token_features():
-    """Columns of OUT/tokens, whose row i is sequence i; source is an index into `text` of pair.json."""
-    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "source": datasets.Value("int32")})
 
 
 def shard_file(folder: Path, shard: int) -> Path:

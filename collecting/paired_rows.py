@@ -7,7 +7,6 @@ function of the texts, the models and the seed, so that a restart gives the same
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,87 +80,76 @@ class PairedModels:
         if not self.ft_model:
             self.ft_model, self.ft_revision = self.base_model, self.ft_revision or self.base_revision
         self.drawn = drawn_together(self.batch_size, self.pack)
-        self.open_models(self.open_texts())
+        self.open_texts()
+        self.open_models()
         self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
         self.held_out_until = 0  # index of the first sequence from which on none is held out
         self.stream: Iterator[Sequence] | None = None
         self.kept: dict[tuple[int, ...], lm.RawRows] = {}  # forward passes of the calibration, by their sequences
-        self.calibrating, self.kept_until = False, 0  # index of the last sequence that was calibrated on
 
     def check_settings(self) -> None:
-        if self.seq_len < 2:
-            raise ValueError(f"--seq-len {self.seq_len}: must be at least 2")
-        if self.batch_size < 1:
-            raise ValueError(f"{self.batch_flag} {self.batch_size}: must be at least 1")
-        if not 0 <= self.skip_first < self.seq_len:
-            raise ValueError(f"--skip-first {self.skip_first}: must be at least 0 and below --seq-len {self.seq_len}")
-        ratio = self.max_norm_ratio
-        if not 1 < ratio < float("inf"):  # which JSON cannot hold
-            raise ValueError(f"--max-norm-ratio {ratio:g}: must be above 1 and finite; 1e9 keeps rows of every norm")
-        if not self.text:
-            raise ValueError("--text is missing: give at least one source of text")
-        if not self.ft_model and not self.ft_adapter:
-            raise ValueError("--ft-model is missing: give the fine-tuned model, or with --ft-adapter what it adds to the base")
+        length, skip, ratio = self.seq_len, self.skip_first, self.max_norm_ratio
+        wanted = {
+            f"--seq-len {length}: must be at least 2": length >= 2,
+            f"{self.batch_flag} {self.batch_size}: must be at least 1": self.batch_size >= 1,
+            f"--skip-first {skip}: must be at least 0 and below --seq-len {length}": 0 <= skip < length,
+            # JSON cannot hold inf
+            f"--max-norm-ratio {ratio:g}: must be above 1 and finite; 1e9 keeps rows of every norm": 1 < ratio < float("inf"),
+            "--text is missing: give at least one source of text": self.text,
+            "--ft-model is missing: give the fine-tuned model, or its --ft-adapter alone": self.ft_model or self.ft_adapter,
+        }
+        for message, fine in wanted.items():
+            if not fine:
+                raise ValueError(message)
 
-    def open_texts(self) -> dict[str, Path]:
-        """Load the tokenizer and open the texts. Returns the folders among the models and the adapter, by their flags.
+    def open_texts(self) -> None:
+        """Load the tokenizer, open the texts and note what the texts and the local models hold.
 
         A run or collection that goes on gets the commits of models and texts that it began with, not the newest on the Hub.
         """
         names = {"--base-model": self.base_model, "--ft-model": self.ft_model, "--ft-adapter": self.ft_adapter}
-        paths = {flag: Path(name).expanduser() for flag, name in names.items() if name}
-        folders = {flag: path for flag, path in paths.items() if path.is_dir()}
-        known = self.known or {}
-        if "--base-model" not in folders:
-            self.base_revision = known.get("--base-model", self.base_revision)
-        if "--ft-model" not in folders:
-            self.ft_revision = known.get("--ft-model", self.ft_revision)
+        folders = {flag: path for flag, name in names.items() if name and (path := Path(name).expanduser()).is_dir()}
+        commits = {flag: commit for flag, commit in (self.known or {}).items() if flag not in folders}
+        self.base_revision = commits.get("--base-model", self.base_revision)
+        self.ft_revision = commits.get("--ft-model", self.ft_revision)
         self.tokenizer = lm.load_paired_tokenizer(
             self.base_model, self.ft_model, self.base_revision, self.ft_revision, self.ft_adapter
         )
         self.open_sources = partial(
             texts.open_sources, self.text, self.tokenizer, self.seq_len, skip_first=self.skip_first, pack=self.pack,
             text_column=tuple(self.text_column), chat_template=self.chat_template,
-            commits={flag.removeprefix("--text "): commit for flag, commit in known.items()},
+            commits={flag.removeprefix("--text "): commit for flag, commit in commits.items()},
         )  # fmt: skip
         self.sources = self.open_sources()
-        return folders
-
-    def open_models(self, folders: dict[str, Path]) -> None:
-        """Load both models and check that the texts and each other's activations fit them."""
         self.fingerprints = {flag: texts.fingerprint(lm.weight_files(folder)) for flag, folder in folders.items()}
-        self.fingerprints |= {f"--text {source.name}": source.fingerprint() for source in self.sources}
+        self.fingerprints |= {f"--text {s.name}": s.commit or texts.fingerprint(s.files) for s in self.sources}
         self.refuse_other_content()  # before the models are loaded
-        self.models = [
-            lm.load_model(self.base_model, self.model_dtype, self.devices[0], "--base-model", revision=self.base_revision),
-            lm.load_model(
-                self.ft_model,
-                self.model_dtype,
-                self.devices[1],
-                "--ft-model",
-                revision=self.ft_revision,
-                adapter=self.ft_adapter,
-            ),
-        ]
-        flags = ("--hook", "--ft-hook" if self.ft_hook else "--hook")
-        self.ft_hook = self.ft_hook or self.hook
-        given = zip(self.models, (self.hook, self.ft_hook), flags, strict=True)
-        self.hooks = [lm.parse_hook(model, hook, flag) for model, hook, flag in given]
-        self.d_model, d_ft = (lm.probe_hook(m, h, f) for m, h, f in zip(self.models, self.hooks, flags, strict=True))
+
+    def open_models(self) -> None:
+        """Load both models and check that the texts and each other's activations fit them."""
+        ft_hook_flag, self.ft_hook = "--ft-hook" if self.ft_hook else "--hook", self.ft_hook or self.hook
+        given = (
+            ("--base-model", self.base_model, self.base_revision, None, "--hook", self.hook),
+            ("--ft-model", self.ft_model, self.ft_revision, self.ft_adapter, ft_hook_flag, self.ft_hook),
+        )
+        self.models, self.hooks, self.revisions, widths = [], [], [], []
+        for device, (flag, name, revision, adapter, hook_flag, hook) in zip(self.devices, given, strict=True):
+            model = lm.load_model(name, self.model_dtype, device, flag, revision, adapter)
+            longest = getattr(model._module.config.get_text_config(), "max_position_embeddings", None)
+            if longest and self.seq_len > longest:
+                raise ValueError(f"--seq-len {self.seq_len}: {flag} was made for {longest} positions at most; lower it")
+            self.models.append(model)
+            self.hooks.append(lm.parse_hook(model, hook, hook_flag))
+            widths.append(lm.probe_hook(model, self.hooks[-1], hook_flag))
+            self.revisions.append(lm.cached_commit(name, revision))
+        self.d_model, d_ft = widths
         if self.d_model != d_ft:
             raise ValueError(
                 f"--hook: base activations have {self.d_model} values and fine-tuned ones {d_ft}; they cannot be paired"
             )
-        for model, flag in zip(self.models, ("--base-model", "--ft-model"), strict=True):
-            longest = lm.max_positions(model)
-            if longest and self.seq_len > longest:
-                raise ValueError(f"--seq-len {self.seq_len}: {flag} was made for {longest} positions at most; lower it")
-        self.revisions = [
-            lm.cached_commit(self.base_model, self.base_revision), lm.cached_commit(self.ft_model, self.ft_revision)
-        ]  # fmt: skip
-        commits = dict(zip(("--base-model", "--ft-model"), self.revisions, strict=True))
-        commits["--ft-adapter"] = lm.cached_commit(self.ft_adapter) if self.ft_adapter else None
-        self.fingerprints |= {flag: commit for flag, commit in commits.items() if commit}
+        commits = [*self.revisions, lm.cached_commit(self.ft_adapter) if self.ft_adapter else None]
+        flags = ("--base-model", "--ft-model", "--ft-adapter")
+        self.fingerprints |= {flag: commit for flag, commit in zip(flags, commits, strict=True) if commit}
         self.refuse_other_content()
 
     def refuse_other_content(self) -> None:
@@ -189,96 +177,87 @@ class PairedModels:
 
     # --- rows
 
-    def calibrate(self, n_rows: int, val_rows: int) -> None:
-        """Fix the median norm and the scale from the first rows ahead.
+    def calibrate(self, n_rows: int, val_rows: int, known: dict | None = None) -> None:
+        """Fix the median norm and the scale from the first rows ahead, or as an earlier calibration found them.
 
-        val_rows: what `held_out` will be asked for. The forward batches are those that it and `training_rows` need; their
-        activations (about n_rows) are kept for them in host memory.
+        n_rows: rows of the run or collection. val_rows: what `held_out` will be asked for. The forward batches are those that
+        it and `training_rows` need; their activations are kept for them in host memory. known: what a run or
+        collection that goes on has written down.
         """
-        rows = 0
+        if known:
+            self.median, self.scale = (np.array(known[name]) for name in ("median_norm", "stored_scale"))
+            return
+        rows, last, n_rows = 0, 0, min(n_rows, CALIBRATION_ROWS)
         for sequence in self.ahead():
-            rows, self.kept_until = rows + len(sequence.tokens) - self.skip_first, sequence.index
+            rows, last = rows + len(sequence.tokens) - self.skip_first, sequence.index
             if rows >= n_rows:
                 break
-        found, self.calibrating = [], True
+        batches = self.held_out_batches(val_rows)
+        self.held_out_until = batches[-1][-1].index + 1 if batches else 0
+        batches = [batch for batch in batches if batch[0].index <= last]
+        for drawn, _ in itertools.takewhile(lambda draw: draw[1][0].index <= last, self.training_draws(self.ahead())):
+            batches += drawn
+        self.held_out_until = 0
+        norms, columns = [], []
         with progress_bar("norms of the first rows", rows, delay=0) as bar:
+            for batch in batches:
+                acts = self.activations(batch)
+                norms.append(acts.norms)
+                columns.append(acts.columns)
+                bar.update(int((acts.columns[0] <= last).sum()))
+        sequence, position, _ = np.concatenate(columns, axis=1)
+        first = np.lexsort((position, sequence))[:n_rows]  # in reading order
+        self.median, self.scale = median_and_scale(np.concatenate(norms)[first], self.d_model, self.max_norm_ratio)
 
-            def note(acts: lm.RawRows) -> None:
-                found.append((acts.norms, acts.sequence, acts.position))
-                bar.update(int((acts.sequence <= self.kept_until).sum()))
+    def held_out(self, wanted: int) -> Iterator[Rows]:
+        """The rows of `held_out_batches`, behind each of which `held_out_until` then lies."""
+        for batch in self.held_out_batches(wanted):
+            self.held_out_until = batch[-1].index + 1
+            yield self.rows(batch, self.activations(batch))
 
-            for batch, acts, _ in self.held_out_batches(val_rows):
-                note(acts)
-                if batch[-1].index > self.kept_until:
-                    self.held_out_until = sys.maxsize  # of the candidates among the first rows all are held out
-                    break
-            for drawn, _ in self.training_draws(self.ahead()):
-                if not drawn or drawn[0].index > self.kept_until:
-                    break
-                for batch in self.by_length(drawn):
-                    note(self.activations(batch))
-        self.calibrating, self.held_out_until = False, 0
-        norms, sequence, position = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        # in reading order; a candidate that was not held out came twice
-        _, first = np.unique(sequence.astype(np.int64) * self.seq_len + position, return_index=True)
-        self.median, self.scale = median_and_scale(norms[first[:n_rows]], self.d_model, self.max_norm_ratio)
+    def held_out_batches(self, wanted: int) -> list[list[Sequence]]:
+        """Forward batches of the sequences to hold out from `held_out_until` on.
 
-    def held_out(self, wanted: int, so_far: int = 0) -> Iterator[Rows]:
-        """The rows of held-out sequences: with the `so_far` known ones `wanted`, as closely as whole sequences allow.
-
-        One of every four sequences ahead, from `held_out_until` on; that index follows the sequences taken.
+        They are one of every four from the beginning of the texts, where the stream must be, until they have the wanted rows,
+        outliers included, as closely as whole sequences allow.
         """
-        for batch, acts, taken in self.held_out_batches(wanted, so_far):
-            yield self.rows(batch, acts, taken)
-
-    def held_out_batches(self, wanted: int, so_far: int = 0) -> Iterator[tuple[list[Sequence], lm.RawRows, int]]:
-        """Forward batches of candidates, their activations, and how many of the batch's first sequences are held out."""
-        candidates = (s for s in self.ahead() if s.index >= self.held_out_until and is_candidate(s.index, self.seed))
-        enough = so_far >= wanted
-        while not enough and (batch := list(itertools.islice(candidates, self.batch_size))):
-            acts = self.activations(batch)
-            median = median_norm(acts.norms) if self.median is None else self.median  # an estimate, to calibrate with
-            good, _ = survivors(acts.norms, median, self.max_norm_ratio)
-            for taken, sequence in enumerate(batch):
-                rows = so_far + int(good[acts.sequence == sequence.index].sum())
-                if enough := rows >= wanted:
-                    taken += so_far == 0 or rows - wanted <= wanted - so_far  # with it, or without it
-                    break
-                so_far, taken = rows, taken + 1
-            if taken:
-                self.held_out_until = batch[taken - 1].index + 1
-                yield batch, acts, taken
+        candidates = (s for s in self.ahead() if is_candidate(s.index, self.seed))
+        taken, rows = [], 0
+        while rows < wanted and (sequence := next(candidates, None)):
+            before, rows = rows, rows + len(sequence.tokens) - self.skip_first
+            if before == 0 or rows - wanted <= wanted - before:  # with it, or without it
+                taken.append(sequence)
+        return self.batches([s for s in taken if s.index >= self.held_out_until])
 
     def training_rows(self) -> Iterator[Rows]:
         """The rows of all sequences that are not held out, in reading order, `drawn` sequences at a time."""
-        for drawn, passed in self.training_draws(self.stream):
-            if self.kept and (not drawn or drawn[0].index > self.kept_until):
-                self.kept.clear()  # more sequences were held out than the calibration expected: these batches are not needed
-            parts = [self.rows(batch, self.activations(batch)) for batch in self.by_length(drawn)]
-            if not parts:  # the texts ended with held-out sequences
-                nothing = torch.empty(0, self.d_model)
-                parts = [Rows(nothing, nothing, np.empty((3, 0), np.int32), [], Counter())]
+        nothing = Rows(*torch.empty(2, 0, self.d_model), np.empty((3, 0), np.int32), [], Counter())
+        for batches, passed in self.training_draws(self.stream):
+            # the texts may end with held-out sequences
+            parts = [self.rows(batch, self.activations(batch)) for batch in batches] or [nothing]
             base, ft = torch.cat([part.base for part in parts]), torch.cat([part.ft for part in parts])
             columns = np.concatenate([part.columns for part in parts], axis=1)
             yield Rows(base, ft, columns, passed, sum((part.left_out for part in parts), Counter()))
 
-    def training_draws(self, stream: Iterator[Sequence]) -> Iterator[tuple[list[Sequence], list[Sequence]]]:
-        """`drawn` sequences of the stream that are not held out, and all sequences read from it to find them."""
-        drawn, passed = [], []
-        for sequence in stream:
-            passed.append(sequence)
-            if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
-                drawn.append(sequence)
-            if len(drawn) == self.drawn:
-                yield drawn, passed
-                drawn, passed = [], []
-        if passed:
-            yield drawn, passed
+    def training_draws(self, stream: Iterator[Sequence]) -> Iterator[tuple[list[list[Sequence]], list[Sequence]]]:
+        """Forward batches of `drawn` sequences that are not held out, and all sequences read from the stream to find them.
 
-    def by_length(self, drawn: list[Sequence]) -> list[list[Sequence]]:
-        """Forward batches, the longest sequences first: those of similar length share one."""
-        drawn = sorted(drawn, key=lambda s: -len(s.tokens))
-        return [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
+        The longest sequences come first: those of similar length share a batch.
+        """
+        while True:
+            drawn, passed = [], []
+            for sequence in stream:
+                passed.append(sequence)
+                if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
+                    drawn.append(sequence)
+                if len(drawn) == self.drawn:
+                    break
+            if not passed:
+                return
+            yield self.batches(sorted(drawn, key=lambda s: -len(s.tokens))), passed
+
+    def batches(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
 
     def activations(self, batch: list[Sequence]) -> lm.RawRows:
         """Run both models over a forward batch, unless the calibration did so already and kept the activations."""
@@ -291,38 +270,30 @@ class PairedModels:
         acts = lm.paired_activations(
             self.models, self.hooks, self.d_model, indices, sequences, skip_first=self.skip_first, batch_flag=self.batch_flag
         )
-        if self.calibrating:
+        if self.median is None:  # in the calibration
             self.kept[indices] = acts._replace(base=acts.base.cpu(), ft=acts.ft.cpu())
         return acts
 
-    def rows(self, batch: list[Sequence], acts: lm.RawRows, taken: int | None = None) -> Rows:
-        """The rows of the first `taken` sequences of a batch (None: all)."""
+    def rows(self, batch: list[Sequence], acts: lm.RawRows) -> Rows:
+        """The rows of a batch: those within the norm limit, scaled, in float16 or float32."""
         lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
-        longest, taken = lengths.max(), len(batch) if taken is None else taken
         good, finite = survivors(acts.norms, self.median, self.max_norm_ratio)
-        ours = np.isin(acts.sequence, [s.index for s in batch[:taken]])  # [rows]
-        keep = np.flatnonzero(good & ours)  # [kept]
+        keep = np.flatnonzero(good)
         left_out = Counter(
-            padding=int((longest - lengths[:taken]).sum()),
-            first_positions=int(np.minimum(lengths[:taken], self.skip_first).sum()),
-            norm=int((ours & finite & ~good).sum()),
-            non_finite=int((ours & ~finite).sum()),
+            padding=int((lengths.max() - lengths).sum()),
+            first_positions=int(np.minimum(lengths, self.skip_first).sum()),
+            norm=int((finite & ~good).sum()),
+            non_finite=int((~finite).sum()),
         )
-        base, ft = (self.stored_values(x, keep, s) for x, s in zip((acts.base, acts.ft), self.scale, strict=True))
-        columns = np.stack([acts.sequence, acts.position, acts.token])[:, keep]
-        return Rows(base, ft, columns, [], left_out)
-
-    def stored_values(self, x: Tensor, keep: np.ndarray, scale: float) -> Tensor:
-        """Rows `keep` of the activations x [rows, d_model], scaled: [kept, d_model] float16 or float32."""
-        values = x[torch.from_numpy(keep).to(x.device)].float() * float(scale)
-        if self.dtype == "float16":
-            values = values.half()
-            if values.isinf().any():
+        stored = []  # [kept, d_model] each
+        for x, scale in zip((acts.base, acts.ft), self.scale, strict=True):
+            stored.append((x[torch.from_numpy(keep).to(x.device)].float() * float(scale)).to(getattr(torch, self.dtype)))
+            if stored[-1].isinf().any():
                 raise ValueError(
                     "--max-norm-ratio: an activation is too large for the float16 of the buffer; lower it" if self.live else
                     "--dtype float16: an activation is too large for it; give --dtype float32, or lower --max-norm-ratio"
                 )  # fmt: skip
-        return values
+        return Rows(*stored, acts.columns[:, keep], [], left_out)
 
 
 class GatheredRows:
@@ -361,24 +332,19 @@ def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[
     return finite & (norms <= max_ratio * median).all(1), finite
 
 
-def median_norm(norms: np.ndarray) -> np.ndarray:
-    """[2] median of the norms [rows, 2] of rows that are finite in both models; 0 where there is none."""
-    finite = norms[np.isfinite(norms).all(1)]
-    return np.median(finite, axis=0) if len(finite) else np.zeros(2)
-
-
 def median_and_scale(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Median norm [2] and stored_scale [2] of the first rows: sqrt(d_model) / mean norm of the survivors, per model.
 
     norms: [rows, 2] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
     """
-    if not np.isfinite(norms).all(1).any():
+    finite = norms[np.isfinite(norms).all(1)]
+    if not len(finite):
         bad = [name for name, x in zip(("base", "fine-tuned"), norms.T, strict=True) if not np.isfinite(x).all()]
         raise ValueError(
             f"--model-dtype: the first {len(norms):,} activations of the {' and of the '.join(bad)} model all hold inf or nan; "
             "give --model-dtype bfloat16 or float32, or if it is that already, a model with sound weights"
         )
-    median = median_norm(norms)
+    median = np.median(finite, axis=0)
     if not (median > 0).all():
         raise ValueError("--hook: most of the first activations there are zero; give another module")
     stored, _ = survivors(norms, median, max_ratio)

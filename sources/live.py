@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from collecting import language_model as lm
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import CALIBRATION_ROWS, GatheredRows, PairedModels
+from collecting.paired_rows import GatheredRows, PairedModels, Rows
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
 from sources.mixing import MixingBuffer, Refill
@@ -28,7 +27,6 @@ class LiveActivations(Source):
     """A source of paired activations that the two models compute while the crosscoder trains.
 
     Args:
-        name: what the plan of a run calls it.
         buffer_tokens: most rows in the buffer, both fills together.
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
         num_tokens: length of the run; the calibration reads no more rows than that.
@@ -49,15 +47,11 @@ class LiveActivations(Source):
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = self.reported_seconds = 0.0  # of filling the buffer; until the last `metrics`
         models.start()
-        if known is None:
-            models.calibrate(min(CALIBRATION_ROWS, num_tokens), val_tokens)
-        else:
-            models.median, models.scale = np.array(known["median_norm"]), np.array(known["stored_scale"])
+        models.calibrate(num_tokens, val_tokens, known)
         if keep:
             keep.begin(models)
         self.mixing = MixingBuffer(self, seed=models.seed, buffer_rows=buffer_tokens, flag="--text", contents="the texts")
-        self.resumed = None
-        half = self.mixing.capacity
+        self.resumed, half = None, self.mixing.capacity
         shape = (2 * half, 2, self.d_model)
         pinned = buffer_device.type == "cpu" and any(m._module.device.type == "cuda" for m in models.models)  # refilled faster
         self.buffer = torch.empty(shape, dtype=self.dtype, device=buffer_device, pin_memory=pinned)
@@ -66,32 +60,26 @@ class LiveActivations(Source):
         self.val_rows = len(self.validation)
         self.stored_scale = torch.from_numpy(models.scale)
         self.record = {"median_norm": models.median.tolist(), "fingerprints": models.fingerprints}
-        self.record["held_out_until"] = models.held_out_until
-
-        self.sequence, self.ahead = 0, models.training_rows()  # as seek(None), without starting the texts again
+        self.record |= {"held_out_until": models.held_out_until}
+        self.ahead = models.training_rows()  # as seek(None), without starting the texts again
 
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
-        kept, fill = [], self.fills[0]
-
-        def put_away():
-            self.store("validation", len(kept), fill)
-            kept.append(fill.values[: fill.n].cpu().clone())
-            fill.clear()
-
+        rows, kept, fill = self.models.held_out(wanted), [], self.fills[0]
         with progress_bar("held-out rows", wanted) as bar:
-            for rows in self.models.held_out(wanted):
-                bar.update(fill.add(rows))
-                if fill.n >= self.fill_rows:
-                    put_away()
-        if fill.n:
-            put_away()
+            while self.fill(fill, rows, bar):
+                self.store("validation", len(kept), fill)
+                kept.append(fill.values[: fill.n].cpu().clone())
         if not kept:
             raise ValueError("--text: gives too few sequences to hold one out; give more text, or lower --seq-len")
-        if self.keep:
-            self.keep.progress["held_out_complete"] = True
-            self.keep.save_progress()
         return torch.cat(kept)
+
+    def fill(self, fill: GatheredRows, rows: Iterator[Rows], bar: tqdm) -> int:
+        """Replace what a half of the buffer holds by the next rows. Returns how many."""
+        fill.clear()
+        while fill.n < self.fill_rows and (part := next(rows, None)):
+            bar.update(fill.add(part))
+        return fill.n
 
     # --- the stream
 
@@ -129,17 +117,14 @@ class LiveActivations(Source):
 
     def seek(self, start: int | None) -> None:
         """Go to the given sequence of the texts."""
-        self.sequence = start or 0
-        self.models.start(self.sequence)
+        self.models.start(start or 0)
         self.ahead = self.models.training_rows()
 
     def read(self, number: int) -> Refill:
         """Let the models read fill `number` of the epoch into its half. It ends with the number of the sequence after it."""
         began, fill = time.perf_counter(), self.fills[number % 2]
-        fill.clear()
         with progress_bar("both models", self.fill_rows) as bar:
-            while fill.n < self.fill_rows and (rows := next(self.ahead, None)):
-                bar.update(fill.add(rows))
+            self.fill(fill, self.ahead, bar)
         if number == 0 and fill.n == 0:
             raise ValueError("--text: not one row was left to train on; give more text, or lower --val-tokens or --skip-first")
         if self.buffer.device.type == "cuda":
@@ -147,8 +132,7 @@ class LiveActivations(Source):
         self.model_seconds += time.perf_counter() - began
         if self.mixing.epoch == 0 and fill.passed:
             self.store("train", number, fill)
-        self.sequence += len(fill.passed)
-        return Refill(fill.n, self.sequence)
+        return Refill(fill.n, fill.passed[-1].index + 1 if fill.passed else None)
 
     def end_epoch(self) -> None:
         self.close()
@@ -197,31 +181,26 @@ def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
 def place_buffer(
     models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int
 ) -> torch.device:
-    """Print the memory that the run takes, and return the device where the buffer fits: that of the training, else the host.
-
-    ValueError, with what to lower, if it does not fit.
-    """
-    row = 2 * 2 * models.d_model  # bytes: two models, float16
-    buffer, held_out = buffer_tokens * row, val_tokens * row
-    state = 16 * 2 * 2 * models.d_model * d_hidden  # weights, gradient, two moments; float32
-    codes = 6 * 4 * batch_size * d_hidden
-    host, free = free_memory(), free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    fits = device.type == "cpu" or state + codes + buffer <= (1 - FORWARD_ROOM) * free
-    place = device if fits else torch.device("cpu")
-    where = [f"{size_text(lm.memory(m))} on {m._module.device}" for m in models.models]
+    """Print what the run takes and return where the buffer fits: the training's device, or the host. ValueError if neither."""
+    buffer, held_out = (4 * models.d_model * rows for rows in (buffer_tokens, val_tokens))  # bytes: two models, float16
+    # crosscoder, gradient and two moments, then the codes; float32
+    training = 4 * (16 * models.d_model * d_hidden + 6 * batch_size * d_hidden)
+    cpu, host, on_cpu = torch.device("cpu"), free_memory(), device.type == "cpu"
+    free = host if on_cpu else torch.cuda.mem_get_info(device)[0]
+    place = device if training + buffer <= (1 - FORWARD_ROOM) * free else cpu
+    where = [f"{size_text(m._module.get_memory_footprint())} on {m._module.device}" for m in models.models]
     print(
         f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size_text(buffer)} on {place}, held-out rows "
-        f"{size_text(held_out)} on cpu; crosscoder, gradient and Adam's moments {size_text(state)}, codes about "
-        f"{size_text(codes)} on {device}"
+        f"{size_text(held_out)} on cpu; crosscoder, Adam's moments and codes about {size_text(training)} on {device}"
     )
-    if state + codes + (buffer + held_out if device.type == "cpu" else 0) > free:
-        raise ValueError(
-            f"--device {device}: {size_text(free)} are free beside the models, too little for this run; lower --buffer-tokens, "
-            "--d-hidden or --batch-size" + ("" if device.type == "cpu" else ", or move a model with --ft-device")
-        )
-    if place.type == "cpu" and buffer + held_out > host:
-        raise ValueError(
-            f"--buffer-tokens {buffer_tokens}: {size_text(buffer + held_out)} with the held-out rows do not fit into the "
-            f"{size_text(host)} that are free on the host; lower it or --val-tokens"
-        )
+    on_host = held_out + (buffer if place.type == "cpu" else 0) + (training if on_cpu else 0)
+    for on, needed, there, remedy in (
+        (cpu, on_host, host, "--val-tokens"),
+        (device, training, free, "move a model with --ft-device"),
+    ):
+        if needed > there:
+            raise ValueError(
+                f"--device {device}: {size_text(needed)} are needed on {on} beside the models and {size_text(there)} are free; "
+                f"lower --buffer-tokens, --d-hidden or --batch-size, or {remedy}"
+            )
     return place

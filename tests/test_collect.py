@@ -144,17 +144,12 @@ def test_statistics_and_counts_equal_numpy(which, request):
     assert left_out["first_positions"] == pair["skip_first"] * len(lengths)
     held_out = sorted(set(read_rows(out, "base", ("validation",))["sequence"].tolist()))
     rest = [lengths[i] for i in range(len(lengths)) if i not in held_out]
-    if which == "padded":  # the last forward batch of held-out sequences also held some that were not needed
-        candidates = [i for i in range(len(lengths)) if is_candidate(i, 0)]
-        assert held_out == candidates[: len(held_out)]
-        held_out = candidates[: -(-len(held_out) // 8) * 8]
+    assert held_out == [i for i in range(len(lengths)) if is_candidate(i, 0)][: len(held_out)]
     together = 64 if which == "padded" else 8  # unpacked sequences are sorted by length, 64 at a time
     rest = [n for i in range(0, len(rest), together) for n in sorted(rest[i : i + together], reverse=True)]
     batches = [rest[i : i + 8] for i in range(0, len(rest), 8)]
-    taken = len(lengths) - len(rest)
     batches += [[lengths[j] for j in held_out[i : i + 8]] for i in range(0, len(held_out), 8)]
-    unused = sum(max(batches[-1]) - length for length in batches[-1][taken - len(held_out) :]) if taken < len(held_out) else 0
-    assert padding == sum(max(batch) - length for batch in batches for length in batch) - unused
+    assert padding == sum(max(batch) - length for batch in batches for length in batch)
     assert (padding > 0) == (which == "padded")
     for model in ("base", "ft"):
         rows = read_rows(out, model)
@@ -294,8 +289,7 @@ def test_calibration_runs_no_sequence_a_second_time(tiny, monkeypatch, pack, val
     assert 32_768 / 99 < calibrated < 32_768 / 93 + 8 + 64
     rows = [*models.held_out(val_rows), *models.training_rows()]
     assert sum(len(r.base) for r in rows) == sum(len(s.tokens) - 1 for s in sequences)
-    held_out_twice = 8 if val_rows else 0  # of the last batch of candidates some are trained on, in another batch
-    assert len(run) <= len(sequences) + held_out_twice and not models.kept
+    assert sorted(run) == list(range(len(sequences))) and not models.kept
     monkeypatch.undo()
     # and the rows are those of a restart, which does not calibrate
     again = PairedModels.__new__(PairedModels)
