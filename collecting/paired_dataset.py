@@ -22,6 +22,7 @@ from run.machine import first_line, free_disk, size_text, whole_file, write_text
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
 SHUFFLED_ROWS = 65_536  # rows of a shard from which on its neighbours may make a training batch
 SPLITS = ("train", "validation")
+SHARD_FILE = "data-{:05d}.arrow"
 # Columns of OUT/tokens, whose row i is sequence i; source is an index into `text` of pair.json.
 TOKEN_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "source": datasets.Value("int32")})
 FACTS = (  # of the recipe and the progress, that pair.json holds under the same names
@@ -144,12 +145,12 @@ class PairedDataset:
 
         with self.writing():
             for i, model in enumerate(("base", "ft")):
-                write_arrow(shard_file(self.out / model / split, shard), schema, record_batches(i))
+                write_arrow(self.out / model / split, shard, schema, record_batches(i))
             if split == "train":
                 ids = pa.array([s.tokens for s in rows.passed], pa.list_(pa.int32()))
                 sources = pa.array([s.source for s in rows.passed], pa.int32())
                 batch = pa.record_batch([ids, sources], schema=TOKEN_FEATURES.arrow_schema)
-                write_arrow(shard_file(self.out / "tokens", shard), batch.schema, [batch])
+                write_arrow(self.out / "tokens", shard, batch.schema, [batch])
             progress["shards"][split] += 1
             progress["rows"][split] += rows.n
             progress["sequences"] += len(rows.passed)
@@ -176,10 +177,10 @@ class PairedDataset:
         folders[self.out / "tokens"] = (TOKEN_FEATURES, shards["train"])
         for folder, (features, n_shards) in folders.items():
             if not n_shards:  # nothing was held out
-                write_arrow(shard_file(folder, 0), features.arrow_schema, [])
+                write_arrow(folder, 0, features.arrow_schema, [])
             datasets.DatasetInfo(features=features).write_to_directory(str(folder))
             state = {
-                "_data_files": [{"filename": shard_file(folder, shard).name} for shard in range(max(1, n_shards))],
+                "_data_files": [{"filename": SHARD_FILE.format(shard)} for shard in range(max(1, n_shards))],
                 # it names cached results of map() and the like, so each folder needs its own
                 "_fingerprint": hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
                 "_split": None if folder.name == "tokens" else folder.name,
@@ -218,12 +219,9 @@ def row_features(d_model: int, dtype: str):
     return datasets.Features({"activation": activation, "sequence": number, "position": number, "token": number})
 
 
-def shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"data-{shard:05d}.arrow"
-
-
-def write_arrow(path: Path, schema, record_batches: Iterable) -> None:
-    """An Arrow stream file, complete or not there at all."""
+def write_arrow(folder: Path, shard: int, schema, record_batches: Iterable) -> None:
+    """A shard of a dataset, as an Arrow stream: complete or not there at all."""
+    path = folder / SHARD_FILE.format(shard)
     with whole_file(path) as partial, open(partial, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in record_batches:
             writer.write_batch(batch)

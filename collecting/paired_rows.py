@@ -213,7 +213,7 @@ class PairedModels:
         """The rows of `held_out_batches`, behind each of which `held_out_until` then lies."""
         for batch in self.held_out_batches(wanted):
             self.held_out_until = batch[-1].index + 1
-            yield self.rows(batch, self.activations(batch))
+            yield self.rows(batch)
 
     def held_out_batches(self, wanted: int) -> list[list[Sequence]]:
         """Forward batches of the sequences to hold out from `held_out_until` on.
@@ -233,8 +233,7 @@ class PairedModels:
         """The rows of all sequences that are not held out, in reading order, `drawn` sequences at a time."""
         nothing = Rows(*torch.empty(2, 0, self.d_model), np.empty((3, 0), np.int32), [], Counter())
         for batches, passed in self.training_draws(self.stream):
-            # the texts may end with held-out sequences
-            parts = [self.rows(batch, self.activations(batch)) for batch in batches] or [nothing]
+            parts = [self.rows(batch) for batch in batches] or [nothing]  # the texts may end with held-out sequences
             base, ft = torch.cat([part.base for part in parts]), torch.cat([part.ft for part in parts])
             columns = np.concatenate([part.columns for part in parts], axis=1)
             yield Rows(base, ft, columns, passed, sum((part.left_out for part in parts), Counter()))
@@ -274,8 +273,9 @@ class PairedModels:
             self.kept[indices] = acts._replace(base=acts.base.cpu(), ft=acts.ft.cpu())
         return acts
 
-    def rows(self, batch: list[Sequence], acts: lm.RawRows) -> Rows:
+    def rows(self, batch: list[Sequence]) -> Rows:
         """The rows of a batch: those within the norm limit, scaled, in float16 or float32."""
+        acts = self.activations(batch)
         lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
         good, finite = survivors(acts.norms, self.median, self.max_norm_ratio)
         keep = np.flatnonzero(good)
