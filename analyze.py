@@ -9,7 +9,7 @@ report.html        all of it on one page that needs no network
 
 from __future__ import annotations
 
-from config import AnalyzeConfig, TrainConfig
+from config import AnalyzeConfig, DatasetFlags, TrainConfig
 from run.flags import parse
 
 if __name__ == "__main__":
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from analysis import measure, report
-from analysis.data import open_data, open_models, open_tokenizer, texts_of_tokens
+from analysis.data import open_data, open_tokenizer
 from analysis.examples import find_examples
-from analysis.files import example_line, put_in_place, require_writable, write_parquet
+from analysis.files import put_in_place, require_writable, write_parquet
 from crosscoder import CrossCoder
 from ops import latents
 from run.machine import as_json, run_entry, usable_device
@@ -48,16 +48,15 @@ def main(config: AnalyzeConfig) -> None:
     data = open_data(*data_flags(config, record), crosscoder, config.num_tokens, notes)
     models = tokenizer = None
     if data.text and config.base_model:
-        models = open_models(
-            data, base_model=config.base_model, ft_model=config.ft_model, ft_adapter=config.ft_adapter, hook=config.hook,
-            ft_hook=config.ft_hook, dtype=config.model_dtype, device=str(device),
-        )  # fmt: skip
+        from analysis import patching  # loads nnsight and transformers
+
+        models = patching.open_models(data, vars(config), str(device))
     if data.text:
         tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
 
     # --- every latent, in one pass
-    size = f"{crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows"
-    print(f"measuring {size}", flush=True)
+    rows = f"{data.val_rows:,} held-out and {data.train_rows:,} training rows"
+    print(f"measuring {crosscoder.d_hidden:,} latents on {rows}", flush=True)
     sums, metrics = measure.measure_latents(crosscoder, data)
     table = measure.latent_table(crosscoder, sums, data)
     metrics = measure.overview(crosscoder, table, metrics) | {"threshold_curve": measure.threshold_curve(crosscoder, data)}
@@ -66,15 +65,14 @@ def main(config: AnalyzeConfig) -> None:
         metrics["planted"], truth = measure.planted_truth(data.source, crosscoder, table)
 
     # --- what some of them are active on
-    chosen, found = measure.choose(table, asked, config.sections_per_class, config.seed), {}
-    if data.text and len(chosen):
-        f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
-        found = find_examples(crosscoder, data, chosen, f_max, wanted=config.examples, context=config.context, seed=config.seed)
+    chosen = measure.choose(table, asked, config.sections_per_class, config.seed)
+    f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
+    sections = find_examples(
+        crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
+    )
 
     # --- what replacing the activation does to the models
     if models:
-        from analysis import patching  # loads nnsight and transformers
-
         sets = patching.choose_sets(table, config.seed)
         metrics["patching"] = patching.patch_models(
             models, crosscoder, data, sets, tokenizer, tokens=config.patch_tokens, batch_size=config.model_batch_size
@@ -84,22 +82,17 @@ def main(config: AnalyzeConfig) -> None:
     curves = training_curves(folder.parent / "metrics.jsonl") if record else []
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    ids = [example.tokens for examples in found.values() for example in examples]
-    token_texts = texts_of_tokens(tokenizer, np.unique(np.concatenate([np.empty(0, np.int32), *ids])))
-    shown = [example_line(latent, found.get(latent, []), data.text, token_texts) for latent in chosen.tolist()]
     names = [Path(name).name for role in ("base_model", "ft_model") if (name := data.pair.get(role))]
     pair_name, text_names = " and ".join(names) or data.name, data.text.names if data.text else []
     drawn = table | {"random_cosine": measure.cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
-    definitions = {name: measure.define(name, text_names) for name in table}
+    definitions = measure.define(table, text_names)
     with put_in_place(out) as partial:
         (partial / "metrics.json").write_text(as_json(metrics, indent=2))
         write_parquet(partial / "latents.parquet", table, definitions, data.name)
-        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in shown if one["examples"]))
-        figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, pair=pair_name, truth=truth)
-        page = report.render(
-            metrics, table, definitions=definitions, text_names=text_names, figures=figures, sections=shown, truth=truth,
-            pair=pair_name,
-        )  # fmt: skip
+        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
+        shown = {"pair": pair_name, "truth": truth}
+        figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
+        page = report.render(metrics, table, definitions, text_names, figures=figures, sections=sections, **shown)
         (partial / "report.html").write_text(page, encoding="utf-8")
     print_summary(metrics, notes, out)
 
@@ -134,12 +127,12 @@ def parse_latents(value: str, d_hidden: int) -> list[int]:
 
 def find_run(path: Path) -> tuple[Path, dict | None]:
     """The folder of the crosscoder and what config.json says of its run, None for a crosscoder alone."""
+    hint = "give a run (runs/NAME) or the folder of a saved crosscoder"
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder; give a run (runs/NAME) or the folder of a saved crosscoder")
+        raise ValueError(f"{path}: there is no such folder; {hint}")
     if (path / "model.safetensors").is_file():
         return path, None
     if not (path / "crosscoder").is_dir():
-        hint = "give a run (runs/NAME) or the folder of a saved crosscoder"
         if (path / "checkpoints").is_dir():
             hint = f"its training has not ended, go on with: python train.py --resume {path}"
         raise ValueError(f"{path}: holds no crosscoder; {hint}")
@@ -147,20 +140,20 @@ def find_run(path: Path) -> tuple[Path, dict | None]:
         record = json.loads((path / "config.json").read_text())
         record["given"]["dataset"], record["resolved"]["val_tokens"]  # KeyError where they are missing
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: its config.json is missing or broken ({error!r}); analyse {path / 'crosscoder'} alone"
-        ) from None
+        raise ValueError(f"{path}: its config.json is missing or broken ({error!r}); analyse {path}/crosscoder alone") from None
     return path / "crosscoder", record
 
 
-def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[dict, dict | None]:
+def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[TrainConfig, dict | None]:
     """The flags that name the activations, those given here or those of the run, and the record if they are of the run."""
     given, resolved = (record["given"], record["resolved"]) if record else ({}, {})
-    common = {"max_norm_ratio": resolved.get("max_norm_ratio", TrainConfig.max_norm_ratio)}
+    ratio = resolved.get("max_norm_ratio", TrainConfig.max_norm_ratio)
     if config.dataset or config.base_dataset:
-        return vars(config) | common, None
+        named = {field.name: getattr(config, field.name) for field in dataclasses.fields(DatasetFlags)}
+        return TrainConfig(**named, max_norm_ratio=ratio), None
     if record is None:
         raise ValueError("--dataset is missing: a crosscoder without its run does not say what it was trained on")
+    flags = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
     if given.get("base_model"):
         kept = given.get("keep_activations")
         if not kept or not (Path(kept) / "pair.json").is_file():
@@ -168,8 +161,8 @@ def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[dict, dict |
                 "--dataset is missing: this run was trained live and kept no activations; collect some with collect.py from "
                 "the same models and hook, and name them"
             )
-        common["dataset"] = kept
-    return given | common, record
+        flags["dataset"] = kept
+    return TrainConfig(**flags | {"max_norm_ratio": ratio}), record
 
 
 # --- what is written
@@ -198,16 +191,13 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
                 f"{name:<11}loss intact {one['loss_intact']:.3f}, reconstruction {one['loss_reconstruction']:.3f}, "
                 f"zero {one['loss_zero']:.3f}: recovered {one['loss_recovered']:.3f}"
             )
-        for name, one in patching["diffing"]["base model"].items():
-            if name != "before":
-                before = patching["diffing"]["base model"]["before"]["all"]
-                print(f"diffing    base + {name} ({one['latents']}): KL to ft {before:.4f} -> {one['kl']['all']:.4f}")
-    if planted := metrics.get("planted"):
-        for how, score in planted.items():
-            found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
-            print(
-                f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}"
-            )
+        diffing = dict(patching["diffing"]["base model"])
+        before = diffing.pop("before")["all"]
+        for name, one in diffing.items():
+            print(f"diffing    base + {name} ({one['latents']}): KL to ft {before:.4f} -> {one['kl']['all']:.4f}")
+    for how, score in metrics.get("planted", {}).items():
+        found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
+        print(f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}")
     for note in notes:
         print(f"note       {note}")
     print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, figures")

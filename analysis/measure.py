@@ -10,10 +10,8 @@ from analysis.data import Data, normalized_rows
 from crosscoder import CrossCoder
 from ops import latents
 from ops.variance import VarianceTotals
-from run.machine import progress_bar
 from sources.planted import RECOVERED, PlantedConcepts
 
-CODES_TOGETHER = 1 << 24  # entries of a matrix of codes [batch, d_hidden]; each takes 64 MB, and a few exist at once
 CURVE_ROWS = 8192  # held-out rows behind the threshold curve
 CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # L0 at its points, as multiples of the crosscoder's own
 
@@ -66,23 +64,19 @@ COLUMNS = {
 @torch.no_grad()
 def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
     """The sums of each split that has rows, and the held-out metrics. Memory is that of the dictionary and one batch."""
-    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     n_texts = len(data.text.names) if data.text else 1
     sums: dict[str, latents.LatentSums] = {}
     totals, per_token = VarianceTotals(), []
-    with progress_bar("latents", data.val_rows + data.train_rows) as bar:
-        for split, rows, x in normalized_rows(crosscoder, data, batch_size):
-            group = None
-            if data.text:
-                group = torch.from_numpy(data.text.text_of[data.text.rows[split][0][rows]]).long().to(x.device)
-            f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
-            part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
-            sums[split] = sums[split] + part if split in sums else part
-            if split == "validation":
-                totals.add(x, x_hat)
-                per_token.append((f > 0).sum(1).cpu())
-            bar.update(len(x))
-    if "validation" not in sums:
+    for rows, x in normalized_rows(crosscoder, data, what="latents"):
+        group = data.text and torch.from_numpy(data.text.text_of[data.text.sequence[rows]]).long().to(x.device)
+        f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
+        part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
+        split = "train" if rows[0] >= data.first_train else "validation"
+        sums[split] = sums[split] + part if split in sums else part
+        if split == "validation":
+            totals.add(x, x_hat)
+            per_token.append((f > 0).sum(1).cpu())
+    if not per_token:
         raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
     per_token = torch.cat(per_token).float()
     together, base, ft = totals.explained().tolist()
@@ -91,18 +85,17 @@ def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, laten
         "explained_variance_A": base,
         "explained_variance_B": ft,
         "l0_loss": per_token.mean().item(),
-        "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)} if len(per_token) else {},
+        "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)},
     }
 
 
-def define(column: str, text_names: list[str]) -> str:
-    """What a column of `latent_table` says."""
-    name, _, text = column.rpartition("_")
-    if name == "freq_text":
-        return f"share of the tokens of {text_names[int(text)]} at which the latent is active"
-    if name == "mean_text":
-        return f"mean activation over all tokens of {text_names[int(text)]}, zeros included"
-    return COLUMNS[column]
+def define(table: dict[str, np.ndarray], text_names: list[str]) -> dict[str, str]:
+    """What each column of `latent_table` says."""
+    known = dict(COLUMNS)
+    for i, text in enumerate(text_names):
+        known[f"freq_text_{i}"] = f"share of the tokens of {text} at which the latent is active"
+        known[f"mean_text_{i}"] = f"mean activation over all tokens of {text}, zeros included"
+    return {name: known[name] for name in table}
 
 
 @torch.no_grad()
@@ -110,20 +103,20 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
     """Every latent, column by column; `define` says what each is."""
     W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
     norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
-    both = sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
+    held_out, train = sums["validation"], sums.get("train")
+    both = held_out + train if train else held_out
     base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
     count, total = both.count.sum(0), both.f.sum(0)  # [d_hidden]
-    never = torch.full((crosscoder.d_hidden,), float("nan"))
-    delta, names = latents.delta_norm(norms), np.array([*latents.CLASSES, "other"])
-    by_delta = torch.full_like(count, 3)
-    by_delta[delta < 0.1], by_delta[(delta >= 0.4) & (delta <= 0.6)], by_delta[delta > 0.9] = 0, 1, 2
+    unknown = torch.full((crosscoder.d_hidden,), torch.nan)
+    delta, names = latents.delta_norm(norms), np.array(latents.CLASSES)
+    by_delta = [mask.cpu() for mask in (delta < 0.1, (delta >= 0.4) & (delta <= 0.6), delta > 0.9)]
     n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
     no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * total / n2
     table = {
         "latent": torch.arange(crosscoder.d_hidden),
         "tag": names[latents.classify(norms).cpu()],
         "tag_scaling": names[latents.classify_by_scaling(base, ft, norms).cpu()],
-        "tag_delta_norm": names[by_delta.cpu()],
+        "tag_delta_norm": np.select(by_delta, names, "other"),
         "dead": count == 0,
         "dec_base_norm": norms[:, 0],
         "dec_ft_norm": norms[:, 1],
@@ -136,17 +129,15 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
         "enc_norm_diff": 1 - latents.delta_norm(enc_norms),
         "enc_cos_sim": latents.cosine(W_enc),
         "frequency": count / both.tokens,
-        "freq_train": sums["train"].count.sum(0) / sums["train"].tokens if "train" in sums else never,
-        "freq_val": sums["validation"].count.sum(0) / sums["validation"].tokens,
+        "freq_train": train.count.sum(0) / train.tokens if train else unknown,
+        "freq_val": held_out.count.sum(0) / held_out.tokens,
         "mean_act": total / count,
-        "max_act_train": sums["train"].f_max if "train" in sums else never,
-        "max_act_val": sums["validation"].f_max,
+        "max_act_train": train.f_max if train else unknown,
+        "max_act_val": held_out.f_max,
         "difference": both.f_squared / both.tokens * (W_dec[:, 1] - W_dec[:, 0]).double().pow(2).sum(-1),
     }
-    for name in ("error", "reconstruction", "activation"):
-        beta = getattr(ft, name)
-        table |= {f"beta_{name}_base": beta[0], f"beta_{name}_ft": beta[1]}
-    table |= {"beta_activation_no_bias_base": no_bias[0], "beta_activation_no_bias_ft": no_bias[1]}
+    for name, beta in (ft._asdict() | {"activation_no_bias": no_bias}).items():
+        table[f"beta_{name}_base"], table[f"beta_{name}_ft"] = beta
     table["beta_ratio_error"], table["beta_ratio_reconstruction"] = ft.nu(1)
     table["beta_activation_ratio"] = ft.activation[0] / ft.activation[1]
     table["base_beta_ratio_error"], table["base_beta_ratio_reconstruction"] = base.nu(0)
@@ -186,35 +177,27 @@ def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
     """
     if crosscoder.folded:
         return []
-    few = data._replace(val_rows=min(data.val_rows, CURVE_ROWS), train_rows=0)
-    batch_size = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
+    rows = np.arange(min(data.val_rows, CURVE_ROWS))
+    batches = [x for _, x in normalized_rows(crosscoder, data, rows)]
     own, points = crosscoder.threshold.clone(), []
-    active = sum(
-        (crosscoder.encode(x, normalized=True) > 0).sum().item() for _, _, x in normalized_rows(crosscoder, few, batch_size)
-    )
+    active = sum((crosscoder.encode(x, normalized=True) > 0).sum().item() for x in batches)
+    most = int(CURVE[-1] * active) + 1
     try:
         crosscoder.threshold.zero_()
-        # the largest scores, as many as the point with the largest L0 needs
-        kept, rows = torch.empty(0), 0
-        for _, _, x in normalized_rows(crosscoder, few, batch_size):
+        scores = torch.zeros(1)  # the largest, as many as the point with the largest L0 needs; 0 where all are kept
+        for x in batches:
             score = crosscoder.score(crosscoder.encode(x, normalized=True)).flatten().cpu()
-            kept, rows = torch.cat([kept, score[score > 0]]), rows + len(x)
-            if len(kept) > 2 * CURVE[-1] * active:
-                kept = kept.topk(int(CURVE[-1] * active) + 1).values
-        kept = kept.sort(descending=True).values
+            scores = torch.cat([scores, score[score > 0]])
+            scores = scores.topk(min(most, len(scores))).values
         for factor in CURVE:
-            count = int(factor * active)
-            if not 0 < count <= len(kept):
+            if not 0 < (count := int(factor * active)) < len(scores):
                 continue
-            theta = (kept[count - 1] + kept[count]) / 2 if count < len(kept) else kept[count - 1] / 2
+            crosscoder.threshold.copy_((scores[count - 1] + scores[count]) / 2)
             totals = VarianceTotals()
-            for _, _, x in normalized_rows(crosscoder, few, batch_size):
-                f = crosscoder.encode(x, normalized=True)
-                f = f * (crosscoder.score(f) > theta)
-                _, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec)
-                totals.add(x, x_hat)
-            ev = totals.explained()[0].item()
-            points.append({"threshold": theta.item(), "l0": count / rows, "explained_variance": ev, "own": factor == 1})
+            for x in batches:
+                totals.add(x, crosscoder.decode(crosscoder.encode(x, normalized=True), normalized=True))
+            point = {"threshold": crosscoder.threshold.item(), "l0": count / sum(map(len, batches))}
+            points.append(point | {"explained_variance": totals.explained()[0].item(), "own": factor == 1})
     finally:
         crosscoder.threshold.copy_(own)
     return points
@@ -228,20 +211,15 @@ def cosine_of_random_pairs(W_dec: Tensor, seed: int) -> np.ndarray:
 
 def planted_truth(source: PlantedConcepts, crosscoder: CrossCoder, table: dict) -> tuple[dict, dict]:
     """The score against the truth, by norm and by scaling; and the truth concept by concept. Adds columns to the table."""
-    W_dec, dead = crosscoder.W_dec.detach().cpu(), torch.from_numpy(table["dead"])
-    kinds, index = np.array(latents.CLASSES), {name: i for i, name in enumerate(latents.CLASSES)}
-    by_scaling = torch.tensor([index[tag] for tag in table["tag_scaling"]])
+    W_dec, dead, names = crosscoder.W_dec.detach().cpu(), torch.from_numpy(table["dead"]), np.array(latents.CLASSES)
+    by_scaling = torch.from_numpy((table["tag_scaling"][:, None] == names).argmax(1))
     scores = {"by_norm": source.score(W_dec, dead), "by_scaling": source.score(W_dec, dead, by_scaling)}
-    fit = source.fit(W_dec, dead)  # [n_concepts, d_hidden]
-    cosine, concept = fit.max(0)
-    kind = source.kind.numpy()
-    table["planted_concept"], table["planted_kind"] = concept.numpy(), kinds[kind[concept.numpy()]]
-    table["planted_cosine"] = cosine.numpy()
-    best, latent = (t.numpy() for t in fit.max(1))
+    fit, kind = source.fit(W_dec, dead), names[source.kind.numpy()]  # [n_concepts, d_hidden], [n_concepts]
+    (cosine, concept), (best, latent) = ((t.numpy() for t in fit.max(axis)) for axis in (0, 1))
+    table |= {"planted_concept": concept, "planted_kind": kind[concept], "planted_cosine": cosine}
     truth = {
-        "concept": np.arange(len(kind)), "kind": kinds[kind], "rate": source.rate.numpy(), "latent": latent, "cosine": best,
-        "recovered": best > RECOVERED, "tag": table["tag"][latent], "tag_scaling": table["tag_scaling"][latent],
-        "relative_norm": table["relative_norm"][latent],
+        "concept": np.arange(len(kind)), "kind": kind, "rate": source.rate.numpy(), "latent": latent, "cosine": best,
+        "recovered": best > RECOVERED, **{name: table[name][latent] for name in ("tag", "tag_scaling", "relative_norm")},
     }  # fmt: skip
     return scores, truth
 

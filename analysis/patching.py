@@ -8,15 +8,13 @@ Minder et al., arXiv 2504.02922). All in raw activation space.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.data import Data, HookedModel, Text
+from analysis.data import Data, Text
 from collecting import language_model as lm
 from collecting.chat import answer_marker
 from crosscoder import CrossCoder
@@ -28,146 +26,155 @@ ROWS_TOGETHER = 1024  # tokens whose codes are in memory at once
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
 
 
-def answer_starts(ids: np.ndarray, marker: tuple[list[int], list[int]]) -> list[int]:
+def open_models(data: Data, flags: dict, device: str) -> list[tuple]:
+    """(model, hook) of the base and of the fine-tuned model. ValueError where activations there are not as wide as the data's.
+
+    flags: base_model, hook, ... as given to analyze.py; None: as pair.json says.
+    """
+    pair = data.pair
+    base_hook = flags["hook"] or pair.get("hook")
+    if base_hook is None:
+        raise ValueError("--hook is missing: the dataset has no pair.json that says where it was collected")
+    ft_hook = flags["ft_hook"] or flags["hook"] or pair.get("ft_hook") or base_hook
+    ft_hook_flag = "--ft-hook" if flags["ft_hook"] else "--hook"
+    opened = []
+    for role, hook, hook_flag, adapter in (
+        ("base", base_hook, "--hook", None),
+        ("ft", ft_hook, ft_hook_flag, flags["ft_adapter"]),
+    ):
+        flag, name = f"--{role}-model", flags[f"{role}_model"]
+        revision = pair.get(f"{role}_revision") if pair.get(f"{role}_model") == name else None
+        model = lm.load_model(name, flags["model_dtype"], device, flag, revision, adapter)
+        opened.append((model, lm.parse_hook(model, hook, hook_flag)))
+        if (width := lm.probe_hook(*opened[-1], hook_flag)) != data.source.d_model:
+            raise ValueError(
+                f"{flag}: activations at {hook} have {width} values, the crosscoder takes {data.source.d_model}; "
+                "give the models and the hook that it was trained on"
+            )
+    return opened
+
+
+def answer_starts(ids: list[int], marker: tuple[list[int], list[int]]) -> list[int]:
     """Where in a sequence of token ids each answer of a chat begins. marker: as `chat.answer_marker` gives it."""
-    before, space = (np.array(part, dtype=ids.dtype) for part in marker)
-    if len(ids) < len(before):
-        return []
-    matches = np.lib.stride_tricks.sliding_window_view(ids, len(before)) == before  # [places, marker]
-    ends = np.flatnonzero(matches.all(1)) + len(before)
-    return [int(end) + (len(space) if len(space) and np.array_equal(ids[end : end + len(space)], space) else 0) for end in ends]
+    before, space = marker
+    ends = [i for i in range(len(before), len(ids) + 1) if ids[i - len(before) : i] == before]
+    return [end + len(space) * (ids[end : end + len(space)] == space) for end in ends]
 
 
 def first_tokens(sequences: list[np.ndarray], marker, skip_first: int) -> tuple[list[np.ndarray], str]:
     """For each sequence which predictions (position p predicts token p + 1) are of first tokens, and what that means here."""
+    starts = [[start - 1 for start in answer_starts(s.tolist(), marker)] if marker else [] for s in sequences]
+    rule = f"the first {FIRST_TOKENS} tokens of each answer, after the chat template's prompt"
+    if not any(starts):
+        starts = [[skip_first]] * len(sequences)
+        rule = f"the first {FIRST_TOKENS} tokens of each sequence after the {skip_first} left out (the texts hold no chat)"
     masks = [np.zeros(len(s), dtype=bool) for s in sequences]
-    answers = [answer_starts(s, marker) if marker else [] for s in sequences]
-    if any(answers):
-        for mask, starts in zip(masks, answers, strict=True):
-            for start in starts:
-                mask[max(0, start - 1) : start - 1 + FIRST_TOKENS] = True
-        return masks, f"the first {FIRST_TOKENS} tokens of each answer, after the chat template's prompt"
-    for mask in masks:
-        mask[skip_first : skip_first + FIRST_TOKENS] = True
-    return masks, f"the first {FIRST_TOKENS} tokens of each sequence after the {skip_first} left out (the texts hold no chat)"
+    for mask, places in zip(masks, starts, strict=True):
+        for place in places:
+            mask[max(0, place) : place + FIRST_TOKENS] = True
+    return masks, rule
 
 
-def position_losses(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the targets and KL(reference || logits), in nats, at each position: float64 [positions] each.
+def position_losses(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the targets and KL(reference || logits), in nats, at each position: float64 [positions, 2].
 
     logits, reference: [positions, vocabulary]; targets: [positions] int64. The vocabulary that both know counts.
     """
-    known = min(logits.shape[-1], reference.shape[-1])
-    losses, divergences = [], []
-    for i in range(0, len(targets), POSITIONS_TOGETHER):
-        part = slice(i, i + POSITIONS_TOGETHER)
+    known, found = min(logits.shape[-1], reference.shape[-1]), []
+    for start in range(0, max(1, len(targets)), POSITIONS_TOGETHER):
+        part = slice(start, start + POSITIONS_TOGETHER)
         log_q, log_p = (x[part].float().log_softmax(-1) for x in (logits, reference))
-        losses.append(-log_q.gather(-1, targets[part, None])[:, 0].double())
+        loss = -log_q.gather(-1, targets[part, None])[:, 0]
         if log_p.shape != log_q.shape:
             log_q, log_p = (x[:, :known].log_softmax(-1) for x in (log_q, log_p))
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
-    return torch.cat(losses), torch.cat(divergences)
-
-
-def write_at(activation: Tensor, kept: Tensor, rows: Tensor) -> Tensor:
-    """A copy of activation [batch, seq, d_model] with rows [kept, d_model] at the places kept [batch, seq]."""
-    spliced = activation.clone()
-    spliced[kept] = rows.to(spliced.dtype)
-    return spliced
-
-
-class TokenBatch(NamedTuple):
-    """Some sequences, and the predictions of theirs that count (position p predicts token p + 1)."""
-
-    ids: Tensor  # [batch, seq] int64, padded on the right
-    mask: Tensor  # [batch, seq] bool, False at padding
-    allowed: Tensor  # [batch, seq] bool, positions at which the activation may be replaced
-    predicts: Tensor  # [batch, seq - 1] bool
-    weight: Tensor  # [2, predictions] float64: 1 for all, and 1 for those of first tokens
-
-
-def make_batch(sequences: list[np.ndarray], first: list[np.ndarray], skip_first: int, device: torch.device) -> TokenBatch:
-    ids, mask = lm.pad_batch(sequences)
-    position = torch.arange(ids.shape[1])  # [seq]
-    is_first = torch.zeros_like(mask)
-    for row, part in zip(is_first, first, strict=True):
-        row[: len(part)] = torch.from_numpy(part)
-    allowed = mask & (position >= skip_first)
-    predicts = mask[:, 1:] & (position[:-1] >= skip_first)
-    weight = torch.stack([torch.ones_like(predicts), is_first[:, :-1]])[:, predicts].double()
-    return TokenBatch(*(t.to(device) for t in (ids, mask, allowed, predicts, weight)))
+        found.append(torch.stack([loss, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=1).double())
+    return torch.cat(found)
 
 
 def patched_batch(
-    models: list[HookedModel], crosscoder: CrossCoder, batch: TokenBatch, sets: dict[str, tuple[Tensor, Tensor]], max_norm: list
-) -> Iterator[tuple[str, Tensor]]:
-    """The sums over a batch of each loss and divergence: (name, float64 [2] over all predictions and those of first tokens).
+    models: list[tuple], crosscoder: CrossCoder, sequences: list[np.ndarray], first: list[np.ndarray], skip_first: int,
+    max_norm: list[float], sets: dict[str, tuple[Tensor, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """(what was replaced, float64 [2, 2]): sums over all predictions and over those of first tokens, of the loss and the KL.
 
-    sets: name -> [n] int64 latents, and [n, d_model] the fine-tuned minus the base model's decoder row of each.
-    max_norm: [n_models] a position whose activation in one of the models is longer keeps what the model computes.
+    The first is ("tokens", [2]), how many predictions these are. A prediction at position p is of token p + 1.
+
+    Args:
+        first: which predictions of each sequence are of first tokens.
+        max_norm: [n_models] a position whose activation in one of the models is longer keeps what the model computes.
+        sets: name -> [n] int64 latents, and [n, d_model] the fine-tuned minus the base model's decoder row of each.
     """
-    attention = batch.mask.long()
-    intact = [lm.read_logits(*one, batch.ids, attention) for one in models]  # (activation, logits) of each model
-    kept = batch.allowed.clone()  # [batch, seq] where activations are replaced
+    (ids, lengths), (is_first, _) = lm.pad_batch(sequences), lm.pad_batch(first)
+    position = torch.arange(ids.shape[1])  # [seq]
+    mask = position < lengths[:, None]  # [batch, seq]
+    kept = mask & (position >= skip_first)  # [batch, seq] where activations are replaced
+    predicts = kept[:, :-1] & mask[:, 1:]
+    weight = torch.stack([torch.ones_like(is_first), is_first])[:, :, :-1][:, predicts].double()  # [2, predictions]
+    device = models[0][0]._module.device
+    ids, attention, kept, predicts, weight = (t.to(device) for t in (ids, mask.long(), kept, predicts, weight))
+    yield "tokens", weight.sum(1).cpu()
+    intact = [lm.read_logits(*one, ids, attention) for one in models]  # (activation, logits) of each model
     for (activation, _), most in zip(intact, max_norm, strict=True):
         kept &= activation.float().norm(dim=-1) <= most
     x = torch.stack([activation[kept].float() for activation, _ in intact], dim=1)  # [rows, n_models, d_model]
     x_hat, carried = torch.empty_like(x), {name: torch.empty_like(x[:, 0]) for name in sets}
     for i in range(0, len(x), ROWS_TOGETHER):
-        f = crosscoder.encode(x[i : i + ROWS_TOGETHER])
-        x_hat[i : i + ROWS_TOGETHER] = crosscoder.decode(f)
+        part = slice(i, i + ROWS_TOGETHER)
+        f = crosscoder.encode(x[part])
+        x_hat[part] = crosscoder.decode(f)
         for name, (latents, difference) in sets.items():
-            carried[name][i : i + ROWS_TOGETHER] = f[:, latents] @ difference
+            carried[name][part] = f[:, latents] @ difference
 
-    def scored(name: str, logits: Tensor, reference: Tensor) -> Iterator[tuple[str, Tensor]]:
-        targets = batch.ids[:, 1:][batch.predicts]
-        found = position_losses(logits[:, :-1][batch.predicts], reference[:, :-1][batch.predicts], targets)
-        for what, values in zip(("loss", "kl"), found, strict=True):
-            yield f"{name} {what}", (batch.weight @ values).cpu()
+    def scored(logits: Tensor, reference: Tensor) -> Tensor:
+        ours, theirs = (part[:, :-1][predicts] for part in (logits, reference))
+        return (weight @ position_losses(ours, theirs, ids[:, 1:][predicts])).cpu()
 
     def spliced_logits(m: int, rows: Tensor) -> Tensor:
-        spliced = write_at(intact[m][0], kept, rows)
-        return lm.read_logits(*models[m], batch.ids, attention, spliced)[1]
+        """Logits of model m with these rows [kept, d_model] in place of its activation."""
+        spliced = intact[m][0].clone()
+        spliced[kept] = rows.to(spliced.dtype)
+        return lm.read_logits(*models[m], ids, attention, spliced)[1]
 
     # each model with its own reconstruction, and with nothing
     for m, name in enumerate(("base", "ft")):
         logits = intact[m][1]
-        yield from scored(f"{name} intact", logits, logits)
-        yield from scored(f"{name} reconstruction", spliced_logits(m, x_hat[:, m]), logits)
-        yield from scored(f"{name} zero", spliced_logits(m, torch.zeros_like(x_hat[:, m])), logits)
+        yield f"{name} intact", scored(logits, logits)
+        yield f"{name} reconstruction", scored(spliced_logits(m, x_hat[:, m]), logits)
+        yield f"{name} zero", scored(spliced_logits(m, torch.zeros_like(x_hat[:, m])), logits)
     # either model's later layers on the base model's activation with what some latents add to it
     base, ft_logits = x[:, 0], intact[1][1]
-    yield from scored("base model, nothing", intact[0][1], ft_logits)
-    yield from scored("ft model, nothing", spliced_logits(1, base), ft_logits)
+    yield "base model, nothing", scored(intact[0][1], ft_logits)
+    yield "ft model, nothing", scored(spliced_logits(1, base), ft_logits)
     for m, half in enumerate(("base model", "ft model")):
         for name, rows in carried.items():
-            yield from scored(f"{half}, {name}", spliced_logits(m, base + rows), ft_logits)
+            yield f"{half}, {name}", scored(spliced_logits(m, base + rows), ft_logits)
 
 
 def summarise(totals: dict[str, Tensor], sizes: dict[str, int]) -> dict:
-    """Means from the totals of `patch_models`: {"all": ..., "first": ...} of each number, None without such a token."""
-    tokens = totals["tokens"]
+    """Means from the totals of `patched_batch`: {"all": ..., "first": ...} of each number, None without such a token.
+
+    sizes: how many latents each set has.
+    """
+    tokens = totals.pop("tokens")
 
     def pair(values: Tensor) -> dict:
         return {where: float(v) if n else None for where, v, n in zip(("all", "first"), values, tokens, strict=True)}
 
-    def mean(name: str) -> dict:
-        return pair(totals[name] / tokens)
-
+    loss, kl = ({name: total[:, i] / tokens for name, total in totals.items()} for i in (0, 1))
     result = {"tokens": {"all": int(tokens[0]), "first": int(tokens[1])}}
     for name in ("base", "ft"):
-        intact, spliced, zero = (totals[f"{name} {what} loss"] for what in ("intact", "reconstruction", "zero"))
+        intact, spliced, zero = (f"{name} {what}" for what in ("intact", "reconstruction", "zero"))
         result[name] = {
-            "loss_intact": mean(f"{name} intact loss"),
-            "loss_reconstruction": mean(f"{name} reconstruction loss"),
-            "loss_zero": mean(f"{name} zero loss"),
-            "loss_recovered": pair((zero - spliced) / (zero - intact)),
-            "kl_reconstruction": mean(f"{name} reconstruction kl"),
-            "kl_zero": mean(f"{name} zero kl"),
+            "loss_intact": pair(loss[intact]),
+            "loss_reconstruction": pair(loss[spliced]),
+            "loss_zero": pair(loss[zero]),
+            "loss_recovered": pair((loss[zero] - loss[spliced]) / (loss[zero] - loss[intact])),
+            "kl_reconstruction": pair(kl[spliced]),
+            "kl_zero": pair(kl[zero]),
         }
     result["diffing"] = {
-        half: {"before": mean(f"{half}, nothing kl")}
-        | {name: {"latents": n, "kl": mean(f"{half}, {name} kl")} for name, n in sizes.items()}
+        half: {"before": pair(kl[f"{half}, nothing"])}
+        | {name: {"latents": n, "kl": pair(kl[f"{half}, {name}"])} for name, n in sizes.items()}
         for half in ("base model", "ft model")
     }
     return result
@@ -175,11 +182,11 @@ def summarise(totals: dict[str, Tensor], sizes: dict[str, int]) -> dict:
 
 def take_sequences(text: Text, tokens: int) -> Iterator[np.ndarray]:
     """Held-out sequences, then training ones, until they hold that many tokens."""
-    for split in ("validation", "train"):
-        for sequence in np.unique(text.rows[split][0]):
-            ids = text.tokens(sequence)
+    for rows in (slice(text.held_out), slice(text.held_out, None)):
+        for sequence in np.unique(text.sequence[rows]):
             if tokens <= 0:
                 return
+            ids = text.tokens(sequence)
             yield ids[:tokens]
             tokens -= len(ids)
 
@@ -202,13 +209,12 @@ def choose_sets(table: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
 
 @torch.no_grad()
 def patch_models(
-    models: list[HookedModel], crosscoder: CrossCoder, data: Data, sets: dict[str, np.ndarray], tokenizer, *, tokens: int,
+    models: list[tuple], crosscoder: CrossCoder, data: Data, sets: dict[str, np.ndarray], tokenizer, *, tokens: int,
     batch_size: int,
 ) -> dict:  # fmt: skip
     """Losses and divergences over the predictions in the first `tokens` tokens of the texts, and over those of first tokens.
 
-    Predictions count from position `skip_first` of the dataset on. models: base and fine-tuned, on one device. sets: as
-    `choose_sets` gives them.
+    models: (model, hook) of the base and the fine-tuned one, on one device. sets: as `choose_sets` gives them.
     """
     pair = data.pair
     skip_first, ratio = pair.get("skip_first", 1), pair.get("max_norm_ratio", math.inf)
@@ -217,22 +223,19 @@ def patch_models(
     marker = answer_marker(tokenizer) if tokenizer is not None and pair.get("chat_template") else None
     first, first_rule = first_tokens(sequences, marker, skip_first)
     W_raw = crosscoder.W_dec / crosscoder.scale[:, None]  # [d_hidden, n_models, d_model] rows as raw activations
-    carried = {}
-    for name, latents in sets.items():
-        if len(latents):
-            latents = torch.from_numpy(latents).to(W_raw.device)
-            carried[name] = (latents, W_raw[latents, 1] - W_raw[latents, 0])
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))  # over all, over first tokens
+    latents = {name: torch.from_numpy(chosen).to(W_raw.device) for name, chosen in sets.items() if len(chosen)}
+    carried = {name: (chosen, W_raw[chosen, 1] - W_raw[chosen, 0]) for name, chosen in latents.items()}
+    for (model, _), flag in zip(models, ("--base-model", "--ft-model"), strict=True):
+        if (token := max(int(ids.max()) for ids in sequences)) >= lm.embedding_rows(model):
+            raise ValueError(f"{flag}: the dataset holds the token id {token}, which this model does not know")
+    totals: dict[str, Tensor] = {}
     with progress_bar("patching", sum(map(len, sequences))) as bar:
         for start in range(0, len(sequences), batch_size):
             part = slice(start, start + batch_size)
-            batch = make_batch(sequences[part], first[part], skip_first, models[0].model._module.device)
-            lm.refuse_unknown_tokens([one.model for one in models], batch.ids)
-            totals["tokens"] += batch.weight.sum(1).cpu()
-            for name, found in patched_batch(models, crosscoder, batch, carried, max_norm):
-                totals[name] += found
+            for name, found in patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried):
+                totals[name] = totals.get(name, 0) + found
             bar.update(sum(map(len, sequences[part])))
-    result = summarise(totals, {name: len(latents) for name, (latents, _) in carried.items()})
+    result = summarise(totals, {name: len(chosen) for name, chosen in latents.items()})
     result["rule"] = (
         f"Replaced are the activations that the dataset holds: the first {skip_first} positions of a sequence and activations "
         f"above {ratio:g} times the median norm stay as the model computes them. Losses are means over the predictions made "

@@ -64,8 +64,7 @@ def page_of(tmp_path_factory):
         definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
         html = report.render(
-            metrics, table, definitions=definitions, text_names=["</script>.txt"], figures=drawn, sections=sections, truth=None,
-            pair=HOSTILE[0],
+            metrics, table, definitions, ["</script>.txt"], figures=drawn, sections=sections, truth=None, pair=HOSTILE[0]
         )  # fmt: skip
         (folder / "report.html").write_text(html, encoding="utf-8")
         return folder / "report.html"
@@ -136,6 +135,8 @@ def test_the_table_sorts_searches_and_turns_pages(page_of, open_page):
 def test_examples_show_values_and_link_from_the_table(page_of, open_page):
     page = open_page(page_of(200, [7, 150]))
     section = page.locator("#latent-7")
+    section.scroll_into_view_if_needed()  # it is filled when it comes near
+    section.locator(".example").first.wait_for()
     assert section.locator(".example").count() == 2  # the weaker ones open on demand
     assert section.locator(".peak").first.get_attribute("title") == "activation 1.50"
     assert section.locator(".missing").first.get_attribute("title") == "left out of the dataset"
@@ -149,6 +150,7 @@ def test_examples_show_values_and_link_from_the_table(page_of, open_page):
 
 def test_text_of_the_data_stays_text(page_of, open_page):
     page = open_page(page_of(20, [7]))
+    page.locator("#latent-7").scroll_into_view_if_needed()
     shown = page.locator("#latent-7 .text").first.evaluate("e => e.textContent")
     assert all(part in shown for part in HOSTILE)
     assert page.locator("#owned, main script:not([type='application/json'])").count() == 0
