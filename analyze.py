@@ -28,7 +28,7 @@ from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
 from crosscoder import CrossCoder
 from ops import latents
-from run.machine import as_json, run_entry, usable_device
+from run.machine import as_json, run_entry, say, usable_device
 from sources.planted import PlantedConcepts
 
 
@@ -55,8 +55,7 @@ def main(config: AnalyzeConfig) -> None:
         tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
 
     # --- every latent, in one pass
-    rows = f"{data.val_rows:,} held-out and {data.train_rows:,} training rows"
-    print(f"measuring {crosscoder.d_hidden:,} latents on {rows}", flush=True)
+    say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
     sums, metrics = measure.measure_latents(crosscoder, data)
     table = measure.latent_table(crosscoder, sums, data)
     metrics = measure.overview(crosscoder, table, metrics) | {"threshold_curve": measure.threshold_curve(crosscoder, data)}

@@ -43,7 +43,6 @@ class Data(NamedTuple):
     """The activations to measure on, and what is known of them."""
 
     source: Source  # stored activations or planted concepts
-    unscale: Tensor  # [n_models, 1] stored values -> raw activations
     name: str
     text: Text | None
     val_rows: int  # measured, not all that there are
@@ -91,10 +90,9 @@ def open_data(flags, record: dict | None, crosscoder: CrossCoder, num_tokens: in
             f"{named[0][0] if named else '--dataset'}: its activations have {source.d_model} values and the crosscoder takes "
             f"{crosscoder.d_model}; give one that was collected at the same hook"
         )
-    unscale = (1 / source.stored_scale.double()).float()[:, None].to(crosscoder.W_dec.device)
     val_rows = min(source.val_rows, num_tokens)
     train_rows = min(num_tokens - val_rows, source.train_rows or num_tokens)
-    return Data(source, unscale, name, text, val_rows, train_rows)
+    return Data(source, name, text, val_rows, train_rows)
 
 
 def open_text(dataset: str, source: PairedActivations) -> Text:
@@ -164,6 +162,7 @@ def normalized_rows(
     if rows is None:
         rows = np.concatenate([np.arange(data.val_rows), data.first_train + np.arange(data.train_rows)])
     source, device = data.source, crosscoder.W_dec.device
+    stored_scale = source.stored_scale.float()[:, None].to(device)  # [n_models, 1]
     together = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     held_out = np.searchsorted(rows, data.first_train)
     with progress_bar(what, len(rows), disable=what is None) as bar:
@@ -174,5 +173,5 @@ def normalized_rows(
                 kept, _ = gather_kept(source, split, wanted, x)
                 if len(kept):
                     x = x[:, : len(kept)].transpose(0, 1).to(device).float()
-                    yield kept + first, crosscoder.normalize(x * data.unscale)
+                    yield kept + first, crosscoder.normalize(x / stored_scale)
                 bar.update(len(wanted))

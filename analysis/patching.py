@@ -94,10 +94,10 @@ def position_losses(logits: Tensor, reference: Tensor, targets: Tensor) -> Tenso
 def patched_batch(
     models: list[tuple], crosscoder: CrossCoder, sequences: list[np.ndarray], first: list[np.ndarray], skip_first: int,
     max_norm: list[float], sets: dict[str, tuple[Tensor, Tensor]],
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """(what was replaced, float64 [2, 2]): sums over all predictions and over those of first tokens, of the loss and the KL.
+) -> Iterator[tuple[tuple[str, str], Tensor]]:  # fmt: skip
+    """((of what, name), float64 [2]): sums over all predictions (at position p of token p + 1), and over those of first tokens.
 
-    The first is ("tokens", [2]), how many predictions these are. A prediction at position p is of token p + 1.
+    Names are those of `summarise`; ("tokens", "") is how many predictions these are.
 
     Args:
         first: which predictions of each sequence are of first tokens.
@@ -112,7 +112,7 @@ def patched_batch(
     weight = torch.stack([torch.ones_like(is_first), is_first])[:, :, :-1][:, predicts].double()  # [2, predictions]
     device = models[0][0]._module.device
     ids, attention, kept, predicts, weight = (t.to(device) for t in (ids, mask.long(), kept, predicts, weight))
-    yield "tokens", weight.sum(1).cpu()
+    yield ("tokens", ""), weight.sum(1).cpu()
     intact = [lm.read_logits(*one, ids, attention) for one in models]  # (activation, logits) of each model
     for (activation, _), most in zip(intact, max_norm, strict=True):
         kept &= activation.float().norm(dim=-1) <= most
@@ -126,8 +126,9 @@ def patched_batch(
             carried[name][part] = f[:, latents] @ difference
 
     def scored(logits: Tensor, reference: Tensor) -> Tensor:
+        """[2, 2] sums of the loss and of the KL."""
         ours, theirs = (part[:, :-1][predicts] for part in (logits, reference))
-        return (weight @ position_losses(ours, theirs, ids[:, 1:][predicts])).cpu()
+        return (weight @ position_losses(ours, theirs, ids[:, 1:][predicts])).T.cpu()
 
     def spliced_logits(m: int, rows: Tensor) -> Tensor:
         """Logits of model m with these rows [kept, d_model] in place of its activation."""
@@ -138,46 +139,40 @@ def patched_batch(
     # each model with its own reconstruction, and with nothing
     for m, name in enumerate(("base", "ft")):
         logits = intact[m][1]
-        yield f"{name} intact", scored(logits, logits)
-        yield f"{name} reconstruction", scored(spliced_logits(m, x_hat[:, m]), logits)
-        yield f"{name} zero", scored(spliced_logits(m, torch.zeros_like(x_hat[:, m])), logits)
+        yield (name, "loss_intact"), scored(logits, logits)[0]
+        for what, rows in (("reconstruction", x_hat[:, m]), ("zero", torch.zeros_like(x_hat[:, m]))):
+            loss, kl = scored(spliced_logits(m, rows), logits)
+            yield (name, f"loss_{what}"), loss
+            yield (name, f"kl_{what}"), kl
     # either model's later layers on the base model's activation with what some latents add to it
     base, ft_logits = x[:, 0], intact[1][1]
-    yield "base model, nothing", scored(intact[0][1], ft_logits)
-    yield "ft model, nothing", scored(spliced_logits(1, base), ft_logits)
+    yield ("base model", "before"), scored(intact[0][1], ft_logits)[1]
+    yield ("ft model", "before"), scored(spliced_logits(1, base), ft_logits)[1]
     for m, half in enumerate(("base model", "ft model")):
         for name, rows in carried.items():
-            yield f"{half}, {name}", scored(spliced_logits(m, base + rows), ft_logits)
+            yield (half, name), scored(spliced_logits(m, base + rows), ft_logits)[1]
 
 
-def summarise(totals: dict[str, Tensor], sizes: dict[str, int]) -> dict:
+def summarise(totals: dict[tuple[str, str], Tensor], sizes: dict[str, int]) -> dict:
     """Means from the totals of `patched_batch`: {"all": ..., "first": ...} of each number, None without such a token.
 
     sizes: how many latents each set has.
     """
-    tokens = totals.pop("tokens")
-
-    def pair(values: Tensor) -> dict:
-        return {where: float(v) if n else None for where, v, n in zip(("all", "first"), values, tokens, strict=True)}
-
-    loss, kl = ({name: total[:, i] / tokens for name, total in totals.items()} for i in (0, 1))
-    result = {"tokens": {"all": int(tokens[0]), "first": int(tokens[1])}}
+    tokens = totals.pop(("tokens", ""))
+    means = {key: total / tokens for key, total in totals.items()}
     for name in ("base", "ft"):
-        intact, spliced, zero = (f"{name} {what}" for what in ("intact", "reconstruction", "zero"))
-        result[name] = {
-            "loss_intact": pair(loss[intact]),
-            "loss_reconstruction": pair(loss[spliced]),
-            "loss_zero": pair(loss[zero]),
-            "loss_recovered": pair((loss[zero] - loss[spliced]) / (loss[zero] - loss[intact])),
-            "kl_reconstruction": pair(kl[spliced]),
-            "kl_zero": pair(kl[zero]),
-        }
-    result["diffing"] = {
-        half: {"before": pair(kl[f"{half}, nothing"])}
-        | {name: {"latents": n, "kl": pair(kl[f"{half}, {name}"])} for name, n in sizes.items()}
+        intact, spliced, zero = (means[name, f"loss_{what}"] for what in ("intact", "reconstruction", "zero"))
+        means[name, "loss_recovered"] = (zero - spliced) / (zero - intact)
+    pairs = {
+        key: {where: float(v) if n else None for where, v, n in zip(("all", "first"), mean, tokens, strict=True)}
+        for key, mean in means.items()
+    }
+    diffing = {
+        half: {"before": pairs[half, "before"]} | {name: {"latents": n, "kl": pairs[half, name]} for name, n in sizes.items()}
         for half in ("base model", "ft model")
     }
-    return result
+    models = {name: {what: pair for (of, what), pair in pairs.items() if of == name} for name in ("base", "ft")}
+    return {"tokens": {"all": int(tokens[0]), "first": int(tokens[1])}, **models, "diffing": diffing}
 
 
 def take_sequences(text: Text, tokens: int) -> Iterator[np.ndarray]:
@@ -228,12 +223,12 @@ def patch_models(
     for (model, _), flag in zip(models, ("--base-model", "--ft-model"), strict=True):
         if (token := max(int(ids.max()) for ids in sequences)) >= lm.embedding_rows(model):
             raise ValueError(f"{flag}: the dataset holds the token id {token}, which this model does not know")
-    totals: dict[str, Tensor] = {}
+    totals: dict[tuple[str, str], Tensor] = {}
     with progress_bar("patching", sum(map(len, sequences))) as bar:
         for start in range(0, len(sequences), batch_size):
             part = slice(start, start + batch_size)
-            for name, found in patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried):
-                totals[name] = totals.get(name, 0) + found
+            for key, found in patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried):
+                totals[key] = totals.get(key, 0) + found
             bar.update(sum(map(len, sequences[part])))
     result = summarise(totals, {name: len(chosen) for name, chosen in latents.items()})
     result["rule"] = (

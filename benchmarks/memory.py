@@ -107,7 +107,7 @@ def analysis(args) -> int:
     scores = crosscoder.score(crosscoder.encode(sample.transpose(0, 1))).flatten()
     crosscoder.threshold.fill_(scores.topk(256 * args.active).values.min())
     del sample, scores
-    data = Data(source, torch.ones(2, 1), "random", None, source.val_rows, args.num_tokens - source.val_rows)
+    data = Data(source, "random", None, source.val_rows, args.num_tokens - source.val_rows)
     before, peak, done = anonymous(os.getpid()), [0], threading.Event()
 
     def watch() -> None:
