@@ -116,12 +116,11 @@ def check_numbers(config: AnalyzeConfig) -> None:
 
 def parse_latents(value: str, d_hidden: int) -> list[int]:
     """`12,99` -> [12, 99]. ValueError for what is no latent."""
-    asked = []
-    for part in value.replace(",", " ").split():
+    parts = value.replace(",", " ").split()
+    for part in parts:
         if not part.isdecimal() or int(part) >= d_hidden:
             raise ValueError(f"--latents {value}: {part!r} is no latent of this crosscoder, which has 0 to {d_hidden - 1}")
-        asked.append(int(part))
-    return asked
+    return list(map(int, parts))
 
 
 def find_run(path: Path) -> tuple[Path, dict | None]:

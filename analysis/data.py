@@ -123,12 +123,9 @@ def open_text(dataset: str, source: PairedActivations) -> Text:
     return Text(sequences, text_of, names, sequence, position, held_out=len(places[0][0]))
 
 
-# --- tokens: transformers takes seconds to import, and only these functions need it
-
-
 def open_tokenizer(named: list[str | None], data: Data, notes: list[str]):
     """The tokenizer of one of the named models or of the dataset's. None, with a note, if none is found."""
-    from collecting import language_model as lm
+    from collecting import language_model as lm  # takes seconds to load
 
     for name in (*named, *(data.pair.get(key) for key in ("tokenizer", "ft_model", "base_model"))):
         if name:
@@ -137,18 +134,6 @@ def open_tokenizer(named: list[str | None], data: Data, notes: list[str]):
                     return tokenizer
     notes.append("examples show token ids: no tokenizer of the dataset was found; name one with --base-model and --ft-model")
     return None
-
-
-def texts_of_tokens(tokenizer, ids: np.ndarray) -> dict[int, str]:
-    """The text of each token id, the number itself without a tokenizer."""
-    if tokenizer is None:
-        return {int(i): f" {i}" for i in ids}
-    from collecting import language_model as lm
-
-    return lm.token_texts(tokenizer, ids)
-
-
-# --- rows
 
 
 def normalized_rows(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.data import Data, Text, normalized_rows, texts_of_tokens
+from analysis.data import Data, Text, normalized_rows
 from crosscoder import CrossCoder
 
 RANGES = (0.25, 0.5, 0.75)  # borders, as shares of a latent's maximum, of the ranges that weaker examples come from
@@ -46,7 +46,11 @@ def find_examples(
     if not found:
         return sections
     tokens = [data.text.tokens(w.sequence)[w.start : w.peak + context + 1] for w in found]
-    texts = texts_of_tokens(tokenizer, np.unique(np.concatenate(tokens)))
+    texts = {int(token): f" {token}" for token in np.unique(np.concatenate(tokens))}
+    if tokenizer is not None:
+        from collecting import language_model as lm  # loaded already, with the tokenizer
+
+        texts = lm.token_texts(tokenizer, np.array(list(texts)))
     for w, ids, values in zip(found, tokens, window_values(part, data, found, context), strict=True):
         sections[w.latent]["examples"].append({
             "range": RANGE_NAMES[w.kind],

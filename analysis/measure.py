@@ -231,14 +231,12 @@ def choose(table: dict, asked: list[int], per_class: int, seed: int) -> np.ndarr
     weighted by how far latent scaling lies below its cuts (1: nothing of the latent in the other model, 0: at the cuts).
     """
     live, chosen = ~table["dead"], list(asked)
-    cuts = (("error", latents.NU_ERROR_BELOW), ("reconstruction", latents.NU_RECONSTRUCTION_BELOW))
     for name, prefix in (("ft_only", ""), ("base_only", "base_")):
         candidates = np.flatnonzero(live & ((table["tag"] == name) | (table["tag_scaling"] == name)))
-        nearness = [np.abs(table[f"{prefix}beta_ratio_{what}"][candidates]) / cut for what, cut in cuts]
-        margin = 1 - np.nan_to_num(np.maximum(*nearness), nan=1.0).clip(0, 1)
-        difference = table["difference"][candidates]
-        order = np.lexsort((-difference, -difference * margin))
-        chosen += candidates[order[:per_class]].tolist()
+        error, reconstruction = (np.abs(table[f"{prefix}beta_ratio_{of}"][candidates]) for of in ("error", "reconstruction"))
+        nearness = np.maximum(error / latents.NU_ERROR_BELOW, reconstruction / latents.NU_RECONSTRUCTION_BELOW)
+        margin, difference = 1 - np.nan_to_num(nearness, nan=1.0).clip(0, 1), table["difference"][candidates]
+        chosen += candidates[np.lexsort((-difference, -difference * margin))][:per_class].tolist()
     shared = np.flatnonzero(live & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
     chosen += sorted(np.random.default_rng(seed).permutation(shared)[:per_class].tolist())
     return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)

@@ -44,9 +44,7 @@ FIGURES = ("relative_norm", "nu", "decoder_cosine", "frequency", "planted", "dif
 # --- figures
 
 
-def draw_figures(
-    folder: Path, table: dict, metrics: dict, *, curves: list[dict], pair: str, truth: dict | None
-) -> dict[str, str]:
+def draw_figures(folder: Path, table: dict, metrics: dict, curves: list[dict], pair: str, truth: dict | None) -> dict[str, str]:
     """Draw every figure that there is data for, as NAME.png and NAME.svg. Returns the latter as data URIs, by name."""
     live = ~table["dead"]
     if not live.any():
