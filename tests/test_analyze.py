@@ -287,6 +287,12 @@ def test_the_first_tokens_of_answers_are_found(tiny):
     assert np.flatnonzero(masks[0]).tolist() == list(range(1, 11)) and "no chat" in rule
 
 
+def test_a_batch_may_hold_no_prediction():
+    """The last sequence may be cut to the one token that the dataset leaves out."""
+    none = torch.zeros(0, 5)
+    assert patching.position_losses(none, none, torch.zeros(0, dtype=torch.long)).shape == (0, 2)
+
+
 # --- other kinds of runs
 
 
