@@ -36,12 +36,9 @@ def open_models(data: Data, flags: dict, device: str) -> list[tuple]:
     if base_hook is None:
         raise ValueError("--hook is missing: the dataset has no pair.json that says where it was collected")
     ft_hook = flags["ft_hook"] or flags["hook"] or pair.get("ft_hook") or base_hook
-    ft_hook_flag = "--ft-hook" if flags["ft_hook"] else "--hook"
+    ft = (ft_hook, "--ft-hook" if flags["ft_hook"] else "--hook", flags["ft_adapter"])
     opened = []
-    for role, hook, hook_flag, adapter in (
-        ("base", base_hook, "--hook", None),
-        ("ft", ft_hook, ft_hook_flag, flags["ft_adapter"]),
-    ):
+    for role, (hook, hook_flag, adapter) in {"base": (base_hook, "--hook", None), "ft": ft}.items():
         flag, name = f"--{role}-model", flags[f"{role}_model"]
         revision = pair.get(f"{role}_revision") if pair.get(f"{role}_model") == name else None
         model = lm.load_model(name, flags["model_dtype"], device, flag, revision, adapter)
@@ -187,7 +184,7 @@ def take_sequences(text: Text, tokens: int) -> Iterator[np.ndarray]:
 
 
 def choose_sets(table: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """The sets of latents that are added to the base model's activation, by name; `report.set_name` describes them."""
+    """The sets of latents that are added to the base model's activation, by name; `report.SET_NAMES` describes them."""
     live, tags = ~table["dead"], table["tag"]
     ft_only = np.flatnonzero(live & (tags == "ft_only"))
     shared = np.flatnonzero(live & (tags == "shared"))
