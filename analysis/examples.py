@@ -79,7 +79,7 @@ def candidates(part: CrossCoder, data: Data, f_max: Tensor, count: int, seed: in
     part: crosscoder of the chosen latents, from `select`. f_max: [chosen] their maxima.
     """
     device = part.W_dec.device
-    f_max, borders = f_max.to(device)[:, None], torch.tensor(RANGES, device=device)
+    f_max, borders = f_max.to(device, torch.float32)[:, None], torch.tensor(RANGES, device=device)
     random = torch.Generator(device).manual_seed(seed)
     least = torch.full((len(RANGE_NAMES), part.d_hidden, count), torch.inf, device=device)  # keys; the smallest are kept
     kept = torch.full(least.shape, -1, device=device)
