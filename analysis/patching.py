@@ -101,10 +101,9 @@ def patched_batch(
         max_norm: [n_models] a position whose activation in one of the models is longer keeps what the model computes.
         sets: name -> [n] int64 latents, and [n, d_model] the fine-tuned minus the base model's decoder row of each.
     """
-    (ids, lengths), (is_first, _) = lm.pad_batch(sequences), lm.pad_batch(first)
-    position = torch.arange(ids.shape[1])  # [seq]
-    mask = position < lengths[:, None]  # [batch, seq]
-    kept = mask & (position >= skip_first)  # [batch, seq] where activations are replaced
+    (ids, mask), (is_first, _) = lm.pad_batch(sequences), lm.pad_batch(first)
+    lm.refuse_unknown_tokens([model for model, _ in models], ids)
+    kept = mask & (torch.arange(ids.shape[1]) >= skip_first)  # [batch, seq] where activations are replaced
     predicts = kept[:, :-1] & mask[:, 1:]
     weight = torch.stack([torch.ones_like(is_first), is_first])[:, :, :-1][:, predicts].double()  # [2, predictions]
     device = models[0][0]._module.device
@@ -217,9 +216,6 @@ def patch_models(
     W_raw = crosscoder.W_dec / crosscoder.scale[:, None]  # [d_hidden, n_models, d_model] rows as raw activations
     latents = {name: torch.from_numpy(chosen).to(W_raw.device) for name, chosen in sets.items() if len(chosen)}
     carried = {name: (chosen, W_raw[chosen, 1] - W_raw[chosen, 0]) for name, chosen in latents.items()}
-    for (model, _), flag in zip(models, ("--base-model", "--ft-model"), strict=True):
-        if (token := max(int(ids.max()) for ids in sequences)) >= lm.embedding_rows(model):
-            raise ValueError(f"{flag}: the dataset holds the token id {token}, which this model does not know")
     totals: dict[tuple[str, str], Tensor] = {}
     with progress_bar("patching", sum(map(len, sequences))) as bar:
         for start in range(0, len(sequences), batch_size):
