@@ -33,8 +33,9 @@ from crosscoder import CrossCoder
 from ops import latents
 from run import checkpoint
 from sources.batches import estimate_normalization
+from sources.dataset_files import open_datasets
 from sources.planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
-from sources.stored import open_pair, open_single
+from sources.stored import PairedActivations
 from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
 
 HELD_OUT = 32_768  # rows
@@ -122,21 +123,20 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
     if world.planted is None:
         planted, data = None, folder / "worlds" / "tiny-pair"
         collect_tiny_pair(data)
-        flags = ["--dataset", str(data / "data")]
-        source = open_pair(str(data / "data"), (None, None), HELD_OUT, 0, seed)
+        named = [("--dataset", str(data / "data"))]
     else:
         planted, data = PlantedConcepts(seed, **world.planted), folder / "worlds" / f"{name}-{seed}-{tokens}"
         write_world(data, planted, tokens)
-        files = str(data / "base.arrow"), str(data / "ft.arrow")
-        flags = ["--base-dataset", files[0], "--ft-dataset", files[1]]
-        source = open_single(*files, (None, None), HELD_OUT, 0, seed)
+        named = [("--base-dataset", str(data / "base.arrow")), ("--ft-dataset", str(data / "ft.arrow"))]
+    source = PairedActivations(open_datasets(named, (None, None)), HELD_OUT, 0, seed)
     started = time.perf_counter()
     if recipe == UNSQUARED:
         crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
     else:
         out = folder / "runs" / f"{name} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name, *flags]
+        command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name]
+        command += [word for flag_and_name in named for word in flag_and_name]
         command += ["--seed", str(seed), "--num-tokens", str(tokens), "--val-tokens", str(HELD_OUT), "--wandb", "disabled"]
         command += ["--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size), "--log-every", "100"]
         command += ["--compute-dtype", "bfloat16"]

@@ -171,9 +171,11 @@ def torch_format(base: str, ft: str, batch: int):
 def training_reader(base: str, ft: str, batch: int, device: torch.device, shuffled: bool = False):
     """The reader of train.py, background thread and check for outliers and non-finite values included."""
     from sources.batches import limit_norms
-    from sources.stored import open_single
+    from sources.dataset_files import open_datasets
+    from sources.stored import PairedActivations
 
-    source = open_single(base, ft, (None, None), 2, 0, seed=0)
+    named = [("--base-dataset", base), ("--ft-dataset", ft)]
+    source = PairedActivations(open_datasets(named, (None, None)), 2, 0, seed=0)
     source.shuffled = shuffled
     limit_norms(source, 10.0)
     for item in source.batches(batch, source.train_rows, device):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sources.batches import read_ahead
 from sources.columns import Column, aligned_columns
-from sources.dataset_files import ActivationDatasets, open_datasets
+from sources.dataset_files import ActivationDatasets
 from sources.source import Batch, Source, evenly_spaced
 
 CHUNK = 1024  # rows that are read together: a few megabytes from one place of the disk
@@ -112,19 +112,3 @@ def set_apart(columns: dict[str, list[Column]], val_tokens: int | None, default_
 def permutation(n: int, *key: int) -> np.ndarray:
     """A permutation of 0 .. n-1 that depends on the non-negative integers of `key` alone."""
     return np.random.default_rng(key).permutation(n)
-
-
-def open_pair(dataset: str, columns: tuple[str | None, str | None], val_tokens: int | None, default_val: int, seed: int):
-    """The paired dataset that collect.py wrote, a folder or a Hub id -> PairedActivations.
-
-    Args:
-        columns: names of the activation columns (base, ft), None to find them.
-        val_tokens: held-out rows; None for `default_val`, or a tenth of the rows if that is less.
-    """
-    return PairedActivations(open_datasets([("--dataset", dataset)], columns), val_tokens, default_val, seed)
-
-
-def open_single(base_dataset: str, ft_dataset: str, columns, val_tokens: int | None, default_val: int, seed: int):
-    """Two datasets with one column of float lists each -> PairedActivations. Arguments as for `open_pair`."""
-    named = [("--base-dataset", base_dataset), ("--ft-dataset", ft_dataset)]
-    return PairedActivations(open_datasets(named, columns), val_tokens, default_val, seed)

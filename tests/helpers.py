@@ -18,6 +18,9 @@ from datasets.table import InMemoryTable
 from processes import Started
 from safetensors.torch import load_file
 
+from sources.dataset_files import open_datasets
+from sources.stored import PairedActivations
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows
@@ -150,6 +153,17 @@ def write(path, x, fixed=True, batch=None, name="activation", **columns):
         with pa.ipc.new_stream(file, whole.schema) as out:
             out.write_table(whole, max_chunksize=batch)
     return str(path)
+
+
+def open_pair(dataset, columns, val_tokens, default_val, seed) -> PairedActivations:
+    """A paired dataset of collect.py as a source."""
+    return PairedActivations(open_datasets([("--dataset", dataset)], columns), val_tokens, default_val, seed)
+
+
+def open_single(base, ft, columns, val_tokens, default_val, seed) -> PairedActivations:
+    """One dataset for each model as a source."""
+    named = [("--base-dataset", base), ("--ft-dataset", ft)]
+    return PairedActivations(open_datasets(named, columns), val_tokens, default_val, seed)
 
 
 def collect(source, batch_size, stop, **where):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features, List, Value
-from helpers import BASE, FT, collect, metrics, numbered, run_script
+from helpers import BASE, FT, collect, metrics, numbered, open_single, run_script
 
 from sources.batches import estimate_normalization, validation_batches
-from sources.stored import open_single
 
 
 def write_cache(store, x, dtype="torch.float32", shards=(300, 512, 188), tokens=True, **config):

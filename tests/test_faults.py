@@ -29,6 +29,8 @@ from helpers import (
     needs_mount,
     numbered,
     one_line_error,
+    open_pair,
+    open_single,
     run_script,
     start,
     train,
@@ -42,7 +44,6 @@ from safetensors.torch import load_file, save_file
 from crosscoder import CrossCoder
 from run import checkpoint
 from run.machine import free_memory
-from sources.stored import open_pair, open_single
 from train import ONE_SIGNAL
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, one_line_error, run_script
+from helpers import ROOT, one_line_error, open_pair, run_script
 from hub_server import Hub, serve
 from safetensors.torch import load_file
 
@@ -20,7 +20,6 @@ from run.checkpoint import complete
 from run.foreign import read_crosscoder
 from run.hub import dataset_card, model_card, open_repository
 from sources.batches import estimate_normalization
-from sources.stored import open_pair
 
 LOAD = """
 import sys, torch

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, launch, metrics, numbered, one_line_error, run_script, write
+from helpers import ROOT, launch, metrics, numbered, one_line_error, open_single, run_script, write
 from processes import Started, several
 from safetensors.torch import load_file
 
@@ -22,7 +22,6 @@ from crosscoder import CrossCoder
 from ops.shard import Shard
 from run import checkpoint
 from sources.batches import STATISTICS_ROWS
-from sources.stored import open_single
 
 
 @pytest.fixture(scope="module")

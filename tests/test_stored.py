@@ -7,11 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
-from helpers import BASE, CPU, FT, collect, numbered, numbers, one_line_error, run_script, write
+from helpers import BASE, CPU, FT, collect, numbered, numbers, one_line_error, open_pair, open_single, run_script, write
 from safetensors.torch import load_file
 
 from sources.batches import estimate_normalization, row_norms, validation_batches
-from sources.stored import open_pair, open_single
 
 
 def singles(tmp_path, rows=5000, seed=0, val_tokens=None, default_val=500, **options):

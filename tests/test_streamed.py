@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, launch, metrics, one_line_error, run_script
+from helpers import ROOT, launch, metrics, one_line_error, open_single, run_script
 from processes import Started
 from safetensors.torch import load_file
 
 from run import checkpoint
 from sources.dataset_files import open_datasets
-from sources.stored import open_single
 from sources.streamed import StreamedActivations
 
 SIZES = [(1700, 300), (50, 50), (2300, 1111), (999, 64)]  # rows of each file and of its row groups
