@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crosscoder import CrossCoder
 from run.machine import progress_bar
-from sources.batches import gather_kept, limit_norms
+from sources.batches import limit_norms, read_kept
 from sources.dataset_files import open_dataset, open_datasets
 from sources.opening import named_datasets
 from sources.planted import PlantedConcepts
@@ -154,9 +154,7 @@ def normalized_rows(
         for split, first, numbers in (("validation", 0, rows[:held_out]), ("train", data.first_train, rows[held_out:])):
             for start in range(0, len(numbers), together):
                 wanted = numbers[start : start + together] - first
-                x = torch.empty(source.n_models, len(wanted), source.d_model, dtype=source.dtype)
-                kept, _ = gather_kept(source, split, wanted, x)
+                kept, x = read_kept(source, split, wanted)
                 if len(kept):
-                    x = x[:, : len(kept)].transpose(0, 1).to(device).float()
-                    yield kept + first, crosscoder.normalize(x / stored_scale)
+                    yield kept + first, crosscoder.normalize(x.to(device).float() / stored_scale)
                 bar.update(len(wanted))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -22,88 +25,99 @@ FINGERPRINT_ROWS = 64  # rows of each split that are hashed
 CONVERTED_TOGETHER = 1 << 18  # values: 1 MB of float32, which stays in the processor's cache
 
 
+class Ahead:
+    """The items of an iterator, taken by a thread that is at most `most` of them ahead. Its errors are raised here.
+
+    closed: set when it was closed; shared by those that follow one another in the same loop.
+    """
+
+    def __init__(self, items: Iterator, most: int, name: str, closed: threading.Event | None = None):
+        self.items, self.queue, self.closed, self.end = items, queue.Queue(most), closed or threading.Event(), None
+        self.thread = threading.Thread(target=self.run, name=name, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in self.items:
+                self.queue.put(item)
+                if self.closed.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are used
+            end = error
+        self.queue.put(end)
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        if self.closed.is_set():
+            raise RuntimeError("closed")
+        if self.end is None:
+            item = self.queue.get()
+            if not isinstance(item, BaseException):
+                return item
+            self.end = item
+        raise self.end
+
+    def close(self, patience: float = math.inf) -> None:
+        """End the thread, or leave it alone after `patience` seconds, and wake who waits for an item."""
+        self.closed.set()
+        until = time.monotonic() + patience
+        running = True
+        while running:
+            running = self.thread.is_alive() and time.monotonic() < until
+            while not self.queue.empty():
+                self.queue.get_nowait()  # the thread may wait for room
+            self.thread.join(0.1)  # a thread still inside torch while Python shuts down aborts the process
+        with suppress(queue.Full):  # what the thread put in meanwhile wakes as well
+            self.queue.put_nowait(RuntimeError("closed"))
+
+
 class Filled(NamedTuple):
     """The part of a batch that this process read."""
 
-    x: Tensor  # [n_models, rows, d_model] without the rows left out, on the device
-    buffer: Tensor  # [n_models, rows, d_model] on the host, to be filled again when x is no longer used
-    copied: torch.cuda.Event | None  # recorded after the copy from the buffer to x; None on the CPU, where x is a view
-    rows: int  # of the whole batch, with those left out
-    outliers: int  # of this process's part, left out because of their norm
+    x: Tensor  # [n_models, rows, d_model] without the rows left out; on the CPU a view of the buffer
+    outliers: int  # left out because of their norm
     position: int  # of the stream after the batch
     first_row: int  # lowest and highest row of the dataset in the whole batch
     last_row: int
+    copied: torch.cuda.Event | None = None  # recorded after the copy from the buffer to x on a CUDA device
 
 
-class BatchFiller:
-    """A thread that fills batches ahead of the training loop, in `BUFFERS` buffers that the loop gives back."""
+def fill(source, buffer: Tensor, begin: int, end: int, shard: Shard) -> Filled:
+    """Write this process's part of the rows from `begin` to `end` of the stream into a buffer [n_models, rows, d_model]."""
+    position, part = begin, shard.part(end - begin)
+    kept = outliers = 0
+    lowest, highest = [], []
+    while position < end:
+        rows = source.order(position, end - position)
+        done = position - begin
+        mine = rows[max(0, part.start - done) : max(0, part.stop - done)]
+        position += len(rows)
+        lowest.append(rows[0])
+        highest.append(rows[-1])
+        if len(mine):
+            kept_rows, too_large = gather_kept(source, "train", mine, buffer[:, kept : kept + len(mine)])
+            kept, outliers = kept + len(kept_rows), outliers + too_large
+    return Filled(buffer[:, :kept], outliers, end, int(min(lowest)), int(max(highest)))
 
-    def __init__(self, source, batch_size: int, device: torch.device, shard: Shard):
-        self.source, self.batch_size, self.shard = source, batch_size, shard
-        self.device, on_cuda = device, device.type == "cuda"
-        self.uploads = torch.cuda.Stream(device) if on_cuda else None  # copies run beside the training step
-        self.filled, self.free = queue.Queue(), queue.Queue()
-        self.closed, self.thread = threading.Event(), None
-        shape = (source.n_models, -(-batch_size // shard.size), source.d_model)
-        for _ in range(BUFFERS):
-            self.free.put((torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda), None))
 
-    def start(self, position: int, stop: int) -> None:
-        self.thread = threading.Thread(target=self.run, args=(position, stop), name="read-ahead", daemon=True)
-        self.thread.start()
-
-    def run(self, position: int, stop: int) -> None:
-        try:
-            while position < stop:
-                buffer, copied = self.free.get()
-                if self.closed.is_set():
-                    return
-                if copied is not None:
-                    copied.synchronize()  # the copy to the device still reads from this buffer
-                end = min(position + self.batch_size, stop)
-                self.filled.put(self.fill(buffer, position, end))
-                position = end
-            self.filled.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again where the batches are consumed
-            self.filled.put(error)
-
-    def fill(self, buffer: Tensor, position: int, end: int) -> Filled:
-        """Write this process's part of the rows from `position` to `end` into a buffer and begin its copy to the device."""
-        begin, part = position, self.shard.part(end - position)
-        kept = outliers = 0
-        lowest, highest = [], []
-        while position < end:
-            rows = self.source.order(position, end - position)
-            done = position - begin
-            mine = rows[max(0, part.start - done) : max(0, part.stop - done)]
-            position += len(rows)
-            lowest.append(rows[0])
-            highest.append(rows[-1])
-            if len(mine):
-                kept_rows, too_large = gather_kept(self.source, "train", mine, buffer[:, kept : kept + len(mine)])
-                kept, outliers = kept + len(kept_rows), outliers + too_large
-        x, copied = buffer[:, :kept], None
-        if self.uploads:
-            with torch.cuda.stream(self.uploads):
-                x, copied = x.to(self.device, non_blocking=True), torch.cuda.Event()
-                copied.record()
-        return Filled(x, buffer, copied, end - begin, outliers, end, int(min(lowest)), int(max(highest)))
-
-    def take(self) -> Filled | None:
-        """The next batch, for the current CUDA stream to use; None after the last one."""
-        filled = self.filled.get()
-        if isinstance(filled, BaseException):
-            raise filled
-        if filled is not None and self.uploads:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(filled.copied)
-            filled.x.record_stream(current)  # the allocator does not reuse its memory before the training step is done
-        return filled
-
-    def close(self) -> None:
-        self.closed.set()
-        self.free.put((None, None))  # wakes the thread if it waits
-        self.thread.join()  # a thread still inside torch while Python shuts down aborts the process
+def fill_in_turn(source, buffers: list, starts: range, stop: int, device: torch.device, shard: Shard) -> Iterator[Filled]:
+    """This process's part of each batch, on the device. Copies to a CUDA device run beside the training step."""
+    uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copied: list[torch.cuda.Event | None] = [None] * len(buffers)
+    for number, begin in enumerate(starts):
+        i = number % len(buffers)
+        if copied[i] is not None:
+            copied[i].synchronize()  # the copy to the device still reads from this buffer
+        filled = fill(source, buffers[i], begin, min(begin + starts.step, stop), shard)
+        if uploads:
+            with torch.cuda.stream(uploads):
+                x, copied[i] = filled.x.to(device, non_blocking=True), torch.cuda.Event()
+                copied[i].record()
+            filled = filled._replace(x=x, copied=copied[i])
+        yield filled
 
 
 def read_ahead(
@@ -115,32 +129,32 @@ def read_ahead(
     A background thread reads ahead; closing the generator ends it. Outliers and rows with a non-finite value are left out of
     their batch; ValueError when the latter are more than 0.1 %.
     """
-    filler = BatchFiller(source, batch_size, device, shard)
-    filler.start(position, stop)
+    shape, on_cuda = (source.n_models, -(-batch_size // shard.size), source.d_model), device.type == "cuda"
+    buffers = [torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda) for _ in range(BUFFERS)]
+    starts = range(position, stop, batch_size)
     # A batch is yielded when the next one has come: if all rows of the next are left out, it takes over their position.
-    held = used = None
-    try:
-        while (filled := filler.take()) is not None:
-            x = shard.gather_rows(filled.x.transpose(0, 1))  # [rows, n_models, d_model]
-            position, left_out = filled.position, filled.rows - len(x)
+    held = None
+    with closing(Ahead(fill_in_turn(source, buffers, starts, stop, device, shard), BUFFERS - 3, "read-ahead")) as parts:
+        for part in parts:
+            if part.copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(part.copied)
+                part.x.record_stream(current)  # the allocator does not reuse its memory before the training step is done
+            x = shard.gather_rows(part.x.transpose(0, 1))  # [rows, n_models, d_model]
+            left_out, position = part.position - position - len(x), part.position
             if left_out:
-                outliers = int(shard.all_sum(torch.tensor(filled.outliers)))
+                outliers = int(shard.all_sum(torch.tensor(part.outliers)))
                 dropped = Dropped(dropped.non_finite + left_out - outliers, dropped.outliers + outliers)
             if dropped.non_finite > max(1, MAX_NON_FINITE * max(position, source.train_rows or stop)):
                 raise ValueError(too_many_non_finite(dropped.non_finite, position))
             if len(x):
                 if held:
                     yield held
-                    filler.free.put(used)
-                held = Batch(x, position, dropped, filled.first_row, filled.last_row)
-                used = (filled.buffer, filled.copied)
-            else:
-                filler.free.put((filled.buffer, filled.copied))
-                held = held and held._replace(position=position, dropped=dropped)
+                held = Batch(x, position, dropped, part.first_row, part.last_row)
+            elif held:  # a copy: its buffer's turn may come before that of the next batch with rows
+                held = held._replace(x=held.x.clone(), position=position, dropped=dropped)
         if held:
             yield held
-    finally:
-        filler.close()
 
 
 def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.ndarray, int]:
@@ -179,11 +193,11 @@ def read_rows(source, split: str, rows: np.ndarray) -> Tensor:
     return x
 
 
-def kept_rows(source, split: str, rows: np.ndarray) -> Tensor:
-    """As `read_rows`, but [rows, n_models, d_model] and without outliers and non-finite rows."""
+def read_kept(source, split: str, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """As `read_rows`, without outliers and non-finite rows: the numbers of the rows kept, and [rows, n_models, d_model]."""
     x = torch.empty(source.n_models, len(rows), source.d_model, dtype=source.dtype)
     kept, _ = gather_kept(source, split, rows, x)
-    return x[:, : len(kept)].transpose(0, 1)
+    return kept, x[:, : len(kept)].transpose(0, 1)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -237,12 +251,13 @@ def too_many_non_finite(dropped: int, seen: int) -> str:
 def validation_batches(source, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """The held-out rows once, in order: [rows, n_models, d_model] stored values, without outliers and non-finite pairs."""
     for start in range(0, source.val_rows, batch_size):
-        yield kept_rows(source, "validation", np.arange(start, min(start + batch_size, source.val_rows))).to(device)
+        rows = np.arange(start, min(start + batch_size, source.val_rows))
+        yield read_kept(source, "validation", rows)[1].to(device)
 
 
 def raw_sample(source, count: int = 4096) -> Tensor:
     """[rows, n_models, d_model] raw activations of at most `count` evenly spaced training rows, non-finite pairs left out."""
-    return kept_rows(source, "train", source.sample_rows(count)).float() / source.stored_scale.float()[:, None]
+    return read_kept(source, "train", source.sample_rows(count))[1].float() / source.stored_scale.float()[:, None]
 
 
 def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:

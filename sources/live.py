@@ -134,9 +134,6 @@ class LiveActivations(Source):
             self.store("train", number, fill)
         return Refill(fill.n, fill.passed[-1].index + 1 if fill.passed else None)
 
-    def end_epoch(self) -> None:
-        self.close()
-
     # --- single rows, for the normalisation and the held-out metrics
 
     def sample_rows(self, count: int) -> np.ndarray:

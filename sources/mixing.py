@@ -33,8 +33,8 @@ class Reader(Protocol):
     def read(self, number: int) -> Refill:
         """Put fill `number` of the epoch, the rows that come next, into half `number % 2` of the buffer."""
 
-    def end_epoch(self) -> None:
-        """All rows have been served."""
+    def close(self) -> None:
+        """As `Source.close`: all rows of an epoch have been served."""
 
 
 class MixingBuffer:
@@ -104,7 +104,7 @@ class MixingBuffer:
                 f"{self.contents} ran out after {position // self.epoch:,} rows: "
                 f"epoch {self.epoch + 1} goes through them again, in another order"
             )
-            self.reader.end_epoch()
+            self.reader.close()
             self.reader.seek(None)
         self.fill(number)
         self.open_window(number, position)

@@ -8,11 +8,9 @@ processes each reads the whole stream.
 
 from __future__ import annotations
 
-import queue
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import reduce
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ops.shard import ALONE, Shard
 from run.machine import first_line, free_memory
-from sources.batches import read_ahead
+from sources.batches import Ahead, read_ahead
 from sources.columns import aligned_columns
 from sources.dataset_files import ActivationDatasets
 from sources.mixing import MixingBuffer, Refill
@@ -64,7 +62,7 @@ class StreamedActivations(Source):
             )
         self.buffer = torch.empty(self.n_models, 2 * self.capacity, self.d_model, dtype=self.dtype)
 
-        self.ready, self.closed, self.thread = None, threading.Event(), None  # of the thread that reads ahead
+        self.closed: threading.Event | None = None  # of the threads that read ahead, while batches are taken
         self.beginning = {"states": [None] * self.n_models, "row": 0, "skip": 0}
         split = "validation" if "validation" in opened.splits[0] else "train"
         self.validation = self.hold_out(split, val_tokens)  # [n_models, val_rows, d_model]
@@ -137,18 +135,21 @@ class StreamedActivations(Source):
 
     def seek(self, start: dict | None) -> None:
         start = start or self.beginning
-        self.stream, self.ended = self.pieces("train", start), False
+        self.stream = self.pieces("train", start)
+        if self.closed:
+            self.read_stream_ahead()
         self.x, self.where, self.used = self.buffer[:, :0], start, 0  # the last piece read, and its rows that are in the buffer
         self.skip = start["skip"]  # rows of the first piece that are passed over
-        if self.ready:
-            self.start_reading()
+
+    def read_stream_ahead(self) -> None:
+        self.stream = Ahead(self.stream, self.pieces_ahead, "stream", self.closed)
 
     def read(self, number: int) -> Refill:
         """Put the next rows into half `number % 2`."""
         half, n = number % 2 * self.capacity, 0
         while n < self.capacity:
             if self.used == self.x.shape[1]:
-                if (piece := self.next_piece()) is None:
+                if (piece := next(self.stream, None)) is None:
                     break
                 (self.x, self.where), self.used, self.skip = piece, self.skip, 0
             part = self.x[:, self.used : self.used + self.capacity - n]
@@ -158,51 +159,6 @@ class StreamedActivations(Source):
             raise ValueError(f"{self.flags[0]}: gives no two rows to train on; give more, or lower --val-tokens")
         some = self.buffer[:, half : half + n, :8].contiguous()  # enough values to tell two rows apart
         return Refill(n, self.where | {"skip": self.used + self.skip}, zlib.crc32(some.view(torch.uint8).numpy()))
-
-    def end_epoch(self) -> None:
-        pass
-
-    # --- reading ahead
-
-    def next_piece(self) -> tuple[Tensor, dict] | None:
-        """The next piece, from the thread if it runs; None at the end of the stream."""
-        item = None
-        if not self.ended:
-            item = self.ready.get() if self.ready else next(self.stream, None)
-        if self.closed.is_set():
-            raise RuntimeError("the stream was closed")  # ends the thread of read_ahead, whose batches are not used any more
-        if isinstance(item, BaseException):
-            raise item
-        self.ended = item is None
-        return item
-
-    def start_reading(self) -> None:
-        """Read `self.stream` in a thread, as far ahead as there is room."""
-
-        def run(stream, ready):
-            try:
-                while (piece := next(stream, None)) is not None and not self.closed.is_set():
-                    ready.put(piece)
-                ready.put(None)
-            except BaseException as error:  # noqa: BLE001 - raised again where the pieces are used
-                ready.put(error)
-
-        self.ready = queue.Queue(self.pieces_ahead)
-        self.thread = threading.Thread(target=run, args=(self.stream, self.ready), name="stream", daemon=True)
-        self.thread.start()
-
-    def stop_reading(self) -> None:
-        """End the thread, and wake who waits in `next_piece`."""
-        self.closed.set()
-        for _ in range(50):  # at most 5 seconds: the run must be able to end while the network hangs
-            running = self.thread.is_alive()
-            while not self.ready.empty():
-                self.ready.get_nowait()  # the thread may wait for room in the queue
-            if not running:
-                break
-            self.thread.join(0.1)
-        with suppress(queue.Full):  # a full queue wakes the waiting thread as well
-            self.ready.put_nowait(None)
 
     # --- what batches and the held-out metrics read
 
@@ -226,14 +182,16 @@ class StreamedActivations(Source):
     ) -> Iterator[Batch]:  # fmt: skip
         if self.resumed and position < stop:
             self.mixing.load_state_dict(self.resumed, position)
-        self.start_reading()
-        stream = read_ahead(self, batch_size, stop, device, position, dropped, shard)
+        self.closed = threading.Event()
+        self.read_stream_ahead()
+        batches = read_ahead(self, batch_size, stop, device, position, dropped, shard)
         try:
-            for batch in stream:  # noqa: UP028 - `yield from` would close `stream` before stop_reading, which may hang
+            for batch in batches:  # noqa: UP028 - `yield from` would close `batches` first, whose thread may wait for the stream
                 yield batch
         finally:
-            self.stop_reading()
-            stream.close()
+            self.stream.close(patience=5)  # the run must be able to end while the network hangs
+            batches.close()
+            self.closed = None
 
     def order(self, position: int, count: int) -> np.ndarray:
         """[<= count] training rows, ascending, at these positions of the stream. Goes on from the last call."""
