@@ -11,9 +11,7 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
 
     Totals over the batch, deviations from the batch mean; a constant error lowers it. x, x_hat: [batch, n_models, d_model].
     """
-    error = (x - x_hat).pow(2).sum((0, 2))  # [n_models]
-    deviation = (x - x.mean(0)).pow(2).sum((0, 2))
-    return variance_share(error, deviation)
+    return variance_share((x - x_hat).pow(2).sum((0, 2)), (x - x.mean(0)).pow(2).sum((0, 2)))
 
 
 class VarianceTotals:
@@ -37,5 +35,4 @@ class VarianceTotals:
 
 def variance_share(error: Tensor, deviation: Tensor) -> Tensor:
     """[1 + n_models] explained variance from the totals [n_models] of squared error and squared deviation."""
-    together = torch.cat([torch.stack([error.sum(), deviation.sum()])[:, None], torch.stack([error, deviation])], dim=1)
-    return 1 - together[0] / together[1]
+    return 1 - torch.cat([error.sum()[None], error]) / torch.cat([deviation.sum()[None], deviation])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from run.machine import first_line
+from run.machine import first_line, library_errors
 
 
 class ActivationDatasets(NamedTuple):
@@ -47,29 +47,33 @@ def open_datasets(
     if streaming:
         revisions = revisions or [newest_revision(name, flag) for flag, name in named]
     commits = revisions or [None] * len(named)
-    flag, name = named[0]
-    if flag == "--dataset":
-        opened = open_paired(name, columns, streaming, commits[0])
+    if named[0][0] == "--dataset":
+        opened = open_paired(named[0][1], columns, streaming, commits[0])
     else:
         splits = [open_dataset(name, flag, streaming, commit) for (flag, name), commit in zip(named, commits, strict=True)]
-        several = flag == "--model-dataset"
-        flags = [f"{flag} {name}" if several else flag for flag, name in named]
-        opened = ActivationDatasets(
-            " + ".join(name for _, name in named), splits, flags, [columns[0]] * len(named) if several else list(columns)
-        )
+        flags, columns_of = [flag for flag, _ in named], list(columns)
+        if flags[0] == "--model-dataset":
+            flags, columns_of = [f"{flag} {name}" for flag, name in named], [columns[0]] * len(named)
+        opened = ActivationDatasets(" + ".join(name for _, name in named), splits, flags, columns_of)
     for splits, flag in zip(opened.splits, opened.flags, strict=True):
         if missing := set(opened.splits[0]) ^ set(splits):
             raise ValueError(f"{flag}: the split {missing.pop()!r} is in only one of the two datasets")
     return opened._replace(revisions=revisions)
 
 
+def on_disk(name: str, flag: str) -> bool:
+    """Whether a file or folder is named that is there, not a Hub id. ValueError if it looks like one and is not there."""
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise ValueError(f"{flag} {name}: no such file or folder")
+    return path.exists()
+
+
 def open_paired(dataset: str, columns, streaming: bool, revision: str | None) -> ActivationDatasets:
     """A paired dataset of collect.py, a folder or a Hub id. Arguments as for `open_datasets`."""
     folder = Path(dataset).expanduser()
-    if streaming and folder.exists():
+    if on_disk(dataset, "--dataset") and streaming:
         raise ValueError(f"--dataset {dataset}: lies on this disk, where it is read in place; leave out --streaming")
-    if not folder.exists() and (folder.is_absolute() or dataset.startswith(".")):
-        raise ValueError(f"--dataset {dataset}: no such file or folder")
     if folder.is_dir():
         if (folder / "progress.json").exists() and not (folder / "pair.json").exists():
             raise ValueError(f"--dataset {dataset}: the collection is unfinished; run the same collect.py command again")
@@ -105,17 +109,15 @@ def read_pair(dataset: str, pair_file) -> dict:
         raise ValueError(f"--dataset {dataset}: pair.json is missing or broken ({error!r}); collect again") from None
 
 
-def hub_pair_file(dataset: str, revision: str | None = None) -> str | os.PathLike:
+def hub_pair_file(dataset: str, revision: str | None) -> str:
     """Local copy of the pair.json of a paired dataset on the Hub."""
     import datasets
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        offline = datasets.config.HF_HUB_OFFLINE
+    offline = datasets.config.HF_HUB_OFFLINE
+    with library_errors(f"--dataset {dataset}: its pair.json cannot be fetched", kinds=(HfHubHTTPError, OSError)):
         return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision, local_files_only=offline)
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"--dataset {dataset}: its pair.json cannot be fetched ({type(error).__name__})") from None
 
 
 def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
@@ -130,9 +132,7 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
     for folder in (path, path.absolute().parent):
         if flag != "--dataset" and (folder / "pair.json").is_file():
             raise ValueError(f"{flag} {name}: belongs to the paired dataset {folder}, which has its own scales; use --dataset")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise ValueError(f"{flag} {name}: no such file or folder")
-    if streaming and path.exists() and path.suffix != ".parquet" and not any(path.glob("**/*.parquet")):
+    if on_disk(name, flag) and streaming and path.suffix != ".parquet" and not any(path.glob("**/*.parquet")):
         raise ValueError(f"{flag} {name}: lies on this disk, where it is read in place; leave out --streaming")
     if (path / "shard_0.memmap").is_file():
         return {"train": open_memmaps(path, f"{flag} {name}")}
@@ -164,14 +164,12 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
             raise ValueError(f"{flag}: {file} is truncated or damaged ({reason}); copy or collect it again") from None
         hub = "" if path.exists() else " (no such folder here, so it was taken for a Hub id, which needs network)"
         raise ValueError(f"{flag} {name}: cannot be opened: {reason}{hub}") from None
-    if not isinstance(loaded, dict):  # of splits
-        return {"train": loaded}
-    if "train" not in loaded and len(loaded) > 1:
-        raise ValueError(f"{flag} {name}: has the splits {', '.join(loaded)}; choose one with {name}:CONFIG:SPLIT")
-    if "train" not in loaded:
-        return {"train": next(iter(loaded.values()))}
-    empty = next(iter(loaded.get("validation", ())), None) is None  # a small collection may have held no sequence out
-    return {"train": loaded["train"]} | ({} if empty else {"validation": loaded["validation"]})
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    if "train" not in splits and len(splits) > 1:
+        raise ValueError(f"{flag} {name}: has the splits {', '.join(splits)}; choose one with {name}:CONFIG:SPLIT")
+    train = splits.get("train", next(iter(splits.values())))
+    empty = next(iter(splits.get("validation", ())), None) is None  # a small collection may have held no sequence out
+    return {"train": train} | ({} if empty else {"validation": splits["validation"]})
 
 
 def open_memmaps(folder: Path, source: str):
@@ -181,7 +179,6 @@ def open_memmaps(folder: Path, source: str):
     lies one folder up.
     """
     import datasets
-    import pyarrow as pa
 
     kinds = {"torch.float32": pa.float32(), "torch.float16": pa.float16(), "torch.bfloat16": pa.int16()}
     try:
@@ -214,14 +211,12 @@ def open_memmaps(folder: Path, source: str):
 
 def damaged_file(path: Path) -> Path | None:
     """The first Arrow file of a dataset's folder that cannot be read to its end."""
-    import pyarrow
-
     for file in sorted(path.rglob("*.arrow")):
         try:
-            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches_of_rows:
+            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as batches_of_rows:
                 for _ in batches_of_rows:  # memory-maps each one, which reads little more than its header
                     pass
-        except (pyarrow.ArrowException, OSError):
+        except (pa.ArrowException, OSError):
             return file
     return None
 
@@ -235,7 +230,7 @@ def newest_revision(name: str, flag: str) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if Path(name).expanduser().exists() or Path(name).is_absolute() or name.startswith((".", "~")):
+    if on_disk(name, flag):
         return None
     try:
         return HfApi().dataset_info(name.split(":")[0], timeout=10).sha

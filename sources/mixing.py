@@ -82,8 +82,7 @@ class MixingBuffer:
         self.served = state["served"]
         if any(self.checksums[n % 2] != state.get("checksums", self.checksums)[n % 2] for n in fills):
             raise ValueError(
-                f"{self.flag}: gives other rows than when the run began; resume on the same data, or start a new run with "
-                "--config"
+                f"{self.flag}: gives other rows than when the run began; resume on the same data, or start anew with --config"
             )
 
     def first_rows(self, count: int) -> np.ndarray:
@@ -93,11 +92,8 @@ class MixingBuffer:
         return evenly_spaced(count, self.counts[0])
 
     def next_window(self, position: int) -> None:
-        if self.window is None:
-            number = 0
-        elif self.counts[self.window % 2]:
-            number = self.window + 1
-        else:  # that window served the last rows of the epoch
+        number = 0 if self.window is None else self.window + 1
+        if self.window is not None and not self.counts[self.window % 2]:  # that window served the last rows of the epoch
             number, self.end = 0, None
             self.epoch += 1
             tqdm.write(

@@ -14,6 +14,7 @@ from sources.dataset_files import open_datasets
 from sources.planted import PlantedConcepts
 from sources.source import Source
 from sources.stored import PairedActivations
+from sources.streamed import StreamedActivations
 
 OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is about
 
@@ -36,7 +37,7 @@ def open_source(
         return PlantedConcepts(config.seed, config.val_tokens), config
     opened = open_datasets(named, (config.base_column, config.ft_column))
     source = PairedActivations(opened, given.val_tokens, config.val_tokens, config.seed)
-    source.record = {"fingerprint": fingerprints(source)}
+    source.record["fingerprint"] = fingerprints(source)
     leave_out_outliers(source, config, known)
     return source, config
 
@@ -106,8 +107,6 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
 
 def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -> tuple[Source, TrainConfig]:
     """Datasets read over the network as a source of rows. Arguments as for `open_source`."""
-    from sources.streamed import StreamedActivations
-
     columns = (config.base_column, config.ft_column)
     opened = open_datasets(named_datasets(given), columns, streaming=True, revisions=known and known["revisions"])
     rows = (opened.pair or {}).get("rows", {})

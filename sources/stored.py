@@ -20,9 +20,9 @@ BLOCK = 64 * CHUNK  # rows within which data that is not yet shuffled is mixed
 
 
 class Split(NamedTuple):
-    """The training or the held-out rows: some rows of the columns of each model (base first)."""
+    """The training or the held-out rows."""
 
-    columns: list[Column]
+    columns: list[Column]  # of each model, base first
     first: int
     rows: int
 
@@ -86,7 +86,6 @@ class PairedActivations(Source):
         return evenly_spaced(count, self.train_rows)
 
     def gather(self, split: str, rows: np.ndarray, out: Tensor) -> None:
-        """Write the given rows (ascending) of "train" or "validation" into out [n_models, rows, d_model]."""
         columns, first, _ = self.splits[split]
         for column, values in zip(columns, out, strict=True):
             column.gather(rows + first, values)
@@ -100,7 +99,8 @@ def set_apart(columns: dict[str, list[Column]], val_tokens: int | None, default_
         train, validation = Split(columns["train"], 0, rows), Split(columns["validation"], 0, held_out)
     else:
         held_out = min(default_val, rows // 10) if val_tokens is None else val_tokens
-        train, validation = (Split(columns["train"], *part) for part in ((0, rows - held_out), (rows - held_out, held_out)))
+        left = rows - held_out
+        train, validation = Split(columns["train"], 0, left), Split(columns["train"], left, held_out)
     if validation.rows < 2 or train.rows < 2:
         raise ValueError(
             f"--val-tokens: {rows} rows cannot give {held_out} held-out rows and rows to train on, at least two of each"
