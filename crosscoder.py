@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ops import sparse
+from ops import sparse, threshold
 from ops.files import whole_file
-from ops.selection import find_cut
 from ops.shard import ALONE, Shard
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
 CONFIG = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")  # what config.json of a saved one says
 LARGEST = 1e18  # of saved weights: their squares and inverses are float32 numbers
-THRESHOLD_RATE = 0.01  # of the moving average that the inference threshold follows during training
 
 
 class Losses(NamedTuple):
@@ -188,7 +186,7 @@ class CrossCoder(nn.Module):
         x_hat = self.shard.all_sum(decoded) + self.b_dec
         l1_loss, l0_loss = self.shard.all_sum(l1_loss), self.shard.all_sum(l0_loss)
         if count is not None:
-            self._follow_threshold(self.shard.all_min(smallest))
+            self.threshold.copy_(threshold.follow(self.threshold, self.shard.all_min(smallest)))
         error = x_n - x_hat
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
@@ -199,10 +197,12 @@ class CrossCoder(nn.Module):
         return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, times > 0, x_hat)
 
     def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor, product: Tensor | None) -> Tensor:
-        """Squared error of predicting the detached residual from dead latents alone, over the residual's variance.
+        """Squared error of predicting the detached residual from dead latents alone (Gao et al., arXiv 2406.04093).
 
-        The batch's k_aux * batch largest dead scores are used. No decoder bias and no live latent takes part, and
-        winners are positive, so gradient reaches the dead latents only. 0 when no latent is dead or the residual is constant.
+        In the units of l2_loss, not over the residual's variance: Adam remembers the gradients of l2_loss that a latent had
+        while it was alive, and against those a quotient of order 1 moves nothing (docs/recipes.md). The batch's k_aux * batch
+        largest dead scores are used. No decoder bias and no live latent takes part, and winners are positive, so gradient
+        reaches the dead latents only. 0 when no latent is dead.
         product: on CUDA, what sparse.reconstruct returned for these rows.
         """
         count = self.k_aux * len(x_n)
@@ -221,24 +221,11 @@ class CrossCoder(nn.Module):
         ).decoded
         predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum(dead.sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
-        variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
-        varies = variance > 1e-6 * residual.pow(2).sum((1, 2)).mean()  # a constant residual has rounding errors for variance
-        usable = some_dead & varies & squared.isfinite() & variance.isfinite()
-        # The inner where keeps a zero or infinite variance out of the backward pass as well.
-        return torch.where(usable, squared / torch.where(usable, variance, 1.0), 0.0)
-
-    @torch.no_grad()
-    def _follow_threshold(self, smallest: Tensor) -> None:
-        """Smallest kept score of the batch, averaged over steps; the first batch sets it, one without any (inf) leaves it."""
-        moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        return torch.where(some_dead, squared, 0.0)
 
     @torch.no_grad()
     def fit_threshold(self, batches: Callable[[], Iterable[Tensor]]) -> None:
-        """Set the threshold so that k latents per token score above it on average over these N rows.
-
-        It lies midway between the (k * N)-th and the next largest score: on a score itself, rounding (another batch size,
-        folded weights) would decide whether that latent is active.
+        """Set the threshold so that k latents per token score above it on average over these rows.
 
         Args:
             batches: called several times, each time gives the same batches of normalised activations
@@ -247,12 +234,8 @@ class CrossCoder(nn.Module):
         if self.k is None:
             raise ValueError("vanilla has no threshold to fit")
         rows = sum(len(x_n) for x_n in batches())
-
-        def scores() -> Iterator[Tensor]:
-            return (self.score(self._pre(x_n).relu()) for x_n in batches())
-
-        kept, next_one = (find_cut(scores, count, self.shard)[0] for count in (self.k * rows, self.k * rows + 1))
-        self.threshold.fill_((kept + next_one) / 2)
+        scores = lambda: (self.score(self._pre(x_n).relu()) for x_n in batches())  # noqa: E731 - called once a pass
+        self.threshold.fill_(threshold.fit(scores, self.k * rows, self.shard))
 
     # --- saving
 

@@ -52,7 +52,7 @@ def reference_losses(crosscoder, x, l1_coeff, aux_coeff, dead):
         a = (pre - b_enc.detach() if crosscoder.variant == "vanilla" else pre).clamp_min(0)[:, dead]
         a = a * largest((a * norm_sum[dead]).detach(), crosscoder.k_aux * len(x))
         r = (x - x_hat).detach().flatten(1)
-        aux = ((r - a @ W_dec[dead].flatten(1)) ** 2).sum(-1).mean() / ((r - r.mean(0)) ** 2).sum(-1).mean()
+        aux = ((r - a @ W_dec[dead].flatten(1)) ** 2).sum(-1).mean()
     loss = l2 + l1_coeff * l1 + aux_coeff * aux
     loss.backward()
     enc_rows = W_enc.grad.permute(2, 0, 1)
@@ -354,13 +354,17 @@ def test_auxiliary_loss_reaches_vanilla_latents_that_are_active_nowhere():
     assert grad["enc_rows"][1].any() and grad["W_dec"][1].any() and grad["b_enc"][1] != 0
 
 
-def test_auxiliary_loss_is_zero_when_nothing_is_dead_or_nothing_is_left_to_explain():
-    assert aux_gradients(torch.zeros(F, dtype=torch.bool))[1].aux_loss == 0
-    crosscoder = make()
-    constant = torch.zeros(B, 2, D)
-    out = crosscoder.losses(constant, 0.0, aux_coeff=1.0, dead=torch.ones(F, dtype=torch.bool))
-    out.loss.backward()
-    assert out.aux_loss == 0 and all(p.grad.isfinite().all() for p in crosscoder.parameters())
+def test_auxiliary_loss_is_zero_when_nothing_is_dead():
+    grad, out = aux_gradients(torch.zeros(F, dtype=torch.bool))
+    assert out.aux_loss == 0 and not any(g.any() for g in grad.values() if g is not None)
+
+
+def test_auxiliary_loss_has_the_units_of_the_squared_error():
+    dead, x, crosscoder = torch.arange(F) < 6, rows(), make("batch_topk")
+    with torch.no_grad():
+        crosscoder.b_enc.zero_(), crosscoder.b_dec.zero_()  # codes and reconstructions then grow with the activations
+    small, large = (crosscoder.losses(size * x, 0.0, aux_coeff=1.0, dead=dead) for size in (1.0, 3.0))
+    assert (large.aux_loss / small.aux_loss).item() == pytest.approx(9) == (large.l2_loss / small.l2_loss).item()
 
 
 def test_auxiliary_loss_is_part_of_the_loss():
