@@ -178,10 +178,8 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
         f"held out   explained variance {metrics['explained_variance']:.3f} (base {metrics['explained_variance_A']:.3f}, "
         f"ft {metrics['explained_variance_B']:.3f}), L0 {metrics['l0_loss']:.1f}, {metrics['rows_validation']:,} rows"
     )
-    for name, how in (("latents", "by norm"), ("latents_by_scaling", "scaling"), ("latents_by_both", "both")):
-        counts = metrics[name]
-        dead = f", {counts['dead']} dead" if "dead" in counts else ""
-        print(f"{how:<11}{counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only{dead}")
+    for way, how in (("latents", "latents"), ("latents_by_norm", "by norm"), ("latents_by_scaling", "scaling")):
+        print(f"{how:<11}" + ", ".join(f"{count} {name.replace('_', '-')}" for name, count in metrics[way].items()))
     if patching := metrics.get("patching"):
         for name in ("base", "ft"):
             one = {key: value["all"] for key, value in patching[name].items()}

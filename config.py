@@ -14,20 +14,22 @@ import tyro
 
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
-    d_hidden=16_384, k=100, k_start=16.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8,
+    d_hidden=16_384, k=100, k_start=32.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8,
     val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
-# Sizes of the demonstration on planted concepts: a minute or two on two CPU cores.
+# Sizes of the demonstration on planted concepts: a minute on two CPU cores.
 PLANTED = dict(
-    d_hidden=1024, k=8, k_start=16.0, batch_size=1024, l1_coeff=1.0, l1_warmup=0.8, num_tokens=1_500_000,
+    d_hidden=2048, k=16, k_start=32.0, batch_size=1024, l1_coeff=1.0, l1_warmup=0.8, num_tokens=1_200_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
-# With --init-from: a trained dictionary is sparse from the first step.
-WARM = dict(k_start=1.0, l1_warmup=0.0)
-# Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted concepts (d_model 128, d_hidden 1024 to 4096) and
-# the tiny Llama pair of tests/ (64, 512), batches of 512 to 2048; for Gemma-2-2b with 73,728 latents it gives 1.5e-4, near what
-# others use, but nothing of that size was tuned here.
-LR_FACTOR = 2.0
+# With --variant batch_topk, where k decides how sparse the codes are and the penalty only separates concepts.
+TOPK = dict(l1_coeff=1.5)
+# With --init-from: a trained dictionary is sparse and its concepts are apart from the first step.
+WARM, WARM_TOPK = dict(k_start=1.0, l1_warmup=0.0), dict(l1_coeff=0.0)
+# Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted worlds (d_model 64 to 256, d_hidden 512 to 4096,
+# batches of 512 to 2048, seeds 101 to 103) and the tiny Llama pair of tests/; for Gemma-2-2b with 73,728 latents it gives
+# 1.1e-4, near what others use, but nothing of that size was tuned here.
+LR_FACTOR = 1.44
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -180,16 +182,14 @@ class TrainConfig(ModelFlags, DatasetFlags):
     k: int | None = None
 
     # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from
-    # k alone, concepts that occur together share one and are never told apart. Rare ones want more: of the shared concepts of
-    # the hard planted world 8 found .77, 16 .95 and, falling to the end, 16 .96 and 32 .98 (one seed, lr 2e-3, l1 1.5).
-    # None: 16, or 1 with --init-from.
+    # k alone, concepts that occur together share one and are never told apart. None: 32, or 1 with --init-from.
     k_start: float | None = None
 
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
 
-    # Weight of the L1 loss. None: the tuned size for vanilla and 0 for batch_topk. Given with batch_topk, it is added: with
-    # crowded dictionaries about half of vanilla's weight separates concepts that the selection alone leaves mixed.
+    # Weight of the L1 loss. None: 2 for vanilla (1 in the demonstration), 1.5 for batch_topk, where it only separates concepts
+    # that k alone leaves mixed: it falls to 0 at the end of the run, with the learning rate. 0 with --init-from and batch_topk.
     l1_coeff: float | None = None
 
     # Share of the run over which the L1 weight rises from 0. A weak penalty tells rare concepts apart, a strong one then makes
@@ -197,15 +197,14 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # --init-from.
     l1_warmup: float | None = None
 
-    # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093); vanilla leaves
-    # their biases out there. 0 turns it off; it costs nothing until a latent can be dead.
-    aux_coeff: float = 1 / 32
+    # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093), in the units of
+    # l2_loss; vanilla leaves their biases out there. 0 turns it off; it costs nothing until a latent can be dead.
+    aux_coeff: float = 4.0
 
     # Dead latents per token that the auxiliary loss uses. None: d_model / 2.
     k_aux: int | None = None
 
-    # A latent is dead when it has not fired for this share of the run, at most 10 million tokens. A small share gives the
-    # auxiliary loss more latents: 0.01 found up to a hundredth more on the hard planted world (one seed), and calls more dead.
+    # A latent is dead when it has not fired for this share of the run, at most 10 million tokens.
     dead_window: float = 0.1
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose. With batch_topk smaller rows lose
@@ -222,8 +221,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # keeps its own k * tokens scores. None: the whole batch.
     micro_batch_size: int | None = None
 
-    # Peak learning rate of Adam. None: 2 / sqrt(d_model * d_hidden). On the hard planted world a lower one tells more of the
-    # rare shared concepts apart and finds fewer of the exclusive ones (vanilla: .98 and .95 at 2e-3, .97 and .99 at 2.8e-3).
+    # Peak learning rate of Adam. None: 1.44 / sqrt(d_model * d_hidden). A lower one tells more of the rare shared concepts of
+    # the hard planted world apart and leaves fewer latents dead, a higher one finds more of the rarest exclusive ones.
     lr: float | None = None
 
     # Share of the run over which the learning rate rises from 0.

@@ -122,7 +122,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
             recent.append((step, batch.first_row, batch.last_row))
 
             x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
-            l1_coeff = config.l1_coeff * min(1.0, step / max(1.0, config.l1_warmup * steps))
+            l1_coeff = l1_weight(step, steps, config)
             k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
             dead = tokens_since_fired >= dead_after if progress.tokens >= dead_after else None  # none can be before
             if device.type == "cpu" and dead is not None and not shard.any_process(bool(dead.any())):
@@ -191,25 +191,35 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
     with limits.memory_errors(run):
         if config.variant == "batch_topk":
             crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.micro_batch_size, unscale))
-        final = evaluate(crosscoder, source, config.micro_batch_size, unscale, config.l1_coeff)
+        l1_coeff = l1_weight(progress.step, steps_of(config), config)
+        final = evaluate(crosscoder, source, config.micro_batch_size, unscale, l1_coeff)
     checkpoint.require_finite(crosscoder.state_dict(), progress.step, run, shard)
     with checkpoint.write_errors("the crosscoder", run, shard):
         crosscoder.save_pretrained(run / "crosscoder")
     dead = shard.gather_rows(state.tokens_since_fired >= dead_after)  # [d_hidden]
+    kinds = None
+    if source.n_models == 2:
+        kinds = latent_classes(crosscoder, held_out(crosscoder, source, config.micro_batch_size, unscale))
     W_dec = shard.whole(crosscoder.W_dec.detach(), config.d_hidden)  # [d_hidden, n_models, d_model], in process 0
     if W_dec is None:
         return
     monitor.log(run, tracker, progress.step, final)
     last_step = max(0, progress.step - 1)
     lr = config.lr * lr_factor(last_step, steps_of(config), config.lr_warmup, config.lr_decay)
-    summary = {name.removeprefix("val_"): value for name, value in final.items()} | {"l1_coeff": config.l1_coeff, "lr": lr}
+    summary = {name.removeprefix("val_"): value for name, value in final.items()} | {"l1_coeff": l1_coeff, "lr": lr}
     summary |= {"dead_fraction": dead.float().mean().item(), "threshold": crosscoder.threshold.item()}
     summary |= {"tokens": progress.tokens, "seconds": progress.seconds}
     summary |= {"tokens_per_second": progress.tokens / max(progress.seconds, 1e-9)}
     summary |= {"rows_dropped": sum(progress.dropped), "rows_dropped_by_norm": progress.dropped[1]}
-    summary["latents"] = latents.count_classes(W_dec.norm(dim=-1), dead)
-    if truth := source.score(W_dec, dead):
-        summary["planted"] = truth
+    if kinds is None:
+        summary["latents"] = latents.count_owners(W_dec.norm(dim=-1), dead)
+    else:
+        names = ("latents_by_norm", "latents_by_scaling", "latents")
+        summary |= {name: latents.count_classes(kind_of, dead) for name, kind_of in zip(names, kinds, strict=True)}
+        if truth := source.score(W_dec, dead, kinds.agreed):
+            summary["planted"] = truth
+        with checkpoint.write_errors("classes.json", run):
+            machine.write_text(run / "crosscoder" / "classes.json", machine.as_json(latents.list_classes(kinds.agreed, dead)))
     with checkpoint.write_errors("summary.json", run):
         machine.write_text(run / "summary.json", machine.as_json(summary, indent=2))
     monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
@@ -236,6 +246,17 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     rise = (step + 1) / max(1.0, warmup * steps)  # the first step already learns
     fall = (steps - step) / max(1.0, decay * steps)
     return max(0.0, min(1.0, rise, fall))
+
+
+def l1_weight(step: int, steps: int, config: TrainConfig) -> float:
+    """Weight of the L1 loss at this step: a linear rise; for batch_topk also a fall to 0 together with the learning rate's.
+
+    There the penalty only has to separate concepts: k makes the codes sparse, and without a penalty nothing stays shrunk.
+    Vanilla's codes are sparse by the penalty alone, so there it stays.
+    """
+    rise = min(1.0, step / max(1.0, config.l1_warmup * steps))
+    fall = min(1.0, (steps - step) / max(1.0, config.lr_decay * steps)) if config.variant == "batch_topk" else 1.0
+    return config.l1_coeff * rise * fall
 
 
 def annealed_k(step: int, steps: int, config: TrainConfig) -> int:
@@ -316,6 +337,21 @@ def evaluate(crosscoder: CrossCoder, source: Source, batch_size: int, unscale: T
         "val_l0_loss": active.item() / totals.rows,
         **by_model("val_explained_variance", totals.explained().tolist()),
     }
+
+
+@torch.no_grad()
+def latent_classes(crosscoder: CrossCoder, batches) -> latents.Classes:
+    """Class of every latent of a crosscoder of two models, measured on normalised held-out batches [batch, 2, d_model].
+
+    Of several processes each measures its own latents, and all get the classes of all.
+    """
+    sums, W_dec = None, crosscoder.W_dec.detach()
+    for x in batches:
+        f = crosscoder.encode(x, normalized=True)
+        x_hat = crosscoder.decode(f, normalized=True)
+        part, _ = latents.latent_sums(x, f, W_dec, crosscoder.b_dec, x_hat=x_hat)
+        sums = part if sums is None else sums + part
+    return latents.Classes(*(crosscoder.shard.gather_rows(kind_of) for kind_of in latents.classes(sums, W_dec)))
 
 
 def losses_and_gradients(crosscoder: CrossCoder, x: Tensor, at_once: int, *args) -> Losses:

@@ -152,18 +152,17 @@ def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict
     """The metrics with the counts of the table: dead share, classes under several cuts, density."""
     live = ~table["dead"]
     norms = torch.from_numpy(np.stack([table["dec_base_norm"], table["dec_ft_norm"]], axis=1))
+    agreed = np.where(table["tag"] == table["tag_scaling"], table["tag"], "shared")
+    ways = {"latents": agreed, "latents_by_norm": table["tag"], "latents_by_scaling": table["tag_scaling"]}
     edges = np.linspace(-7, 0, 51)
     density, _ = np.histogram(np.log10(table["frequency"][live]).clip(-7, 0), edges)
-    agree = table["tag"] == table["tag_scaling"]
     return metrics | {
         "variant": crosscoder.variant,
         "d_hidden": crosscoder.d_hidden,
         "k": crosscoder.k,
         "threshold": None if crosscoder.folded else crosscoder.threshold.item(),
         "dead_fraction": float(1 - live.mean()),
-        "latents": latents.count_classes(norms, torch.from_numpy(table["dead"])),
-        "latents_by_scaling": {name: int((live & (table["tag_scaling"] == name)).sum()) for name in latents.CLASSES},
-        "latents_by_both": {name: int((live & agree & (table["tag"] == name)).sum()) for name in latents.CLASSES},
+        **{way: {name: int((live & (tags == name)).sum()) for name in latents.CLASSES} for way, tags in ways.items()},
         "latents_by_published_cuts": latents.published_counts(norms, torch.from_numpy(live)),
         "density": {"log10_frequency_edges": edges.tolist(), "latents": density.tolist()},
     }

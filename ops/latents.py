@@ -47,23 +47,30 @@ def classify(norms: Tensor) -> Tensor:
     return (relative >= BASE_ONLY_BELOW).long() + (relative > FT_ONLY_ABOVE).long()
 
 
-def count_classes(norms: Tensor, dead: Tensor) -> dict[str, int]:
+def count_classes(kind_of: Tensor, dead: Tensor) -> dict[str, int]:
     """How many live latents belong to each class, and how many latents are dead.
 
-    Of more than two models: how many have over 0.8 of their decoder norm in one (A: the base model).
+    kind_of: [d_hidden] index into CLASSES; dead: [d_hidden] bool.
+    """
+    counts = torch.bincount(kind_of[~dead], minlength=3).tolist()
+    return dict(zip(CLASSES, counts, strict=True), dead=int(dead.sum()))
+
+
+def list_classes(kind_of: Tensor, dead: Tensor) -> dict[str, list[int]]:
+    """The latents of each exclusive class, and the dead ones; all others are shared. Arguments of `count_classes`."""
+    masks = {name: (kind_of == CLASSES.index(name)) & ~dead for name in ("base_only", "ft_only")} | {"dead": dead}
+    return {name: mask.nonzero()[:, 0].tolist() for name, mask in masks.items()}
+
+
+def count_owners(norms: Tensor, dead: Tensor) -> dict[str, int]:
+    """Of more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
 
     norms: [d_hidden, n_models]; dead: [d_hidden] bool.
     """
-    if norms.shape[1] > 2:
-        share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
-        only = (share > FT_ONLY_ABOVE).sum(0).tolist()
-        return {
-            "shared": len(share) - sum(only),
-            **{f"{chr(65 + model)}_only": n for model, n in enumerate(only)},
-            "dead": int(dead.sum()),
-        }
-    counts = torch.bincount(classify(norms)[~dead], minlength=3).tolist()
-    return dict(zip(CLASSES, counts, strict=True), dead=int(dead.sum()))
+    share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
+    only = (share > FT_ONLY_ABOVE).sum(0).tolist()
+    owners = {f"{chr(65 + model)}_only": n for model, n in enumerate(only)}
+    return {"shared": len(share) - sum(only), **owners, "dead": int(dead.sum())}
 
 
 def published_counts(norms: Tensor, live: Tensor) -> dict[str, dict[str, int]]:
@@ -110,8 +117,9 @@ class LatentSums:
 
 @torch.no_grad()
 def latent_sums(
-    x: Tensor, f: Tensor, W_dec: Tensor, b_dec: Tensor, group: Tensor | None = None, n_groups: int = 1
-) -> tuple[LatentSums, Tensor]:
+    x: Tensor, f: Tensor, W_dec: Tensor, b_dec: Tensor, group: Tensor | None = None, n_groups: int = 1,
+    x_hat: Tensor | None = None,
+) -> tuple[LatentSums, Tensor]:  # fmt: skip
     """The sums of one batch (add those of all batches), and its reconstruction [batch, n_models, d_model].
 
     f_j * (x, error) is first summed over the batch and then multiplied with the directions: one product for each latent instead
@@ -122,6 +130,7 @@ def latent_sums(
         f: [batch, d_hidden] inference codes.
         W_dec: [d_hidden, n_models, d_model]; b_dec: [n_models, d_model].
         group: [batch] int64 below n_groups: codes are counted and summed for each group of tokens; None: all are of group 0.
+        x_hat: the reconstruction, where these latents are only a part of the dictionary.
     """
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
     d_hidden, rows = len(W_dec), W_dec.flatten(1)  # [d_hidden, n_models * d_model]
@@ -135,7 +144,9 @@ def latent_sums(
         count, total = (torch.bincount(cell, w, n_groups * d_hidden).view(n_groups, -1) for w in (None, values.double()))
         total = total.double()  # without any entry it is of whole numbers
         per_token = torch.bincount(tokens, minlength=len(x))
-        x_hat = embedding_bag(active, rows, per_token.cumsum(0) - per_token, mode="sum", per_sample_weights=values)
+        if x_hat is None:
+            starts = per_token.cumsum(0) - per_token
+            x_hat = embedding_bag(active, rows, starts, mode="sum", per_sample_weights=values).view(x.shape).to(x.dtype) + b_dec
         by_latent = active.argsort(stable=True)
         tokens, values, borders = tokens[by_latent], values[by_latent], torch.cat([count.new_zeros(1), count.sum(0).cumsum(0)])
         wide, latent = values.double(), active[by_latent]
@@ -145,8 +156,7 @@ def latent_sums(
         parts = [f[group == i] for i in range(n_groups)] if n_groups > 1 else [f]
         count, total = (torch.stack(sums) for sums in zip(*(((p > 0).sum(0), p.sum(0).double()) for p in parts), strict=True))
         squared, most = f.pow(2).sum(0).double(), f.amax(0).double()
-        x_hat = f @ rows
-    x_hat = x_hat.view(x.shape).to(x.dtype) + b_dec
+        x_hat = (f @ rows).view(x.shape).to(x.dtype) + b_dec if x_hat is None else x_hat
     targets = torch.stack([x, x - x_hat], dim=1).flatten(1)  # [batch, 2 * n_models * d_model]
     parts = []
     for first in range(0, d_hidden, LATENTS_TOGETHER):
@@ -220,3 +230,24 @@ def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -
         low = (nu_error.abs() < NU_ERROR_BELOW) & (nu_reconstruction.abs() < NU_RECONSTRUCTION_BELOW)
         exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
     return 1 - exclusive[0].long() + exclusive[1].long()
+
+
+class Classes(NamedTuple):
+    """The class of each latent as an index into CLASSES, [d_hidden] each."""
+
+    norm: Tensor  # by relative norm
+    scaling: Tensor  # by latent scaling
+    agreed: Tensor  # exclusive where both ways say so, else shared
+
+
+def classes(sums: LatentSums, W_dec: Tensor) -> Classes:
+    """Classes from the sums of a pass over rows. W_dec: [d_hidden, 2, d_model].
+
+    Each way alone calls shared latents exclusive: an L1 penalty shrinks away rows whose concept the model has, and latent
+    scaling looks at one direction at a time. Where they agree few are false (docs/recipes.md).
+    """
+    norms = W_dec.norm(dim=-1)
+    by_norm = classify(norms)
+    base, ft = (latent_scaling(sums.scaling(of), W_dec, of) for of in (0, 1))
+    by_scaling = classify_by_scaling(base, ft, norms)
+    return Classes(by_norm, by_scaling, torch.where(by_norm == by_scaling, by_norm, CLASSES.index("shared")))

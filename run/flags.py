@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import tyro
 
-from config import LR_FACTOR, PLANTED, REAL, WARM, TrainConfig
+from config import LR_FACTOR, PLANTED, REAL, TOPK, WARM, WARM_TOPK, TrainConfig
 
 QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
 ABOVE_0 = (
@@ -216,6 +216,8 @@ def resolve_sizes(given: TrainConfig, saved: dict | None, warm, fast_dtype: str,
     saved: what a resumed run began with. warm: the crosscoder that a fresh one begins with. fast_dtype: for "auto".
     """
     usual = REAL if given.base_model or given.dataset or given.base_dataset or given.model_dataset else PLANTED
+    if given.variant == "batch_topk":
+        usual = usual | (WARM_TOPK if warm else TOPK)
     if warm:
         usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
     known: dict[str, Any] = {name: value for name, value in (saved or usual).items() if getattr(given, name, value) is None}
@@ -238,6 +240,5 @@ def resolve_lengths(given: TrainConfig, config: TrainConfig, train_rows: int | N
         num_tokens=given.epochs * train_rows if given.epochs and train_rows else config.num_tokens or train_rows,
         k_aux=config.k_aux or max(1, d_model // 2),
         lr=config.lr or LR_FACTOR / math.sqrt(d_model * config.d_hidden),
-        l1_coeff=0.0 if config.variant == "batch_topk" and given.l1_coeff is None else config.l1_coeff,
         micro_batch_size=config.micro_batch_size or config.batch_size,
     )

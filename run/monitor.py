@@ -43,7 +43,7 @@ def print_plan(config, source: Source, run: Path, start_from: Path | None, devic
         start, share = min(config.d_hidden, round(config.k * config.k_start)), config.k_anneal
         detail = f"k from {start} to {config.k} over {share:.0%} of the run (explained variance falls with it, as it should)"
     if config.variant == "batch_topk" and config.l1_coeff:
-        detail += f" and an added L1 loss of weight {config.l1_coeff:g}"
+        detail += f" and an L1 loss of weight {config.l1_coeff:g} that ends at 0"
     say(f"data     {source.describe()} of {source.n_models} x {source.d_model}, {source.val_rows:,} held out")
     say(f"model    {config.variant}, {config.d_hidden:,} latents, {detail}; {state}")
     say(f"run      {steps:,} steps of {config.batch_size:,} tokens on {device} in {config.compute_dtype}, saved in {run}")
@@ -203,7 +203,14 @@ def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
         outliers = summary["rows_dropped_by_norm"]
         say(f"left out   {outliers:,} rows by their norm (--max-norm-ratio), {dropped - outliers:,} with NaN or inf")
     counts = ", ".join(f"{n} {name.replace('_', '-')}" for name, n in summary["latents"].items())
-    say(f"latents    {counts} of {config.d_hidden}")
+    if "latents_by_norm" not in summary:
+        say(f"latents    {counts} of {config.d_hidden}, by decoder norm")
+    else:
+        say(f"latents    {counts} of {config.d_hidden}; exclusive are those on which both ways agree:")
+        for way in ("norm", "scaling"):
+            of = summary[f"latents_by_{way}"]
+            name = "decoder norm" if way == "norm" else "latent scaling"
+            say(f"           {of['base_only']} base-only, {of['ft_only']} ft-only by {name} alone")
     if planted := summary.get("planted"):
         say("\nplanted concepts    recall   right class")
         for name in latents.CLASSES:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from einops import einsum
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from ops import latents
 from sources.batches import read_ahead
@@ -30,6 +31,8 @@ class PlantedConcepts(Source):
     A row is a function of (seed, split, its number).
 
     Args:
+        active: concepts that a row holds on average. tail: their frequencies are rank ** -tail, in random order.
+        scales: of the two models' activations. rare: exclusive concepts are active on .05 % of the rows.
         hard: as real models are. Frequencies have a long tail, exclusive concepts are active on only .05 % to 1 % of the
             rows, concepts become active in groups of 8, amplitudes are lognormal, and two dimensions have a large mean.
         offset: means ten times the activations' norm, two outlier dimensions, and a factor of 5 between the models.
@@ -40,9 +43,10 @@ class PlantedConcepts(Source):
     dtype = torch.float32
     train_rows = None  # endless: there are no epochs
 
-    def __init__(
-        self, seed: int = 0, val_rows: int = 16_384, *, n_concepts: int = 512, d_model: int = 128,
-        hard: bool = False, offset: bool = False, null: bool = False,
+    def __init__(  # noqa: PLR0913 - settings, given by name
+        self, seed: int = 0, val_rows: int = 16_384, *, n_concepts: int = 1024, d_model: int = 128, active: float = 12.0,
+        tail: float = 0.5, scales: tuple[float, float] = (1.0, 3.0), rare: bool = False, hard: bool = False,
+        offset: bool = False, null: bool = False,
     ):  # fmt: skip
         self.seed, self.val_rows, self.d_model = seed, val_rows, d_model
         self.hard, self.stored_scale, self.record = hard, torch.ones(2), {}
@@ -60,11 +64,13 @@ class PlantedConcepts(Source):
         directions[self.kind == BASE_ONLY, 1] = 0
         self.directions = directions  # [n_concepts, 2, d_model] unit rows, zero in the model that lacks the concept
 
-        rate = torch.exp(-0.001 * torch.randperm(n_concepts, generator=draw))
-        self.rate = rate / rate.sum() * n_concepts / 100  # [n_concepts] probability of being active, 1 % on average
+        rate = (1.0 + torch.randperm(n_concepts, generator=draw)) ** -tail
+        self.rate = rate / rate.sum() * active  # [n_concepts] probability of being active
+        if rare:
+            self.rate[: 2 * exclusive] = 0.0005
         self.loading = 0.3 * torch.randn(10, n_concepts, generator=draw)  # ten hidden topics move the probabilities
         self.mean = torch.randn(2, d_model, generator=draw) / d_model**0.5  # norm about 1, like the activations'
-        self.scale = torch.tensor([1.0, 3.0])
+        self.scale = torch.tensor(scales)
         if hard:
             tail = 1 / torch.arange(1.0, n_concepts - 2 * exclusive + 1)
             tail = (tail / tail.sum() * n_concepts / 100).clamp_max(0.25)
@@ -107,17 +113,19 @@ class PlantedConcepts(Source):
         seeds = np.random.SeedSequence([self.seed, split == "train", block])
         draw = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
         codes = self._hard_codes(draw) if self.hard else self._codes(draw)  # [BLOCK, n_concepts]
-        x = codes @ self.directions.flatten(1)  # [BLOCK, 2 * d_model]
+        row, concept = codes.nonzero(as_tuple=True)
+        starts = torch.searchsorted(row, torch.arange(BLOCK))
+        x = embedding_bag(concept, self.directions.flatten(1), starts, mode="sum", per_sample_weights=codes[row, concept])
         x = x + 0.01 * torch.randn(x.shape, generator=draw)
         return ((x.unflatten(1, (2, -1)) + self.mean) * self.scale[:, None]).transpose(0, 1).contiguous()
 
     def _codes(self, draw: torch.Generator) -> Tensor:
         topics = torch.randn(BLOCK, 10, generator=draw)
-        tilt = torch.exp(topics @ self.loading - self.loading.pow(2).sum(0) / 2)  # [BLOCK, n_concepts], mean 1
-        probability = self.rate * tilt
-        uniform = torch.rand(BLOCK, len(self.rate), generator=draw)
+        at_rest = self.rate.log() - self.loading.pow(2).sum(0) / 2
+        probability = torch.addmm(at_rest, topics, self.loading).exp_()  # [BLOCK, n_concepts], on average the rate
         # Given that it lies below the probability, uniform / probability is itself uniform on (0, 1): the magnitude.
-        return torch.where(uniform < probability, uniform / probability, 0)
+        codes = torch.rand(BLOCK, len(self.rate), generator=draw).div_(probability)
+        return codes.masked_fill_(codes >= 1, 0)
 
     def _hard_codes(self, draw: torch.Generator) -> Tensor:
         awake = torch.rand(BLOCK, len(self.awake_rate), generator=draw) < self.awake_rate  # [BLOCK, groups]

@@ -90,7 +90,7 @@ class Source(Protocol):
         """Metrics of its own over the `seconds` since the last call."""
         return {}
 
-    def score(self, W_dec: Tensor, dead: Tensor) -> dict[str, float] | None:
+    def score(self, W_dec: Tensor, dead: Tensor, kind_of: Tensor | None = None) -> dict[str, float] | None:
         """How much of the truth a dictionary found, as `planted.PlantedConcepts.score`; None where the truth is not known."""
         return None
 

@@ -308,7 +308,7 @@ def test_two_copies_of_one_model_have_no_exclusive_latent(tiny, tmp_path):
         "--run-name", "null", "--output-dir", tmp_path, "--wandb", "disabled", check=True,
     )  # fmt: skip
     metrics = analyse(tmp_path / "null", "--output", tmp_path / "out", "--sections-per-class", 2)
-    counts = [metrics["latents"], metrics["latents_by_scaling"], metrics["latents_by_both"]]
+    counts = [metrics["latents"], metrics["latents_by_scaling"], metrics["latents_by_norm"]]
     counts += metrics["latents_by_published_cuts"].values()
     assert all(count["base_only"] == count["ft_only"] == 0 < count["shared"] for count in counts)
     table = read_table(tmp_path / "out")

@@ -18,7 +18,7 @@ def test_classes_cut_at_a_fifth_and_four_fifths():
 def test_counts_leave_dead_latents_out_of_the_classes():
     norms = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     dead = torch.tensor([False, False, False, True])
-    assert latents.count_classes(norms, dead) == {"base_only": 1, "shared": 1, "ft_only": 1, "dead": 1}
+    assert latents.count_classes(latents.classify(norms), dead) == {"base_only": 1, "shared": 1, "ft_only": 1, "dead": 1}
 
 
 def scaling_sums(x, f, x_hat, W_dec, of):

@@ -8,7 +8,7 @@ from sources.planted import FT_ONLY, SHARED, PlantedConcepts
 
 @pytest.fixture(scope="module")
 def world():
-    return PlantedConcepts(seed=3, val_rows=2000)
+    return PlantedConcepts(seed=3, val_rows=2000, n_concepts=512, active=5.12)
 
 
 def take(world, split, rows):
@@ -20,7 +20,7 @@ def take(world, split, rows):
 def test_a_row_is_a_function_of_seed_split_and_number(world):
     rows = [0, 5, 4095, 4096, 9000]
     x = take(world, "train", rows)
-    assert torch.equal(x, take(PlantedConcepts(seed=3, val_rows=5), "train", rows))
+    assert torch.equal(x, take(PlantedConcepts(seed=3, val_rows=5, n_concepts=512, active=5.12), "train", rows))
     assert torch.equal(x[:, [1, 3]], take(world, "train", [5, 4096]))
     assert not torch.equal(x, take(world, "validation", rows))
     assert not torch.equal(x, take(PlantedConcepts(seed=4), "train", rows))
@@ -28,18 +28,19 @@ def test_a_row_is_a_function_of_seed_split_and_number(world):
 
 def test_concepts_are_where_they_should_be(world):
     norms = world.directions.norm(dim=-1)
-    counts = latents.count_classes(norms, torch.zeros(len(norms), dtype=torch.bool))
+    counts = latents.count_classes(latents.classify(norms), torch.zeros(len(norms), dtype=torch.bool))
     assert counts == {"base_only": 25, "shared": 462, "ft_only": 25, "dead": 0}
     assert torch.equal(latents.classify(norms), world.kind)
     shared = world.directions[world.kind == SHARED]
     assert 0.9 < (shared[:, 0] * shared[:, 1]).sum(-1).mean() < 0.99
 
 
-def test_rows_hold_about_one_percent_of_the_concepts(world):
+def test_rows_hold_as_many_concepts_as_asked_for(world):
     x = take(world, "train", np.arange(4096))
     centred = x / world.scale[:, None, None] - world.mean[:, None]  # [2, rows, d_model]
     codes = torch.linalg.lstsq(world.directions.flatten(1).T, centred.transpose(0, 1).flatten(1).T).solution
     assert codes.shape[0] == 512
+    assert world.rate.sum().item() == pytest.approx(5.12) and world.rate.max() / world.rate.min() == pytest.approx(512**0.5)
     energy = centred.pow(2).sum(-1).mean(1)
     # Each of ~5.1 concepts active has magnitude U(0, 1), mean square 1/3; a model lacks 5 % of them; noise 0.01 a dimension.
     assert energy[0].item() == pytest.approx(512 / 100 * 0.95 / 3, rel=0.15)
@@ -78,6 +79,8 @@ def test_worlds_of_every_kind():
     torch.testing.assert_close((codes > 0).float().mean(0), hard.rate, atol=0.006, rtol=0.1)
     exclusive = hard.rate[hard.kind != SHARED]
     assert exclusive.min() >= 0.0005 and exclusive.max() <= 0.01
+    rare = PlantedConcepts(seed=0, n_concepts=128, rare=True)
+    assert (rare.rate[rare.kind != SHARED] == 0.0005).all() and (rare.rate[rare.kind == SHARED] > 0.01).all()
     offset = PlantedConcepts(seed=0, n_concepts=128, offset=True)
     x = take(offset, "train", np.arange(4096))
     assert (x.mean(1).norm(dim=-1) > 5 * (x - x.mean(1, keepdim=True)).norm(dim=-1).mean(1)).all()

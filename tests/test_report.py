@@ -43,7 +43,7 @@ def made_up_metrics(table: dict) -> dict:
     return {
         "explained_variance": 0.9, "explained_variance_A": 0.91, "explained_variance_B": 0.89, "l0_loss": 12.0, "k": None,
         "variant": "vanilla", "d_hidden": len(table["latent"]), "dead_fraction": 0.01, "latents": counts | {"dead": 1},
-        "latents_by_scaling": counts, "latents_by_both": counts, "rows_validation": 10, "rows_train": 10, "notes": HOSTILE[:1],
+        "latents_by_scaling": counts, "latents_by_norm": counts, "rows_validation": 10, "rows_train": 10, "notes": HOSTILE[:1],
         "latents_by_published_cuts": {"a cut": counts | {"other": 0}}, "run": "<b>run</b>", "data": "</script>",
         "threshold_curve": [],
     }  # fmt: skip

@@ -63,8 +63,11 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     assert NINE | {"tokens", "seconds", "tokens_per_second", "planted"} <= summary.keys() and summary["tokens"] == 6400
     kinds = ("shared", "base_only", "ft_only")
     assert summary["planted"].keys() == {f"{a}_{b}" for a in ("recall", "class_ok") for b in kinds} | {"false_exclusive"}
-    counts = summary["latents"]
-    assert sum(counts.values()) == 64
+    counts, by_norm, by_scaling = (summary[name] for name in ("latents", "latents_by_norm", "latents_by_scaling"))
+    assert sum(counts.values()) == sum(by_norm.values()) == sum(by_scaling.values()) == 64
+    assert all(counts[name] <= min(by_norm[name], by_scaling[name]) for name in ("base_only", "ft_only"))
+    listed = json.loads((run / "crosscoder" / "classes.json").read_text())
+    assert {name: len(latents) for name, latents in listed.items()} == {k: n for k, n in counts.items() if k != "shared"}
     printed = (
         f"{counts['base_only']} base-only, {counts['shared']} shared, {counts['ft_only']} ft-only, {counts['dead']} dead of 64"
     )
@@ -77,7 +80,7 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     commit = config["code"]["commit"]  # None in a copy without its history
     assert head.startswith(commit.removesuffix("-dirty")) if head else commit is None
     assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None
-    assert config["resolved"]["lr"] == 2 / (128 * 64) ** 0.5
+    assert config["resolved"]["lr"] == 1.44 / (128 * 64) ** 0.5
 
 
 def test_schedules(tmp_path):
@@ -89,6 +92,17 @@ def test_schedules(tmp_path):
     np.testing.assert_allclose(lr[80:], np.arange(20, 0, -1) / 20 * 0.01)
     np.testing.assert_allclose(l1[:20], np.arange(1, 21) / 20 * 2)
     np.testing.assert_allclose(l1[20:], 2)
+
+
+def test_the_penalty_of_batch_topk_falls_with_the_learning_rate(tmp_path):
+    flags = ["--variant", "batch_topk", "--k", 2, "--l1-coeff", 2, "--l1-warmup", 0.5, "--lr-decay", 0.2, "--log-every", 1]
+    run = train(tmp_path, "a", *SMALL, *flags)
+    l1 = [m["l1_coeff"] for m in metrics(run) if "l1_coeff" in m]
+    np.testing.assert_allclose(l1[:50], np.arange(1, 51) / 50 * 2)
+    np.testing.assert_allclose(l1[50:80], 2)
+    np.testing.assert_allclose(l1[80:], np.arange(19, -1, -1) / 20 * 2, atol=1e-12)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["l1_coeff"] == 0 and summary["loss"] == summary["l2_loss"]
 
 
 def test_k_falls_by_equal_factors(tmp_path):
