@@ -1,11 +1,15 @@
 """How much of a planted truth each recipe finds, on the same activations: ours against published ones.
 
-    python benchmarks/recipes.py --worlds easy offset null --seeds 0 1 2
-    python benchmarks/recipes.py --worlds hard --recipes "ours, vanilla" --seeds 0
+    python benchmarks/recipes.py --worlds easy long --seeds 201 202
+    python benchmarks/recipes.py --grid quick --seeds 201 202
+    python benchmarks/recipes.py --grid full --seeds 201 --recipes "ours, batch_topk"
+
+--grid trains our two variants with default flags in many worlds, each under several dials (k or the L1 weight, latents, batch),
+and prints the worst cell and the median beside the table. The recipe was chosen on seeds 101 to 103.
 
 Each world is written once as paired datasets under runs/recipes/worlds and trained on as a user would; results are appended
 to runs/recipes/recipes.csv, and a run that stands there is not repeated, so several can work side by side on different seeds.
-Prints a table, mean and spread over the seeds, and draws it as runs/recipes/recipes.png.
+Prints a table, mean and worst over the seeds, and draws it as runs/recipes/recipes.png.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -34,9 +39,9 @@ from ops import latents
 from run import checkpoint
 from sources.batches import estimate_normalization
 from sources.dataset_files import open_datasets
-from sources.planted import BLOCK, RECOVERED, SHARED, PlantedConcepts
+from sources.planted import BLOCK, RECOVERED, PlantedConcepts
 from sources.stored import PairedActivations
-from train import DEAD_AFTER_AT_MOST, evaluate, held_out, lr_factor
+from train import DEAD_AFTER_AT_MOST, evaluate, held_out, latent_classes, lr_factor
 
 HELD_OUT = 32_768  # rows
 
@@ -46,30 +51,56 @@ class World(NamedTuple):
     tokens: int  # to train on
     d_hidden: int
     batch_size: int
-    dials: dict  # of sparsity, for our recipes; k for the published one as well
-    flags: list[str] = []  # of our recipes here, in place of defaults
+    k: int
+    l1: float = 2.0  # the default of a run on datasets
 
 
-EASY, EASY_DIALS = dict(n_concepts=1024), {"l1": 1.0, "k": 28, "l1_topk": 0.5}
-HARD, HARD_DIALS = dict(n_concepts=2048, hard=True), {"l1": 1.5, "k": 40, "l1_topk": 1.5}
-# Many rare concepts that occur together come apart slowly: sparsity grows to the end, and k starts where it cuts nothing off.
-HARD_FLAGS = ["--l1-warmup", "0.95", "--k-anneal", "0.95", "--dead-window", "0.01"]
-HARD_K_FLAGS = ["--k-start", "32"]  # where a recipe selects by k
+OFTEN = dict(tail=0.5, offset=True)  # frequencies 1 / sqrt(rank), large means and outlier dimensions
+SMALL = World(dict(n_concepts=512, d_model=96, active=12, **OFTEN), 1_000_000, 1024, 1024, 12)
+NARROW = World(dict(n_concepts=256, d_model=64, active=8, tail=0.5), 1_000_000, 512, 512, 8)
+WIDE = World(dict(n_concepts=1024, d_model=256, active=16, tail=0.5, scales=(3.0, 5.0)), 2_000_000, 2048, 1024, 16)
+LONG = World(dict(n_concepts=1024, active=12, **OFTEN), 3_000_000, 2048, 2048, 12)
+EASY = World(dict(n_concepts=1024, active=10.24), 3_000_000, 2048, 2048, 16)  # concepts of similar frequency
+RARE = World(dict(n_concepts=1024, active=12, tail=0.5, rare=True), 3_000_000, 2048, 1024, 12)  # exclusive ones on .05 %
+CROWDED = World(dict(n_concepts=2048, active=16, tail=0.5), 2_000_000, 1024, 1024, 16)  # twice as many concepts as latents
+NULL = SMALL._replace(planted=SMALL.planted | {"null": True})
+HARD = World(dict(n_concepts=2048, hard=True), 6_000_000, 4096, 512, 40)
 WORLDS = {
-    "easy": World(EASY, 3_000_000, 2048, 2048, EASY_DIALS),
-    "offset": World(EASY | {"offset": True}, 3_000_000, 2048, 2048, EASY_DIALS),
-    # Two equal models span half as many dimensions: the same concepts overlap more, and vanilla uses 78 latents a token.
-    "null": World(EASY | {"null": True}, 3_000_000, 2048, 2048, EASY_DIALS | {"k": 80}),
-    "hard": World(HARD, 6_000_000, 4096, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2e-3"]),
-    "hard, none to spare": World(HARD, 6_000_000, 2048, 512, HARD_DIALS, [*HARD_FLAGS, "--lr", "2.8e-3"]),
-    "paper": World(dict(n_concepts=2048, d_model=256), 800_000_000, 4096, 2048, EASY_DIALS | {"k": 48}),  # for a GPU
-    "tiny pair": World(None, 800_000, 512, 512, {"l1": 2.0, "k": 16, "l1_topk": 0.0}),
+    "small": SMALL, "narrow": NARROW, "wide": WIDE, "long": LONG, "easy": EASY, "rare": RARE, "crowded": CROWDED, "null": NULL,
+    "hard": HARD,
+    "hard, none to spare": HARD._replace(d_hidden=2048),
+    "paper": World(dict(n_concepts=2048, d_model=256, active=20.48), 800_000_000, 4096, 2048, 48),  # for a GPU
+    "tiny pair": World(None, 800_000, 512, 512, 16),
+}  # fmt: skip
+# Each cell of the grid is a world under other dials. k is .75 to 4 times the number of concepts that a token holds, latents are
+# 1 to 4 times the concepts, the L1 weight half to twice its default.
+DIALS = {
+    "small": [{"k": 9}, {}, {"k": 16}, {"k": 24}, {"k": 48}, {"d_hidden": 512}, {"d_hidden": 2048}, {"batch_size": 512}],
+    "narrow": [{}, {"k": 16}, {"k": 32}],
+    "null": [{}, {"k": 48}],
+    "wide": [{}, {"k": 64}],
+    "long": [{"k": 16}, {"k": 28}, {"batch_size": 4096}],
+    "easy": [{}],
+    "rare": [{}, {"k": 24}],
+    "crowded": [{}],
+    "hard": [{}],
 }
+L1_DIALS = {
+    "small": [{"l1": 1.0}, {}, {"l1": 4.0}, {"d_hidden": 512}, {"d_hidden": 2048}],
+    "narrow": [{}],
+    "null": [{}],
+    "wide": [{}],
+    "long": [{}, {"l1": 1.0}],
+    "easy": [{}],
+    "rare": [{}],
+    "crowded": [{}],
+    "hard": [{}],
+}
+UNFAIR = ("crowded", "null")  # where latents for all concepts, or exclusive ones, do not exist
+QUICK = ("small", "narrow", "null", "wide")  # the half of the grid that takes an hour on two cores
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
-    # The selection alone settles on mixtures of concepts that a penalty sorts.
-    "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}", "--l1-coeff", "{l1_topk}"],
-    "ours, batch_topk without a penalty": ["--variant", "batch_topk", "--k", "{k}"],
+    "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}"],
     # ckkissane/crosscoder-model-diff-replication: scale without centring, L1 2 after 5 %, no warm-up, decay over the last 20 %
     "L1 (ckkissane)": [
         *["--no-center", "--l1-coeff", "2", "--lr", "5e-5", "--dec-init-norm", "0.08", "--l1-warmup", "0.05"],
@@ -80,7 +111,7 @@ UNSQUARED = "BatchTopK (crosscoder_learning)"  # trained by train_unsquared
 QUARTERS = ["recall_rarest", "recall_rare", "recall_common", "recall_commonest"]  # of all concepts, by rate
 WAYS = ("norm", "scaling", "both")  # to call a latent exclusive: decoder norms, latent scaling, or only where both agree
 COLUMNS = [
-    "world", "recipe", "lr", "seed", "right_shared",
+    "world", "dials", "recipe", "lr", "seed", "flags", "right_shared",
     *(f"{what}_{way}" for way in WAYS for what in ("base_only", "ft_only", "false")),
     *QUARTERS, "explained_variance", "l0_loss", "dead_fraction", "tokens", "seconds",
 ]  # fmt: skip
@@ -117,15 +148,17 @@ def collect_tiny_pair(folder: Path) -> None:
         subprocess.run([*command, "--output", str(folder / "data")], check=True)
 
 
-def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens: int) -> dict:
-    """Train one recipe on one world for so many tokens, in folder/worlds and folder/runs, and score it."""
-    world = WORLDS[name]
+def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | None, tokens: int | None) -> dict:
+    """Train one recipe on one world under these dials for so many tokens, in folder/worlds and folder/runs, and score it."""
+    world = WORLDS[name]._replace(**dials)
+    tokens = tokens or world.tokens
     if world.planted is None:
         planted, data = None, folder / "worlds" / "tiny-pair"
         collect_tiny_pair(data)
         named = [("--dataset", str(data / "data"))]
     else:
-        planted, data = PlantedConcepts(seed, **world.planted), folder / "worlds" / f"{name}-{seed}-{tokens}"
+        planted = PlantedConcepts(seed, **world.planted)
+        data = folder / "worlds" / f"{'-'.join(f'{key}={value}' for key, value in world.planted.items())}-{seed}-{tokens}"
         write_world(data, planted, tokens)
         named = [("--base-dataset", str(data / "base.arrow")), ("--ft-dataset", str(data / "ft.arrow"))]
     source = PairedActivations(open_datasets(named, (None, None)), HELD_OUT, 0, seed)
@@ -133,27 +166,33 @@ def run(folder: Path, name: str, recipe: str, seed: int, lr: str | None, tokens:
     if recipe == UNSQUARED:
         crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
     else:
-        out = folder / "runs" / f"{name} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
+        out = folder / "runs" / f"{name} {told(dials)} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(out.parent), "--run-name", out.name]
         command += [word for flag_and_name in named for word in flag_and_name]
-        command += ["--seed", str(seed), "--num-tokens", str(tokens), "--val-tokens", str(HELD_OUT), "--wandb", "disabled"]
-        command += ["--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size), "--log-every", "100"]
-        command += ["--compute-dtype", "bfloat16"]
-        command += [part.format(**world.dials) for part in RECIPES[recipe]]
-        command += (world.flags if recipe.startswith("ours") else []) + (["--lr", lr] if lr else [])
-        command += HARD_K_FLAGS if name.startswith("hard") and "--k" in command else []
+        command += ["--seed", str(seed), "--val-tokens", str(HELD_OUT), "--compute-dtype", "bfloat16", "--wandb", "disabled"]
+        command += ["--log-every", "100", *train_flags(name, dials, recipe, lr, tokens)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         crosscoder = CrossCoder.from_pretrained(out / "crosscoder")
         resolved = json.loads((out / "config.json").read_text())["resolved"]
         since_fired = checkpoint.read(checkpoint.find(out))[0]["tokens_since_fired"]
         dead = since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * tokens))
     seconds = time.perf_counter() - started
-    result = {"world": name, "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens, "seconds": round(seconds, 1)}
+    result = {"world": name, "dials": told(dials), "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens}
+    same_lr = [f"--lrs {lr or 'own'}, k {world.k}"]  # of the recipe that this script trains itself
+    result["flags"] = " ".join(same_lr if recipe == UNSQUARED else train_flags(name, dials, recipe, lr, tokens))
+    result["seconds"] = round(seconds, 1)
     measured = evaluate(crosscoder, source, world.batch_size, (1 / source.stored_scale.float())[:, None], 0.0)
     result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
     result |= {"dead_fraction": dead.float().mean().item()}
     return result | (score(crosscoder, dead, planted, source) if planted else {})
+
+
+def train_flags(name: str, dials: dict, recipe: str, lr: str | None, tokens: int) -> list[str]:
+    """The flags of train.py that set a cell's run apart from the others."""
+    world = WORLDS[name]._replace(**dials)
+    flags = ["--num-tokens", str(tokens), "--d-hidden", str(world.d_hidden), "--batch-size", str(world.batch_size)]
+    return flags + [part.format(k=world.k, l1=f"{world.l1:g}") for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
 
 
 def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
@@ -163,8 +202,7 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
     tokens, decoder norm 1, b_dec from the geometric median of the first batch, Adam with a constant rate after its warm-up
     (1000 of about 100,000 steps there, so 1 % here), gradients clipped to 1. Our code does the selection.
     """
-    k, k_aux = world.dials["k"], source.d_model // 2
-    crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", k, k_aux, 1.0, seed, torch.bfloat16)
+    crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", world.k, None, 1.0, seed, torch.bfloat16)
     unscale = (1 / source.stored_scale)[:, None]  # [2, 1] stored values -> raw activations
     mu, scale = estimate_normalization(source, center=True)
     crosscoder.mean.copy_(mu * unscale)
@@ -181,7 +219,9 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
             group["lr"] = lr * lr_factor(step, steps, warmup=0.01, decay=0)
         dead = silent >= DEAD_AFTER_AT_MOST
         out = crosscoder.losses(x, 0, 1 / 32, dead if dead.any() else None)
-        loss = (x - out.x_hat).norm(dim=-1).mean() + out.aux_loss / 32
+        residual = (x - out.x_hat).detach()
+        variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
+        loss = (x - out.x_hat).norm(dim=-1).mean() + out.aux_loss / variance / 32
         loss.backward()
         torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
         optimizer.step()
@@ -202,116 +242,136 @@ def geometric_median(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, source) -> dict:
-    """The planted truth against a crosscoder: classes by decoder norm, and by latent scaling on the held-out rows."""
-    W_dec, sums = crosscoder.W_dec.detach(), None
-    for x in held_out(crosscoder, source, 2048, torch.ones(2, 1)):  # [batch, 2, d_model]
-        f = crosscoder.encode(x, normalized=True)
-        part, _ = latents.latent_sums(x, f, W_dec, crosscoder.b_dec)
-        sums = part if sums is None else sums + part
-    scaling = (latents.latent_scaling(sums.scaling(of), W_dec, of) for of in (0, 1))
-    by_scaling = latents.classify_by_scaling(*scaling, W_dec.norm(dim=-1))
-    by_norm = latents.classify(W_dec.norm(dim=-1))
-    classes = {"norm": by_norm, "scaling": by_scaling, "both": torch.where(by_norm == by_scaling, by_norm, SHARED)}
+    """The planted truth against a crosscoder: classes by decoder norm, by latent scaling on the held-out rows, and by both."""
+    W_dec = crosscoder.W_dec.detach()
+    classes = latent_classes(crosscoder, held_out(crosscoder, source, 2048, torch.ones(2, 1)))
     result = {}
-    for way, kind_of in classes.items():
+    for way, kind_of in zip(WAYS, classes, strict=True):
         scored = world.score(W_dec, dead, kind_of)
         right = {kind: scored[f"recall_{kind}"] * scored[f"class_ok_{kind}"] for kind in latents.CLASSES}
         result |= {f"base_only_{way}": right["base_only"], f"ft_only_{way}": right["ft_only"]}
-        result |= {f"false_{way}": scored["false_exclusive"]} | ({"right_shared": right["shared"]} if way == "norm" else {})
+        result |= {f"false_{way}": scored["false_exclusive"]} | ({"right_shared": right["shared"]} if way == "both" else {})
     found = (world.fit(W_dec, dead).amax(1) > RECOVERED).float()  # [n_concepts]
     by_rate = found[world.rate.argsort()].chunk(4)
     result |= {name: quarter.mean().item() for name, quarter in zip(QUARTERS, by_rate, strict=True)}
     return result
 
 
-def by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """The rows of each world, recipe and learning rate: one a seed."""
-    groups = defaultdict(list)
+def told(dials: dict) -> str:
+    """The dials of a cell as flags, or what a world has by itself."""
+    return " ".join(f"--{name.replace('_', '-').replace('l1', 'l1-coeff')} {value:g}" for name, value in dials.items())
+
+
+MEASURES = {  # columns of the CSV and what the table calls them; the classes are those on which both ways agree
+    "right_shared": "shared", "base_only_both": "base-only", "ft_only_both": "ft-only", "false_both": "false",
+    "false_norm": "false, by norm", "recall_rarest": "rarest quarter", "explained_variance": "EV", "l0_loss": "L0",
+    "dead_fraction": "dead",
+}  # fmt: skip
+SHARES = [name for name in MEASURES if name not in ("l0_loss", "explained_variance")]  # the same goal in every cell
+BAD_IF_HIGH = ("false_both", "false_norm", "dead_fraction")
+
+
+def cells(rows: list[dict]) -> dict[tuple, dict[str, list[float]]]:
+    """The measures of each world, dials, recipe, learning rate and flags, one value a seed."""
+    groups: dict = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["world"], row["recipe"], row["lr"]].append(row)
+        for name in MEASURES:  # nothing is planted in the tiny pair
+            key = tuple(row[part] for part in ("world", "dials", "recipe", "lr", "flags"))
+            groups[key][name].append(float(row[name] or "nan"))
     return groups
 
 
-def spread(values: list[float]) -> float:
-    """Standard deviation; NaN where a value is missing."""
-    return torch.tensor(values).std(correction=0).item()
-
-
 def table(rows: list[dict]) -> None:
-    """Mean and, over several seeds, spread (standard deviation) of each world and recipe."""
-    names = ["right_shared", "base_only_norm", "ft_only_norm", "false_norm", "base_only_both", "ft_only_both", "false_both"]
-    names += ["recall_rarest", "explained_variance", "l0_loss", "dead_fraction"]
-    head = "shared | base-only | ft-only | false | base-only, both ways | ft-only, both ways | false, both ways | "
-    head += "rarest quarter | EV | L0 | dead"
-    print(f"| world | recipe | lr | seeds | {head} |\n|---|---|---|---:|" + "---:|" * len(names))
-    for (world, recipe, lr), group in by_run(rows).items():
-        cells = []
-        for name in names:
-            values = [float(row[name] or "nan") for row in group]  # nothing is planted in the tiny pair
-            digits = 1 if name == "l0_loss" else 2
-            cells.append(f"{mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""))
-        print(f"| {world} | {recipe} | {lr} | {len(group)} | {' | '.join(cells)} |")
+    """Mean and, over several seeds, worst seed of each cell; then each recipe's worst and median over all its runs."""
+    print(f"| world | recipe | flags | seeds | {' | '.join(MEASURES.values())} |")
+    print("|---|---|---|---:|" + "---:|" * len(MEASURES))
+
+    def shown(name: str, value: float) -> str:
+        return f"{value:.1f}" if name == "l0_loss" else f"{value:.3f}" if name == "explained_variance" else f"{value:.2f}"
+
+    def worst(name: str, values: list[float]) -> float:
+        return (max if name in BAD_IF_HIGH else min)(value for value in values if not math.isnan(value))
+
+    for (world, _, recipe, _, flags), measures in cells(rows).items():
+        line = []
+        for name, values in measures.items():
+            several = len(values) > 1 and name != "l0_loss" and not math.isnan(values[0])
+            line.append(shown(name, mean(values)) + (f" ({shown(name, worst(name, values))})" if several else ""))
+        print(f"| {world} | {recipe} | `{flags}` | {len(measures['l0_loss'])} | {' | '.join(line)} |")
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        runs = [row for row in rows if row["recipe"] == recipe and row["right_shared"] and row["world"] not in UNFAIR]
+        if len(runs) > 1:
+            values = {name: [float(row[name]) for row in runs] for name in MEASURES}
+            for what, of in (("worst", worst), ("median", lambda _, v: median(x for x in v if not math.isnan(x)))):
+                line = [shown(name, of(name, v)) if name in SHARES else "" for name, v in values.items()]
+                print(f"| all but {', '.join(UNFAIR)} | {recipe} | {what} | {len(runs)} | {' | '.join(line)} |")
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """One line of panels a world: right class of each kind, false-exclusive share, recall by frequency; bars are the spread."""
-    worlds = list(dict.fromkeys(row["world"] for row in rows if row["right_shared"]))
-    if not worlds:
+    """A heat map: a line for each cell, a column for each measure, the worst seed's value; green is good."""
+    lines = {key: measures for key, measures in cells(rows).items() if not math.isnan(measures["right_shared"][0])}
+    if not lines:
         return
-    figure, axes = plt.subplots(len(worlds), 2, figsize=(12, 3.2 * len(worlds)), squeeze=False, layout="constrained")
-    bars = {"right_shared": "shared", "base_only_norm": "base-only", "ft_only_norm": "ft-only", "false_norm": "false"}
-    columns = [bars, dict(zip(QUARTERS, ["rarest\nquarter", "rare", "common", "commonest"], strict=True))]
-    for world, line in zip(worlds, axes, strict=True):
-        groups = {key: group for key, group in by_run(rows).items() if key[0] == world}
-        for axis, column, title in zip(line, columns, ("found, with the right class", "recall by frequency"), strict=True):
-            for i, ((_, recipe, lr), group) in enumerate(groups.items()):
-                places = [j + 0.8 * (i + 0.5) / len(groups) - 0.4 for j in range(len(column))]
-                values = [[float(row[name]) for row in group] for name in column]
-                errors = [spread(v) for v in values]
-                label = f"{recipe}, lr {lr}, L0 {mean(float(row['l0_loss']) for row in group):.0f}"
-                axis.bar(places, [mean(v) for v in values], 0.8 / len(groups), yerr=errors, label=label, color=f"C{i}")
-            axis.set(title=f"{world}: {title}", xticks=range(len(column)), ylim=(0, 1.02))
-            axis.set_xticklabels(column.values())
-            axis.spines[["top", "right"]].set_visible(False)
-        line[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    worst = [[(max if name in BAD_IF_HIGH else min)(measures[name]) for name in SHARES] for measures in lines.values()]
+    good = [[1 - v if name in BAD_IF_HIGH else v for name, v in zip(SHARES, line, strict=True)] for line in worst]
+    figure, axis = plt.subplots(figsize=(10, 1.5 + 0.28 * len(lines)), layout="constrained")
+    axis.imshow(good, cmap="RdYlGn", vmin=0.5, vmax=1, aspect="auto")
+    for i, line in enumerate(worst):
+        for j, value in enumerate(line):
+            axis.text(j, i, "-" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(SHARES)), [MEASURES[name] for name in SHARES])
+    names = [" ".join(part for part in key[:4] if part not in ("", "own")) for key in lines]
+    axis.set_yticks(range(len(lines)), names, fontsize=8)
+    axis.set_title("worst seed of each cell")
     figure.savefig(path, dpi=120)
     print(f"drawn: {path}")
 
 
+def grid(which: str, recipes: list[str]) -> list[tuple[str, dict, str]]:
+    """(world, dials, recipe) of every cell. The dials of a recipe that selects by k are those of k."""
+    return [
+        (world, dials, recipe)
+        for recipe in recipes
+        for world, cells in (L1_DIALS if "--l1-coeff" in RECIPES.get(recipe, []) else DIALS).items()
+        if which == "full" or world in QUICK
+        for dials in cells
+    ]
+
+
 def main() -> None:
-    recipes = [*RECIPES, UNSQUARED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["easy", "offset", "null"])
-    parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes)
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["easy", "long", "null"])
+    parser.add_argument("--grid", choices=("quick", "full"), help="many worlds under many dials, instead of --worlds")
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED], default=["ours, vanilla", "ours, batch_topk"])
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[201])
     parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "recipes", help="folder of worlds, runs and results")
     args = parser.parse_args()
     results = args.output / "recipes.csv"
-    wanted = [
-        (world, recipe, seed, lr, args.num_tokens or WORLDS[world].tokens)
-        for world in args.worlds
+    asked = grid(args.grid, args.recipes) if args.grid else [(w, {}, r) for w in args.worlds for r in args.recipes]
+    wanted = {
+        (world, told(dials), recipe, lr or "own", str(seed), str(args.num_tokens or WORLDS[world].tokens)): (
+            world, dials, recipe, seed, lr, args.num_tokens,
+        )
         for seed in args.seeds
-        for recipe in args.recipes
+        for world, dials, recipe in asked
         for lr in args.lrs
-    ]
+    }  # fmt: skip
 
     def done() -> dict[tuple, dict]:
-        rows = csv.DictReader(results.open())
-        finished = {}
-        for row in rows:
-            lr = None if row["lr"] == "own" else row["lr"]
-            finished[row["world"], row["recipe"], int(row["seed"]), lr, int(row["tokens"])] = row
-        return finished
+        with results.open() as file:
+            key = ("world", "dials", "recipe", "lr", "seed", "tokens")
+            return {tuple(row[name] for name in key): row for row in csv.DictReader(file)}
 
     args.output.mkdir(parents=True, exist_ok=True)
     if not results.exists():
         results.write_text(",".join(COLUMNS) + "\n")
-    for missing in tqdm([one for one in wanted if one not in done()], unit="run"):
-        result = run(args.output, *missing)
-        with results.open("a") as file:
-            csv.DictWriter(file, COLUMNS).writerow(result)
+    for key in tqdm(wanted, unit="run"):
+        if key not in done():  # another process may have run it meanwhile
+            result = run(args.output, *wanted[key])
+            with results.open("a") as file:
+                csv.DictWriter(file, COLUMNS).writerow(result)
     rows = [row for key, row in done().items() if key in wanted]
     table(rows)
     draw(rows, results.with_suffix(".png"))

@@ -8,7 +8,7 @@ from helpers import ROOT, run_script
 from processes import Started
 
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
-from benchmarks.recipes import RECIPES, WORLDS, geometric_median
+from benchmarks.recipes import RECIPES, WORLDS, geometric_median, grid, told, train_flags
 
 
 def test_frontier_reads_finished_runs(tmp_path):
@@ -28,32 +28,38 @@ def test_frontier_reads_finished_runs(tmp_path):
     assert nothing.returncode == 1 and "no finished run" in nothing.stderr
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/recipes.md", 10)])
-def test_the_tables_name_the_flags_of_their_rows(page, count):
-    text = (ROOT / page).read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|") and ("ours, " in line or "L1 (ckkissane)" in line)]
-    assert len(rows) == count
-    for row in rows:
-        world = next((name for name in WORLDS if row.startswith(f"| {name} |")), "easy")
-        ours = "ours, vanilla" if "vanilla" in row else "ours, batch_topk"
-        flags = RECIPES["L1 (ckkissane)" if "L1 (ckkissane)" in row else ours]
-        assert f"`{' '.join(flags).format(**WORLDS[world].dials)}`" in row
-    words = " ".join(text.split())
-    for name in ["easy", "hard"] if page != "README.md" else ["easy"]:
-        world = WORLDS[name]
-        common = [f"--num-tokens {world.tokens}", f"--d-hidden {world.d_hidden}", f"--batch-size {world.batch_size}"]
-        assert all(flag in words for flag in [*common, " ".join(world.flags), "--val-tokens 32768", "--compute-dtype bfloat16"])
+def test_the_tables_name_the_flags_of_their_rows():
+    """Every row of a recipe in README and docs has the flags with which the benchmark trains it."""
+    known = {
+        " ".join(train_flags(world, dials, recipe, lr, WORLDS[world].tokens))
+        for world, dials, recipe in [*grid("full", list(RECIPES)), *((w, {}, r) for w in WORLDS for r in RECIPES)]
+        for lr in (None, "1e-3", "3e-3")
+    }
+    for page in ("README.md", "docs/recipes.md"):
+        rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and "`--num-tokens" in line]
+        assert rows and all(row.split("`")[1] in known for row in rows)
 
 
 def test_recipes_scores_once_and_goes_on(tmp_path):
     flags = ["--worlds", "null", "--num-tokens", 8192, "--seeds", 7, "--output", tmp_path]
-    first = run_script("benchmarks/recipes.py", *flags, "--recipes", "BatchTopK (crosscoder_learning)", check=True)
-    (row,) = csv.DictReader((tmp_path / "recipes.csv").open())
-    assert row["lr"] == "own" and row["tokens"] == "8192" and float(row["l0_loss"]) == pytest.approx(80, abs=0.1)
-    assert row["right_shared"] == "0.0" and row["base_only_norm"] == "nan"  # four steps find nothing, and nothing is exclusive
+    flags += ["--recipes", "BatchTopK (crosscoder_learning)", "ours, vanilla"]
+    first = run_script("benchmarks/recipes.py", *flags, check=True)
+    theirs, ours = csv.DictReader((tmp_path / "recipes.csv").open())
+    assert theirs["lr"] == "own" and theirs["tokens"] == "8192" and float(theirs["l0_loss"]) == pytest.approx(12, abs=0.1)
+    assert ours["flags"] == "--num-tokens 8192 --d-hidden 1024 --batch-size 1024 --l1-coeff 2"
+    assert theirs["right_shared"] == "0.0" and theirs["base_only_norm"] == "nan"  # eight steps; nothing is exclusive
+    assert f"| null | ours, vanilla | `{ours['flags']}` | 1 |" in first.stdout
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
-    again = run_script("benchmarks/recipes.py", *flags, "--recipes", "BatchTopK (crosscoder_learning)", check=True)
-    assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 2
+    again = run_script("benchmarks/recipes.py", *flags, check=True)
+    assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 3
+
+
+def test_the_grid_holds_every_world_under_its_dials():
+    cells = grid("full", ["ours, vanilla", "ours, batch_topk"])
+    assert len({(world, told(dials), recipe) for world, dials, recipe in cells}) == len(cells)
+    for world, dials, _ in cells:
+        planted = WORLDS[world]._replace(**dials)
+        assert planted.k >= 0.75 * planted.planted.get("active", 0) and planted.d_hidden >= planted.planted["n_concepts"] / 2
 
 
 def test_geometric_median_is_not_moved_by_outliers():
