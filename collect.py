@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import HELD_OUT_STRETCH, GatheredRows, PairedModels, Rows
-from run import hub
+from collecting.paired_rows import GatheredRows, PairedModels, Rows
+from run import held_out, hub
 from run.machine import progress_bar, run_entry, size_text, usable_device
 
 MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
@@ -124,7 +124,7 @@ def check_numbers(config: CollectConfig) -> None:
     for name, least in (("num_tokens", 1), ("shard_rows", 1), ("seed", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    if not 0 <= val_tokens(config) <= config.num_tokens // HELD_OUT_STRETCH:
+    if not 0 <= val_tokens(config) <= config.num_tokens // held_out.STRETCH:
         raise ValueError(
             f"--val-tokens {config.val_tokens}: must lie between 0 and a quarter of --num-tokens ({config.num_tokens})"
         )

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from collecting import language_model as lm
 from collecting import text as texts
+from run import held_out
 from run.machine import progress_bar
 
 CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
 BUCKET = 8  # forward batches of unpacked texts that are sorted by length together, so that little is padding
-HELD_OUT_STRETCH = 4  # one of so many sequences is held out, until there are enough
 REASONS = ("padding", "first_positions", "norm", "non_finite", "beyond_num_tokens")  # why a position gives no row
 
 
@@ -221,12 +221,8 @@ class PairedModels:
         They are one of every four from the beginning of the texts, where the stream must be, until they have the wanted rows,
         outliers included, as closely as whole sequences allow.
         """
-        candidates = (s for s in self.ahead() if is_candidate(s.index, self.seed))
-        taken, rows = [], 0
-        while rows < wanted and (sequence := next(candidates, None)):
-            before, rows = rows, rows + len(sequence.tokens) - self.skip_first
-            if before == 0 or rows - wanted <= wanted - before:  # with it, or without it
-                taken.append(sequence)
+        candidates = (s for s in self.ahead() if held_out.is_candidate(s.index, self.seed))
+        taken = held_out.choose(candidates, wanted, lambda s: len(s.tokens) - self.skip_first)
         return self.batches([s for s in taken if s.index >= self.held_out_until])
 
     def training_rows(self) -> Iterator[Rows]:
@@ -247,7 +243,7 @@ class PairedModels:
             drawn, passed = [], []
             for sequence in stream:
                 passed.append(sequence)
-                if sequence.index >= self.held_out_until or not is_candidate(sequence.index, self.seed):
+                if sequence.index >= self.held_out_until or not held_out.is_candidate(sequence.index, self.seed):
                     drawn.append(sequence)
                 if len(drawn) == self.drawn:
                     break
@@ -351,12 +347,6 @@ def median_and_scale(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple
     if not stored.any():
         raise ValueError(f"--max-norm-ratio {max_ratio:g}: leaves out every one of the first {len(norms)} rows; raise it")
     return median, np.sqrt(d_model) / norms[stored].mean(0)
-
-
-def is_candidate(sequence: int, seed: int) -> bool:
-    """Whether a sequence may be held out: one of every HELD_OUT_STRETCH in a row, at a random place among them."""
-    stretch, place = divmod(sequence, HELD_OUT_STRETCH)
-    return place == np.random.default_rng([seed, stretch]).integers(HELD_OUT_STRETCH)
 
 
 def drawn_together(batch_size: int, pack: bool) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from run import held_out
 from sources.batches import read_ahead
 from sources.columns import Column, aligned_columns
 from sources.dataset_files import ActivationDatasets
@@ -53,10 +54,10 @@ class PairedActivations(Source):
 
     def hold_out_first(self) -> None:
         """Let the held-out rows be the first of the training rows, as when they are streamed, not the last ones."""
-        held_out = self.splits["validation"]
-        if held_out.first:
-            self.splits["validation"] = held_out._replace(first=0)
-            self.splits["train"] = self.splits["train"]._replace(first=held_out.rows)
+        last = self.splits["validation"]
+        if last.first:
+            self.splits["validation"] = last._replace(first=0)
+            self.splits["train"] = self.splits["train"]._replace(first=last.rows)
 
     def describe(self) -> str:
         return f"{self.name}: {self.train_rows:,} rows"
@@ -93,19 +94,9 @@ class PairedActivations(Source):
 
 def set_apart(columns: dict[str, list[Column]], val_tokens: int | None, default_val: int) -> dict[str, Split]:
     """The training and the held-out rows: of a validation split the first ones, without one the last rows of "train"."""
-    rows = len(columns["train"][0])
-    if "validation" in columns:
-        held_out = min(len(columns["validation"][0]), val_tokens or default_val)
-        train, validation = Split(columns["train"], 0, rows), Split(columns["validation"], 0, held_out)
-    else:
-        held_out = min(default_val, rows // 10) if val_tokens is None else val_tokens
-        left = rows - held_out
-        train, validation = Split(columns["train"], 0, left), Split(columns["train"], left, held_out)
-    if validation.rows < 2 or train.rows < 2:
-        raise ValueError(
-            f"--val-tokens: {rows} rows cannot give {held_out} held-out rows and rows to train on, at least two of each"
-        )
-    return {"train": train, "validation": validation}
+    train, validation = columns["train"], columns.get("validation")
+    rows, held = held_out.split(len(train[0]), len(validation[0]) if validation else None, val_tokens, default_val)
+    return {"train": Split(train, 0, rows), "validation": Split(validation or train, 0 if validation else rows, held)}
 
 
 @lru_cache(maxsize=4)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from collecting import language_model
-from collecting.paired_rows import PairedModels, Sequence, is_candidate
+from collecting.paired_rows import PairedModels, Sequence
+from run.held_out import is_candidate
 
 
 def command(tiny, out, *flags, **options) -> list[str]:
