@@ -24,6 +24,7 @@ DEAD_AFTER = 3 * BATCH
 
 
 def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> None:
+    torch.manual_seed(0)  # torch's random state is a part of the checkpoints that are compared
     crosscoder = CrossCoder(D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, shard=shard)
     crosscoder.double()
     rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
