@@ -189,7 +189,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     k_anneal: float = 0.8
 
     # Weight of the L1 loss. None: 2 for vanilla (1 in the demonstration), 1.5 for batch_topk, where it only separates concepts
-    # that k alone leaves mixed: it falls to 0 at the end of the run, with the learning rate. 0 with --init-from and batch_topk.
+    # that k alone leaves mixed: it falls to 0 over the last fifth of the run. 0 with --init-from and batch_topk.
     l1_coeff: float | None = None
 
     # Share of the run over which the L1 weight rises from 0. A weak penalty tells rare concepts apart, a strong one then makes
@@ -199,7 +199,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093), in the units of
     # l2_loss; vanilla leaves their biases out there. 0 turns it off; it costs nothing until a latent can be dead.
-    aux_coeff: float = 4.0
+    aux_coeff: float = 1.0
 
     # Dead latents per token that the auxiliary loss uses. None: d_model / 2.
     k_aux: int | None = None
@@ -228,8 +228,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which the learning rate rises from 0.
     lr_warmup: float = 0.02
 
-    # Share of the run, at its end, over which the learning rate falls linearly to 0.
-    lr_decay: float = 0.2
+    # Share of the run, at its end, over which the learning rate falls linearly to 0. A shorter fall leaves more latents dead.
+    lr_decay: float = 0.4
 
     # Adam's decay of the gradient mean.
     beta1: float = 0.9

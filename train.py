@@ -38,6 +38,7 @@ from sources.opening import open_source
 from sources.source import Dropped, Source
 
 ONE_SIGNAL = 3.0  # seconds within which signals count as one: a scheduler may send its own to torchrun and to its processes
+L1_RELEASE = 0.2  # share of a batch_topk run, at its end, over which the L1 weight falls to 0
 DEAD_AFTER_AT_MOST = 10_000_000  # tokens without firing (Gao et al., arXiv 2406.04093)
 
 
@@ -249,13 +250,13 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def l1_weight(step: int, steps: int, config: TrainConfig) -> float:
-    """Weight of the L1 loss at this step: a linear rise; for batch_topk also a fall to 0 together with the learning rate's.
+    """Weight of the L1 loss at this step: a linear rise; for batch_topk also a linear fall to 0 at the end.
 
     There the penalty only has to separate concepts: k makes the codes sparse, and without a penalty nothing stays shrunk.
     Vanilla's codes are sparse by the penalty alone, so there it stays.
     """
     rise = min(1.0, step / max(1.0, config.l1_warmup * steps))
-    fall = min(1.0, (steps - step) / max(1.0, config.lr_decay * steps)) if config.variant == "batch_topk" else 1.0
+    fall = min(1.0, (steps - step) / max(1.0, L1_RELEASE * steps)) if config.variant == "batch_topk" else 1.0
     return config.l1_coeff * rise * fall
 
 
