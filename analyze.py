@@ -1,9 +1,10 @@
 """Read a trained crosscoder: `python analyze.py runs/NAME` writes RUN/analysis/report.html and the numbers behind it.
 
 metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching gave
-latents.parquet    every latent measured; the schema's metadata defines each column
+latents.parquet    every latent measured and ranked; the schema's metadata defines each column
 examples.jsonl     a line for each latent with examples: tokens and activations
 figures/           PNG and SVG
+findings.json      the ranked changes with scores, errors, examples, the null and this command; findings.md: one screen of it
 report.html        all of it on one page that needs no network
 """
 
@@ -17,12 +18,14 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from analysis import measure, report
+from analysis import findings, measure, ranking, report
 from analysis.data import open_data, open_tokenizer
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
@@ -56,8 +59,9 @@ def main(config: AnalyzeConfig) -> None:
 
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
-    sums, metrics = measure.measure_latents(crosscoder, data)
-    table = measure.latent_table(crosscoder, sums, data)
+    sums, metrics, blocks = measure.measure_latents(crosscoder, data)
+    ranked = ranking.rank_latents(blocks, crosscoder.W_dec.detach())
+    table = measure.latent_table(crosscoder, sums, ranked, data)
     metrics = measure.overview(crosscoder, table, metrics) | {"threshold_curve": measure.threshold_curve(crosscoder, data)}
     truth = None
     if isinstance(data.source, PlantedConcepts):
@@ -85,15 +89,20 @@ def main(config: AnalyzeConfig) -> None:
     pair_name, text_names = " and ".join(names) or data.name, data.text.names if data.text else []
     drawn = table | {"random_cosine": measure.cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
     definitions = measure.define(table, text_names)
+    command = shlex.join(["python", *sys.argv])
+    found = findings.find(table, ranked.null, metrics, sections, text_names, pair_name, command)
     with put_in_place(out) as partial:
         (partial / "metrics.json").write_text(as_json(metrics, indent=2))
         write_parquet(partial / "latents.parquet", table, definitions, data.name)
+        (partial / "findings.json").write_text(as_json(found, indent=2))
+        (partial / "findings.md").write_text(findings.as_markdown(found), encoding="utf-8")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
         shown = {"pair": pair_name, "truth": truth}
         figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
-        page = report.render(metrics, table, definitions, text_names, figures=figures, sections=sections, **shown)
+        page = report.render(metrics, table, definitions, found, text_names, figures=figures, sections=sections, **shown)
         (partial / "report.html").write_text(page, encoding="utf-8")
     print_summary(metrics, notes, out)
+    print(f"\n{findings.as_markdown(found)}", end="")
 
 
 # --- what is to be read
@@ -196,7 +205,7 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
         print(f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}")
     for note in notes:
         print(f"note       {note}")
-    print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, figures")
+    print(f"saved      {out / 'report.html'}, findings.json, latents.parquet, metrics.json, figures")
 
 
 if __name__ == "__main__":

@@ -351,7 +351,7 @@ class FormatsConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class AnalyzeConfig(DatasetFlags):
-    """Turn a trained crosscoder into numbers, a table of all latents, figures and one page: RUN/analysis/report.html.
+    """Say what fine-tuning changed: ranked latents, findings, figures and one page, RUN/analysis/report.html.
 
     RUN is a folder that train.py wrote, or the folder of a crosscoder alone. The activations are those that the run was
     trained on (planted concepts are made again), unless others are named. With --base-model and --ft-model it also measures
@@ -384,7 +384,7 @@ class AnalyzeConfig(DatasetFlags):
     # Sequences per forward pass of the models.
     model_batch_size: int = 4
 
-    # Tokens of held-out sequences that the models run over. Each takes about 16 forward passes of one model.
+    # Tokens of held-out sequences that the models run over. Each takes about 20 forward passes of one model.
     patch_tokens: int = 65_536
 
     # Rows (tokens) on which the latents are measured: held-out ones first, then training rows. Rare latents need many; the
@@ -394,7 +394,7 @@ class AnalyzeConfig(DatasetFlags):
     # Latents that get a section with examples, separated by commas, e.g. --latents 12,99.
     latents: str = ""
 
-    # Latents of each class (ft-only, base-only, shared) that get a section as well.
+    # Latents that get a section as well: so many of the first by rank in each direction, and up to 10 unchanged ones.
     sections_per_class: int = 30
 
     # Strongest examples of such a latent. As many are drawn evenly from the lower ranges of its activation.

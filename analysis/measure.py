@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.data import Data, normalized_rows
+from analysis import ranking
+from analysis.data import CODES_TOGETHER, Data, normalized_rows
 from crosscoder import CrossCoder
 from ops import latents
 from ops.variance import VarianceTotals
 from sources.planted import RECOVERED, PlantedConcepts
 
+BLOCKS = 16  # parts of the tokens whose differences give each latent's uncertainty
+RANDOM_SHARED = 10  # unchanged latents that get a section, to compare with
 CURVE_ROWS = 8192  # held-out rows behind the threshold curve
 CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # L0 at its points, as multiples of the crosscoder's own
 
 # What each column of latents.parquet says. Lengths are in the normalised space of the crosscoder.
 COLUMNS = {
     "latent": "index of the latent",
+    "direction": "the model whose decoder row is longer: ft (there is more of the latent there) or base",
+    "rank": "1 first: place among the latents of its direction by change_score - 2 * change_error; never active ones come last",
+    "changed": "whether so much more is missing than from a typical latent that noise does not explain it: Student's t of "
+    "change_score against the typical score + 0.1, over the latents' own error and the typical scores' spread, with "
+    "Benjamini-Hochberg over all live latents: of those called changed 5 % are expected not to be",
+    "change_score": "share of the latent that the other model lacks: 1 - the larger of nu_error and nu_reconstruction of its "
+    "direction. About 0: both models have it, 1: one alone",
+    "change_error": "standard error of change_score: jackknife over 16 parts of the tokens; infinite if fewer than 4 have it",
+    "change_p": "chance of so high a change_score in a latent that did not change",
     "tag": "class by relative norm: base_only below 0.2, ft_only above 0.8 (arXiv 2602.11729)",
     "tag_scaling": "class by latent scaling: exclusive where |nu_error| < 0.2 and |nu_reconstruction| < 0.5 (arXiv 2504.02922)",
     "tag_delta_norm": "class by delta_norm: below 0.1, 0.4 to 0.6, above 0.9, else other (arXiv 2504.02922)",
@@ -62,17 +76,21 @@ COLUMNS = {
 
 
 @torch.no_grad()
-def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict]:
-    """The sums of each split that has rows, and the held-out metrics. Memory is that of the dictionary and one batch."""
+def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict, list[latents.LatentSums]]:
+    """The sums of each split that has rows, the held-out metrics, and the sums of each block of tokens (see `blocks`).
+
+    Memory is that of the dictionary, some numbers a latent and block, and a few batches.
+    """
     n_texts = len(data.text.names) if data.text else 1
     sums: dict[str, latents.LatentSums] = {}
+    parts: dict[int, latents.LatentSums] = {}
     totals, per_token = VarianceTotals(), []
-    for rows, x in normalized_rows(crosscoder, data, what="latents"):
+    for block, split, rows, x in by_block(crosscoder, data):
         group = data.text and torch.from_numpy(data.text.text_of[data.text.sequence[rows]]).long().to(x.device)
         f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
         part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
-        split = "train" if rows[0] >= data.first_train else "validation"
         sums[split] = sums[split] + part if split in sums else part
+        parts[block] = parts[block] + part if block in parts else part
         if split == "validation":
             totals.add(x, x_hat)
             per_token.append((f > 0).sum(1).cpu())
@@ -80,13 +98,40 @@ def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, laten
         raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
     per_token = torch.cat(per_token).float()
     together, base, ft = totals.explained().tolist()
-    return sums, {
+    metrics = {
         "explained_variance": together,
         "explained_variance_A": base,
         "explained_variance_B": ft,
         "l0_loss": per_token.mean().item(),
         "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)},
     }
+    return sums, metrics, list(parts.values())
+
+
+def by_block(crosscoder: CrossCoder, data: Data) -> Iterator[tuple[int, str, np.ndarray, Tensor]]:
+    """(block, split, row numbers, normalised activations) of all rows to measure, each batch of one block and split.
+
+    The blocks are parts of the data that are as good as independent, so that the differences between them say how uncertain
+    a sum is: sequences by their number, or stretches of rows where it is not known which sequence a row is of.
+    """
+    size, after = max(1, min(1024, CODES_TOGETHER // crosscoder.d_hidden)), data.first_train + data.train_rows
+    waiting: dict[tuple[int, str], list[tuple[np.ndarray, Tensor]]] = {}
+    for rows, x in normalized_rows(crosscoder, data, what="latents"):
+        split = "train" if rows[0] >= data.first_train else "validation"
+        block = data.text.sequence[rows] % BLOCKS if data.text else rows * BLOCKS // after
+        for b in np.unique(block).tolist():
+            here = block == b
+            held = waiting.setdefault((b, split), [])
+            held.append((rows[here], x[torch.from_numpy(here).to(x.device)]))
+            if sum(len(r) for r, _ in held) >= size:
+                yield b, split, *merge(waiting.pop((b, split)))
+    for (b, split), held in waiting.items():
+        yield b, split, *merge(held)
+
+
+def merge(held: list[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:
+    rows, x = zip(*held, strict=True)
+    return np.concatenate(rows), torch.cat(x)
 
 
 def define(table: dict[str, np.ndarray], text_names: list[str]) -> dict[str, str]:
@@ -99,7 +144,9 @@ def define(table: dict[str, np.ndarray], text_names: list[str]) -> dict[str, str
 
 
 @torch.no_grad()
-def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], data: Data) -> dict[str, np.ndarray]:
+def latent_table(
+    crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], ranked: ranking.Ranking, data: Data
+) -> dict[str, np.ndarray]:
     """Every latent, column by column; `define` says what each is."""
     W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
     norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
@@ -114,6 +161,7 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], da
     no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * total / n2
     table = {
         "latent": torch.arange(crosscoder.d_hidden),
+        **ranking.columns(ranked),
         "tag": names[latents.classify(norms).cpu()],
         "tag_scaling": names[latents.classify_by_scaling(base, ft, norms).cpu()],
         "tag_delta_norm": np.select(by_delta, names, "other"),
@@ -223,19 +271,11 @@ def planted_truth(source: PlantedConcepts, crosscoder: CrossCoder, table: dict) 
     return scores, truth
 
 
-def choose(table: dict, asked: list[int], per_class: int, seed: int) -> np.ndarray:
-    """Latents that get a section: those asked for, then ft-only, base-only and a random sample of shared ones.
-
-    A latent is a candidate for a class by norm or by scaling. First come those that write most of the models' difference,
-    weighted by how far latent scaling lies below its cuts (1: nothing of the latent in the other model, 0: at the cuts).
-    """
-    live, chosen = ~table["dead"], list(asked)
-    for name, prefix in (("ft_only", ""), ("base_only", "base_")):
-        candidates = np.flatnonzero(live & ((table["tag"] == name) | (table["tag_scaling"] == name)))
-        error, reconstruction = (np.abs(table[f"{prefix}beta_ratio_{of}"][candidates]) for of in ("error", "reconstruction"))
-        nearness = np.maximum(error / latents.NU_ERROR_BELOW, reconstruction / latents.NU_RECONSTRUCTION_BELOW)
-        margin, difference = 1 - np.nan_to_num(nearness, nan=1.0).clip(0, 1), table["difference"][candidates]
-        chosen += candidates[np.lexsort((-difference, -difference * margin))][:per_class].tolist()
-    shared = np.flatnonzero(live & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
-    chosen += sorted(np.random.default_rng(seed).permutation(shared)[:per_class].tolist())
-    return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)
+def choose(table: dict, asked: list[int], per_direction: int, seed: int) -> np.ndarray:
+    """Latents that get a section: those asked for, the first by rank of each direction, and a random sample of shared ones."""
+    live = ~table["dead"]
+    first = np.flatnonzero(live & (table["rank"] <= per_direction))
+    first = first[np.lexsort((table["direction"][first] == "base", table["rank"][first]))]
+    shared = np.flatnonzero(live & ~table["changed"] & (table["tag"] == "shared") & (table["tag_scaling"] == "shared"))
+    some = sorted(np.random.default_rng(seed).permutation(shared)[: min(per_direction, RANDOM_SHARED)].tolist())
+    return np.array(list(dict.fromkeys([*asked, *first.tolist(), *some])), dtype=np.int64)

@@ -23,6 +23,7 @@ from run.machine import progress_bar
 FIRST_TOKENS = 10  # of an answer, or of a sequence: where fine-tuning shows most (arXiv 2504.02922)
 POSITIONS_TOGETHER = 512  # of one batch, whose log-probabilities over the vocabulary are in memory at once
 ROWS_TOGETHER = 1024  # tokens whose codes are in memory at once
+FIRST_RANKED = 10  # latents of each direction that are added together
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
 
 
@@ -188,11 +189,16 @@ def choose_sets(table: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
     ft_only = np.flatnonzero(live & (tags == "ft_only"))
     shared = np.flatnonzero(live & (tags == "shared"))
     by_norm = np.flatnonzero(live)[np.argsort(-table["relative_norm"][live])]
+    random = np.random.default_rng(seed)
+    as_many_shared = random.permutation(shared)[: len(ft_only)]
+    first = np.flatnonzero(live & (table["rank"] <= FIRST_RANKED))
     sets = {
+        "first_ranked": first,
+        "as_many_random": random.permutation(np.setdiff1d(np.flatnonzero(live), first))[: len(first)],
         "ft_only": ft_only,
         "ft_only_by_both": np.flatnonzero(live & (tags == "ft_only") & (table["tag_scaling"] == "ft_only")),
         "highest_relative_norm": by_norm[: max(1, round(HIGHEST_SHARE * len(by_norm)))],
-        "as_many_shared": np.random.default_rng(seed).permutation(shared)[: len(ft_only)],
+        "as_many_shared": as_many_shared,
         "all": table["latent"],
     }
     return {name: np.sort(latents) for name, latents in sets.items()}

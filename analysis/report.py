@@ -17,6 +17,7 @@ matplotlib.use("agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
+from analysis.findings import MODELS, own_nu, percent, share
 from ops.latents import BASE_ONLY_BELOW, CLASSES, FT_ONLY_ABOVE, NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW
 
 COLORS = {"base_only": "#0072B2", "shared": "#7A7A7A", "ft_only": "#D55E00"}
@@ -29,15 +30,23 @@ STYLE = {
 POINTS = {"s": 9, "alpha": 0.6, "linewidths": 0, "rasterized": True}
 SHARE = {"ylim": (-0.03, 1.03), "yticks": [0, 0.25, 0.5, 0.75, 1]}  # an axis of relative norms
 SET_NAMES = {  # of the sets of latents in patching
+    "first_ranked": "first 10 by rank, each direction", "as_many_random": "as many others, random",
     "ft_only": "ft-only", "ft_only_by_both": "ft-only by norm and scaling", "as_many_shared": "as many shared, random",
     "highest_relative_norm": "5 % of highest relative norm", "all": "all latents",
 }  # fmt: skip
 TABLE = {  # columns of the page's table: heading
-    "latent": "latent", "tag": "by norm", "tag_scaling": "by scaling", "relative_norm": "relative norm",
-    "dec_cos_sim": "decoder cosine", "beta_ratio_error": "ν error", "beta_ratio_reconstruction": "ν reconstruction",
-    "frequency": "frequency", "mean_act": "mean active", "max_act": "max", "difference": "difference",
+    "rank": "rank", "latent": "latent", "direction": "more in", "change_score": "the other lacks", "change_error": "± error",
+    "changed": "changed", "frequency": "active on", "relative_norm": "relative norm", "dec_cos_sim": "decoder cosine",
+    "nu_error": "ν error", "nu_reconstruction": "ν reconstruction", "mean_act": "mean active", "max_act": "max",
+    "difference": "difference", "tag": "by norm", "tag_scaling": "by scaling",
     "planted_concept": "concept", "planted_kind": "its kind", "planted_cosine": "its cosine",
 }  # fmt: skip
+OF_THE_PAGE = {  # definitions of columns that only the page has
+    "max_act": "largest activation",
+    "nu_error": "share of the latent in the error of the model with the shorter decoder row, without this latent's own part",
+    "nu_reconstruction": "share of the latent in that model's reconstruction",
+}
+LEADING, LEADING_EXAMPLES, AROUND = 5, 2, 14  # latents above the fold, examples of each, tokens around the strongest one
 FIGURES = ("relative_norm", "nu", "decoder_cosine", "frequency", "planted", "diffing", "threshold", "training")
 
 
@@ -219,16 +228,39 @@ def short(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def render(
-    metrics: dict, table: dict, definitions: dict, text_names: list[str], *, figures: dict[str, str], sections: list[dict],
-    truth: dict | None, pair: str,
+def name_only(path: str) -> str:
+    """The last part of every path in "A and B": a page that is passed on says nothing of the machine that made it."""
+    return " and ".join(Path(one).name or one for one in path.split(" and "))
+
+
+def leading(found: dict, sections: list[dict], table: dict) -> list[dict]:
+    """The latents above the fold: the first changed ones, the nearest where none changed, with a few tokens of examples."""
+    examples, lead = {one["latent"]: one["examples"] for one in sections}, []
+    for one in (found["changes"] or found["nearest"])[:LEADING]:
+        top = [e for e in examples.get(one["latent"], []) if e["range"] == "top"][:LEADING_EXAMPLES]
+        lead.append(one | {"share": share(one), "shown": [around(e, table["max_act"][one["latent"]]) for e in top]})
+    return lead
+
+
+def around(e: dict, most: float) -> dict:
+    """The strongest token of an example with those before and after it, each with its share of the latent's largest value."""
+    peak, made = e["peak"], []
+    for token, value in zip(e["tokens"], e["values"], strict=True):
+        made.append({"token": token.replace("\n", "↵").replace("\t", "⇥"), "share": short(min(1, (value or 0) / most))})
+    return {"before": made[max(0, peak - AROUND) : peak], "peak": made[peak], "after": made[peak + 1 : peak + 1 + AROUND]}
+
+
+def render(  # noqa: PLR0913 - what the page shows, given by name
+    metrics: dict, table: dict, definitions: dict, found: dict, text_names: list[str], *, figures: dict[str, str],
+    sections: list[dict], truth: dict | None, pair: str,
 ) -> str:  # fmt: skip
     """The page as one string. All text comes in through jinja2's escaping or as inert JSON, which the page's script writes
     as text, never as HTML."""
-    table = table | {"max_act": np.fmax(table["max_act_train"], table["max_act_val"])}
-    definitions, headings = definitions | {"max_act": "largest activation"}, dict(TABLE)
+    nu = {f"nu_{of}": own_nu(table, of) for of in ("error", "reconstruction")}
+    table = table | nu | {"max_act": np.fmax(table["max_act_train"], table["max_act_val"])}
+    definitions, headings = definitions | OF_THE_PAGE, dict(TABLE)
     for i, text in enumerate(text_names):
-        headings |= {f"freq_text_{i}": f"frequency, {text}", f"mean_text_{i}": f"mean, {text}"}
+        headings |= {f"freq_text_{i}": f"active on, {text}", f"mean_text_{i}": f"mean, {text}"}
     columns = [
         {
             "name": name, "heading": heading, "definition": definitions[name], "values": [short(v) for v in table[name]],
@@ -240,9 +272,13 @@ def render(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
+    environment.filters |= {
+        "number": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
+        "percent": percent, "name": name_only,
+    }  # fmt: skip
     concepts = [dict(zip(truth, map(short, row), strict=True)) for row in zip(*truth.values(), strict=True)] if truth else None
     return environment.get_template("report.html.j2").render(
-        m=metrics, columns=columns, dead=table["dead"].tolist(), figures=figures, sections=sections,
-        concepts=concepts, pair=pair, classes=CLASSES, names=NAMES, colors=COLORS, set_names=SET_NAMES,
+        m=metrics, columns=columns, dead=table["dead"].tolist(), figures=figures, sections=sections, found=found,
+        lead=leading(found, sections, table), concepts=concepts, pair=pair, classes=CLASSES, names=NAMES, colors=COLORS,
+        set_names=SET_NAMES, models=MODELS,
     )  # fmt: skip

@@ -97,6 +97,7 @@ def analysis(args) -> int:
 
     from analysis.data import Data
     from analysis.measure import latent_table, measure_latents
+    from analysis.ranking import rank_latents
     from crosscoder import CrossCoder
 
     torch.set_grad_enabled(False)
@@ -117,8 +118,8 @@ def analysis(args) -> int:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
-    sums, metrics = measure_latents(crosscoder, data)
-    latent_table(crosscoder, sums, data)
+    sums, metrics, blocks = measure_latents(crosscoder, data)
+    latent_table(crosscoder, sums, rank_latents(blocks, crosscoder.W_dec.detach()), data)
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()

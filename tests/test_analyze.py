@@ -121,8 +121,27 @@ def test_everything_is_written_and_explained(capitals):
     assert names == {"relative_norm", "decoder_cosine", "nu", "frequency", "training", "threshold", "diffing"}
     assert names == {path.stem for path in (out / "figures").glob("*.png")}
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page) and str(capitals["out"]) not in page
     assert "ft-only" in capitals["printed"] and "KL to ft" in capitals["printed"]
+
+
+def test_the_findings_are_those_of_the_table(capitals):
+    found, table = json.loads((capitals["analysis"] / "findings.json").read_text()), read_table(capitals["analysis"])
+    changes, nearest = found["changes"], found["nearest"]
+    assert {one["latent"] for one in changes} == set(np.flatnonzero(table["changed"])) and len(changes) > 0
+    assert not {one["latent"] for one in nearest} & set(np.flatnonzero(table["changed"]))
+    for one in changes + nearest:
+        assert one["rank"] == table["rank"][one["latent"]] and one["direction"] == table["direction"][one["latent"]]
+        assert one["change_score"] == pytest.approx(table["change_score"][one["latent"]], rel=1e-3)
+    for name in ("ft", "base"):
+        mine = [one["rank"] for one in changes if one["direction"] == name]
+        assert len(mine) == found["changed"][name] and mine == sorted(mine)
+    first = changes[0]
+    assert first["examples"] and first["tokens"] and first["examples"][0]["token"].strip() == first["tokens"][0]
+    assert found["command"].startswith("python ") and str(capitals["run"]) in found["command"]
+    assert found["kl"]["first_ranked"]["share_closed"] > 0 and found["null"]["false_discovery_rate"] == 0.05
+    screen = (capitals["analysis"] / "findings.md").read_text()
+    assert capitals["printed"].endswith(screen) and found["summary"][0] in screen and len(screen.splitlines()) < 40
 
 
 def test_table_equals_a_direct_computation(capitals):
@@ -332,6 +351,11 @@ def test_a_run_on_planted_concepts_shows_the_truth(tmp_path):
     assert sharp.sum() > 100 and np.mean(table["planted_kind"][sharp] == table["tag"][sharp]) > 0.9
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'id="truth"' in page and (out / "figures" / "planted.svg").is_file()
+    exclusive = sharp & (table["planted_kind"] != "shared")
+    assert table["changed"][exclusive].mean() > 0.95 and not table["changed"][sharp & ~exclusive].any()
+    for name in ("ft", "base"):  # ahead of every shared concept
+        mine = table["direction"] == name
+        assert table["rank"][mine & exclusive].max() < table["rank"][mine & sharp & ~exclusive].min()
     points = metrics["threshold_curve"]
     assert [p["l0"] for p in points] == sorted(p["l0"] for p in points) and points[-1]["l0"] > 1.4 * metrics["k"]
 

@@ -8,22 +8,27 @@ import time
 import numpy as np
 import pytest
 
-from analysis import report
+from analysis import findings, report
 from analysis.measure import COLUMNS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["<script>document.title = 'owned'</script>", "</script><b id=owned>", "<!--", "&lt;", "<img src=x onerror=alert(1)>"]
 
 
-def made_up_table(n: int) -> dict:
-    """A table as analyze.py makes it, with numbers whose order is known: relative norm falls with the latent's number."""
+def made_up_table(n: int, changed: int = 9) -> dict:
+    """A table as analyze.py makes it, with numbers whose order is known: relative norm falls with the latent's number.
+
+    So does the rank: even latents are more in the fine-tuned model, odd ones in the base model.
+    """
     draw = np.random.default_rng(0)
     table = {name: draw.random(n) for name in COLUMNS if not name.startswith("planted")}
     table["latent"], table["dead"] = np.arange(n), np.arange(n) == n - 1
     table["relative_norm"] = 1 - np.arange(n) / n
     tags = np.where(table["relative_norm"] > 0.8, "ft_only", np.where(table["relative_norm"] < 0.2, "base_only", "shared"))
     table |= {"tag": tags, "tag_scaling": tags.copy(), "tag_delta_norm": tags.copy()}
-    table["beta_ratio_error"][3] = np.nan
+    table["beta_ratio_error"][3:4] = table["base_beta_ratio_error"][3:4] = np.nan
+    table["direction"] = np.where(np.arange(n) % 2, "base", "ft")
+    table |= {"rank": 1 + np.arange(n) // 2, "changed": np.arange(n) < changed}
     return table | {"freq_text_0": draw.random(n), "mean_text_0": draw.random(n)}
 
 
@@ -44,7 +49,7 @@ def made_up_metrics(table: dict) -> dict:
         "explained_variance": 0.9, "explained_variance_A": 0.91, "explained_variance_B": 0.89, "l0_loss": 12.0, "k": None,
         "variant": "vanilla", "d_hidden": len(table["latent"]), "dead_fraction": 0.01, "latents": counts | {"dead": 1},
         "latents_by_scaling": counts, "latents_by_norm": counts, "rows_validation": 10, "rows_train": 10, "notes": HOSTILE[:1],
-        "latents_by_published_cuts": {"a cut": counts | {"other": 0}}, "run": "<b>run</b>", "data": "</script>",
+        "latents_by_published_cuts": {"a cut": counts | {"other": 0}}, "run": "/home/me/<b>run<", "data": "/home/me/</script>",
         "threshold_curve": [],
     }  # fmt: skip
 
@@ -58,13 +63,15 @@ def page_of(tmp_path_factory):
     drawn = report.draw_figures(folder, with_random, made_up_metrics(table), curves=[], pair=HOSTILE[0], truth=None)
     assert {p.suffix for p in folder.iterdir()} == {".png", ".svg"}
 
-    def make(n: int, with_examples, n_examples: int = 4):
-        folder, table = tmp_path_factory.mktemp("page"), made_up_table(n)
+    def make(n: int, with_examples, n_examples: int = 4, changed: int = 9):
+        folder, table = tmp_path_factory.mktemp("page"), made_up_table(n, changed)
         metrics = made_up_metrics(table)
         definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
+        null = {"center": 0.05, "spread": 0.01, "margin": 0.1, "false_discovery_rate": 0.05, "blocks": 16, "tested": n - 1}
+        found = findings.find(table, null, metrics, sections, ["</script>.txt"], HOSTILE[0], "python analyze.py /home/me/run")
         html = report.render(
-            metrics, table, definitions, ["</script>.txt"], figures=drawn, sections=sections, truth=None, pair=HOSTILE[0]
+            metrics, table, definitions, found, ["</script>.txt"], figures=drawn, sections=sections, truth=None, pair=HOSTILE[0]
         )  # fmt: skip
         (folder / "report.html").write_text(html, encoding="utf-8")
         return folder / "report.html"
@@ -106,12 +113,14 @@ def open_page(browser):
 
 
 def first_column(page) -> list[int]:
-    return [int(text) for text in page.locator("#latents tbody td:first-child").all_inner_texts()]
+    """The latents shown, which is the table's second column, after their rank."""
+    return [int(text) for text in page.locator("#latents tbody td:nth-child(2)").all_inner_texts()]
 
 
 def test_the_table_sorts_searches_and_turns_pages(page_of, open_page):
     page = open_page(page_of(200, [7, 150]))
     assert first_column(page) == list(range(50))
+    assert page.get_by_role("button", name="previous").is_disabled() and page.get_by_role("button", name="next").is_enabled()
     page.get_by_role("button", name="relative norm").click()
     assert first_column(page)[:2] == [0, 1]
     page.get_by_role("button", name="relative norm").click()
@@ -123,6 +132,12 @@ def test_the_table_sorts_searches_and_turns_pages(page_of, open_page):
     assert len(first_column(page)) == 40 and first_column(page)[-1] == 3
     page.get_by_role("button", name="ν error").click()
     assert first_column(page)[-1] == 3
+    page.locator("#class").select_option("")
+    page.locator("#direction").select_option("base")
+    assert page.locator("#latents tbody tr").count() == 50 and all(latent % 2 for latent in first_column(page))
+    page.locator("#direction").select_option("")
+    page.locator("#class").select_option("changed")
+    assert sorted(first_column(page)) == list(range(9)) and page.get_by_role("button", name="next").is_disabled()
     page.locator("#class").select_option("")
     page.get_by_label("search latents").fill("zebra")
     assert first_column(page) == [7]
@@ -156,7 +171,43 @@ def test_text_of_the_data_stays_text(page_of, open_page):
     assert page.locator("#owned, main script:not([type='application/json'])").count() == 0
     assert "<script>" in page.title() and "owned" not in page.title().replace(HOSTILE[0], "")
     assert page.locator("img:not(figure img)").count() == 0
-    assert "<b>run</b>" in page.locator("header").inner_text()
+    assert "<b>run<" in page.locator("header").inner_text()
+    assert page.locator("table .snippet b").first.inner_text() == HOSTILE[-1] or page.locator(".snippet").count()
+    assert "/home/me" not in page.content()
+
+
+def test_the_page_begins_with_what_changed(page_of, open_page):
+    page = open_page(page_of(200, range(12)))
+    assert (
+        "9 of 199 live latents changed beyond chance: 5 stand more in the fine-tuned model"
+        in page.locator("header").inner_text()
+    )
+    lead = page.locator(".lead article")
+    assert lead.count() == 5 and lead.nth(4).locator(".shown").count() == 2
+    assert lead.nth(4).bounding_box()["y"] + lead.nth(4).bounding_box()["height"] < 900  # all of them without scrolling
+    assert page.locator("#latents tbody tr").first.locator(".snippet").inner_text().strip()
+
+
+def test_without_a_change_the_page_says_so_and_shows_the_nearest(page_of, open_page):
+    page = open_page(page_of(200, range(12), changed=0))
+    assert "No change found above chance among 199 live latents" in page.locator("header").inner_text()
+    assert page.locator("h2").first.inner_text() == "No change found above chance"
+    assert page.locator(".lead article").count() == 5
+
+
+def test_a_page_of_no_live_latent(page_of, open_page):
+    page = open_page(page_of(1, [], changed=0))
+    assert "0 live latents" in page.locator("main").inner_text() and first_column(page) == [0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_the_page_without_scrolling_sideways(page_of, browser, scheme):
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page.goto(page_of(200, range(12)).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
+    assert light == (scheme == "light")
+    page.close()
 
 
 def test_a_page_with_2000_latents_of_examples_opens_at_once(page_of, open_page):
@@ -167,7 +218,7 @@ def test_a_page_with_2000_latents_of_examples_opens_at_once(page_of, open_page):
     seconds = time.perf_counter() - began
     assert page.locator("section.latent").count() < 50  # the rest comes when it is scrolled to
     assert seconds < 5, seconds  # about 1 s
-    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.evaluate("document.getElementById('sections').scrollIntoView(false)")
     page.wait_for_function("document.querySelectorAll('section.latent').length > 5")
 
 
@@ -175,4 +226,4 @@ def test_what_has_no_number_is_null(page_of):
     html = page_of(20, [7]).read_text(encoding="utf-8")
     start = html.index('id="columns">') + len('id="columns">')
     columns = {c["name"]: c for c in json.loads(html[start : html.index("</script>", start)])}
-    assert columns["beta_ratio_error"]["values"][3] is None and columns["relative_norm"]["values"][0] == 1.0
+    assert columns["nu_error"]["values"][3] is None and columns["relative_norm"]["values"][0] == 1.0

@@ -1,0 +1,174 @@
+"""The findings: what changed, in lists and in words, for programs (findings.json), a screen (findings.md) and the page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.measure import COLUMNS
+
+NEAREST = 10  # latents listed that did not pass, where none did the reader still sees what comes closest
+SCREEN = 10  # changes in findings.md
+MODELS = {"ft": "fine-tuned model", "base": "base model"}
+DEFINED = ("direction", "rank", "change_score", "change_error", "change_p", "changed")
+NUMBERS = (
+    "change_score", "change_error", "change_p", "frequency", "mean_act", "relative_norm", "dec_cos_sim", "difference",
+    "nu_error", "nu_reconstruction",
+)  # fmt: skip
+
+
+def own_nu(table: dict[str, np.ndarray], of: str) -> np.ndarray:
+    """[d_hidden] nu of "error" or "reconstruction" in each latent's direction."""
+    return np.where(table["direction"] == "ft", table[f"beta_ratio_{of}"], table[f"base_beta_ratio_{of}"])
+
+
+def find(
+    table: dict[str, np.ndarray], null: dict, metrics: dict, sections: list[dict], text_names: list[str], pair: str,
+    command: str,
+) -> dict:  # fmt: skip
+    """What findings.json holds; docs/data.md describes it. `sections`: the latents' examples, lines of examples.jsonl."""
+    table = table | {f"nu_{of}": own_nu(table, of) for of in ("error", "reconstruction")}
+    examples = {one["latent"]: one["examples"] for one in sections}
+    key = np.nan_to_num(table["change_score"] - 2 * table["change_error"], nan=-np.inf)  # as the ranks
+    order = np.argsort(-key, kind="stable")
+    order = order[~table["dead"][order]]
+    passed = table["changed"][order]
+    changes = [describe(table, int(j), examples.get(int(j), []), text_names) for j in order[passed]]
+    nearest = [describe(table, int(j), examples.get(int(j), []), text_names) for j in order[~passed][:NEAREST]]
+    found = {
+        "pair": pair,
+        "command": command,
+        "run": metrics["run"],
+        "data": metrics["data"],
+        "rows": metrics["rows_validation"] + metrics["rows_train"],
+        "changed": {name: sum(one["direction"] == name for one in changes) for name in MODELS},
+        "null": null,
+        "definitions": {name: COLUMNS[name] for name in DEFINED},
+        "kl": kl_closed(metrics.get("patching")),
+    }  # fmt: skip
+    return {"summary": in_words(found, changes, nearest)} | found | {"changes": changes, "nearest": nearest}
+
+
+def describe(table: dict[str, np.ndarray], latent: int, examples: list[dict], text_names: list[str]) -> dict:
+    """One entry of the lists: what the table says of a latent, and its strongest examples."""
+    top = [one for one in examples if one["range"] == "top"]
+    texts = {text: number(table[f"freq_text_{i}"][latent]) for i, text in enumerate(text_names) if f"freq_text_{i}" in table}
+    planted = {name: table[name][latent].item() for name in ("planted_concept", "planted_kind") if name in table}
+    return {
+        "latent": latent,
+        "direction": str(table["direction"][latent]),
+        "rank": int(table["rank"][latent]),
+        "changed": bool(table["changed"][latent]),
+        **{name: number(table[name][latent]) for name in NUMBERS},
+        "classes": {way: str(table[tag][latent]) for way, tag in (("norm", "tag"), ("scaling", "tag_scaling"))},
+        "frequency_by_text": texts,
+        **planted,
+        "tokens": strongest_tokens(top),
+        "examples": [example(one) for one in top],
+    }
+
+
+def number(value) -> float | None:
+    """Four digits, None for NaN and infinity."""
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def strongest_tokens(top: list[dict], most: int = 6) -> list[str]:
+    """The different tokens at which the strongest examples peak, the strongest first."""
+    return list(dict.fromkeys(one["tokens"][one["peak"]].strip() or repr(one["tokens"][one["peak"]]) for one in top))[:most]
+
+
+def example(one: dict) -> dict:
+    """An example of examples.jsonl as text: before, at and after its strongest token."""
+    peak, tokens = one["peak"], one["tokens"]
+    text = {"before": "".join(tokens[:peak]), "token": tokens[peak], "after": "".join(tokens[peak + 1 :])}
+    return {name: one[name] for name in ("text", "sequence", "position")} | {"activation": one["values"][peak]} | text
+
+
+def kl_closed(patching: dict | None) -> dict | None:
+    """Which share of the KL divergence to the fine-tuned model the first latents close in the base model, and random ones."""
+    if not patching:
+        return None
+    found = patching["diffing"]["base model"]
+    before = found["before"]["all"]
+    sets = {name: found[name] for name in ("first_ranked", "as_many_random") if name in found}
+    return {"before": before} | {
+        name: {"latents": one["latents"], "share_closed": 1 - one["kl"]["all"] / before if before else None}
+        for name, one in sets.items()
+    }
+
+
+def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]:
+    """The sentences with which the page, findings.md and the printed screen begin."""
+    null, counts = found["null"], found["changed"]
+    rate = f"{null['false_discovery_rate']:.0%}".replace("%", " %")
+    if changes:
+        words = [
+            f"{len(changes):,} of {null['tested']:,} live latents changed beyond chance: {counts['ft']:,} stand more in the "
+            f"fine-tuned model, {counts['base']:,} more in the base model. Of these, {rate} are expected to be false."
+        ]
+    else:
+        words = [f"No change found above chance among {null['tested']:,} live latents, at a false discovery rate of {rate}."]
+    for one in changes[:2] or nearest[:1]:
+        words.append(f"{'First' if one is (changes or nearest)[0] else 'Then'}{'' if changes else ' in line'}: {sentence(one)}")
+    typical = f"A typical latent lacks {percent(null['center'])} in one of the models, give or take {percent(null['spread'])}."
+    words.append(typical)
+    if kl := found["kl"]:
+        closed = [
+            f"{one['latents']} {label} close {percent(one['share_closed'])}"
+            for name, label in (("first_ranked", "latents ranked first"), ("as_many_random", "random ones"))
+            if (one := kl.get(name)) and one["share_closed"] is not None
+        ]
+        words += [f"Of the KL divergence from base to fine-tuned model, {', '.join(closed)}."] if closed else []
+    return words
+
+
+def sentence(one: dict) -> str:
+    other = MODELS["base" if one["direction"] == "ft" else "ft"]
+    tokens = ", ".join(f"“{token}”" for token in one["tokens"][:4])
+    text = f", as in “{plain(snippet(one['examples'][0])).strip()}”" if one["examples"] else ""
+    active = f"active on {percent(one['frequency'])} of the tokens" + (f", strongest on {tokens}{text}" if tokens else "")
+    return f"latent {one['latent']}, {active}; the {other} lacks {share(one)} of it."
+
+
+def share(one: dict) -> str:
+    """A change score with two standard errors."""
+    error = "" if one["change_error"] is None else f" ± {percent(2 * one['change_error'])}"
+    return percent(None if one["change_score"] is None else min(1.0, one["change_score"])) + error
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2g} %" if abs(value) < 0.995 else f"{100 * value:.0f} %"
+
+
+def as_markdown(found: dict) -> str:
+    """findings.md: one screen."""
+    lines = [f"# {plain(found['pair'])}: what changed", "", *map(plain, found["summary"])]
+    listed = found["changes"][:SCREEN] or found["nearest"]
+    if not found["changes"]:
+        lines += ["", "Nearest, none of them beyond chance:"]
+    lines += ["", "| more in | rank | latent | the other lacks | active on | strongest tokens | example |", "|" + "---|" * 7]
+    for one in listed:
+        tokens = " ".join(one["tokens"]) or (f"planted: {one['planted_kind']}" if "planted_kind" in one else "")
+        text = snippet(one["examples"][0]) if one["examples"] else ""
+        cells = (one["direction"], one["rank"], one["latent"], share(one), percent(one["frequency"]), tokens, text)
+        lines.append("| " + " | ".join(plain(str(cell)) for cell in cells) + " |")
+    if len(found["changes"]) > SCREEN:
+        lines += ["", f"{len(found['changes']) - SCREEN:,} more in findings.json."]
+    null = found["null"]
+    lines += [
+        "",
+        f"Changed: lacks {percent(null['margin'])} more than a typical latent by more than chance explains "
+        f"({null['blocks']} parts of {found['rows']:,} rows, Benjamini-Hochberg).",
+        f"Made by: {found['command']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def snippet(one: dict, around: int = 28) -> str:
+    """An example's strongest token in brackets, and some characters on both sides."""
+    return f"{one['before'][-around:]}[{one['token']}]{one['after'][:around]}"
+
+
+def plain(text: str) -> str:
+    """On one line, without what moves a terminal's cursor or ends a table's cell."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("|", "¦")
