@@ -136,7 +136,7 @@ def benjamini_hochberg(p: Tensor, rate: float) -> Tensor:
 
 def ranks(key: Tensor, direction: Tensor) -> Tensor:
     """[d_hidden] int64 place of each latent among those of its direction, 1 for the highest key; NaN comes last."""
-    key, rank = key.nan_to_num(nan=-math.inf), torch.zeros_like(direction)
+    key, rank = key.nan_to_num(nan=-math.inf, neginf=-1e300), torch.zeros_like(direction)
     for of in (0, 1):
         mine = (direction == of).nonzero()[:, 0]
         rank[mine[key[mine].argsort(descending=True, stable=True)]] = torch.arange(1, len(mine) + 1, device=key.device)
