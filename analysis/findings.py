@@ -104,7 +104,7 @@ def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]
     if changes:
         words = [
             f"{len(changes):,} of {null['tested']:,} live latents changed beyond chance: {counts['ft']:,} stand more in the "
-            f"fine-tuned model, {counts['base']:,} more in the base model. Of these, {rate} are expected to be false."
+            f"fine-tuned model, {counts['base']:,} more in the base model. At most {rate} of them are expected to be false."
         ]
     else:
         words = [f"No change found above chance among {null['tested']:,} live latents, at a false discovery rate of {rate}."]
@@ -157,7 +157,7 @@ def as_markdown(found: dict) -> str:
     null = found["null"]
     lines += [
         "",
-        f"Changed: lacks {percent(null['margin'])} more than a typical latent by more than chance explains "
+        f"Changed: lacks more than {percent(null['cut'])}, far from what typical latents lack, and more than chance explains "
         f"({null['blocks']} parts of {found['rows']:,} rows, Benjamini-Hochberg).",
         f"Made by: {found['command']}",
     ]

@@ -25,13 +25,13 @@ COLUMNS = {
     "latent": "index of the latent",
     "direction": "the model whose decoder row is longer: ft (there is more of the latent there) or base",
     "rank": "1 first: place among the latents of its direction by change_score - 2 * change_error; never active ones come last",
-    "changed": "whether so much more is missing than from a typical latent that noise does not explain it: Student's t of "
-    "change_score against the typical score + 0.1, over the latents' own error and the typical scores' spread, with "
-    "Benjamini-Hochberg over all live latents: of those called changed 5 % are expected not to be",
+    "changed": "whether change_score lies beyond the cut by more than its error explains (Student's t, Benjamini-Hochberg over "
+    "all live latents: of those called changed at most 5 % are expected not to be beyond it). The cut: the median score + 4 "
+    "spreads of the scores (1.4826 * median deviation) + 0.1, at most 0.5",
     "change_score": "share of the latent that the other model lacks: 1 - the larger of nu_error and nu_reconstruction of its "
     "direction. About 0: both models have it, 1: one alone",
     "change_error": "standard error of change_score: jackknife over 16 parts of the tokens; infinite if fewer than 4 have it",
-    "change_p": "chance of so high a change_score in a latent that did not change",
+    "change_p": "chance of so high a change_score in a latent whose true score is at the cut",
     "tag": "class by relative norm: base_only below 0.2, ft_only above 0.8 (arXiv 2602.11729)",
     "tag_scaling": "class by latent scaling: exclusive where |nu_error| < 0.2 and |nu_reconstruction| < 0.5 (arXiv 2504.02922)",
     "tag_delta_norm": "class by delta_norm: below 0.1, 0.4 to 0.6, above 0.9, else other (arXiv 2504.02922)",

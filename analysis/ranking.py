@@ -6,8 +6,8 @@ the larger answer says how much of it is there. Fine-tuning that changes a littl
 class finds anything, but lowers these shares.
 
 Rule: most latents are the same concept in both models, so their scores show what no change looks like, an empirical null
-(Efron, "Large-scale simultaneous hypothesis testing", 2004). Changed is what lies further from them than noise and a margin
-explain.
+(Efron, "Large-scale simultaneous hypothesis testing", 2004). Changed is what lies beyond a cut far outside of them by more than
+the noise of its own score; where most of the model changed, so that they lie far apart, the cut is a half.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ops.latents import LatentSums
 
-MARGIN = 0.1  # share that must be missing beyond what the typical latent lacks
+SPREADS, MARGIN, MOST = 4, 0.1, 0.5  # the cut is the typical score + 4 spreads + 0.1, at most 0.5
 FALSE_DISCOVERIES = 0.05  # expected share of the latents called changed that are not
 LEAST_BLOCKS = 4  # in which a latent must be active: fewer do not say how uncertain its score is
 
@@ -36,10 +36,10 @@ class Ranking(NamedTuple):
     direction: np.ndarray  # 1: more in the fine-tuned model, 0: more in the base model
     score: np.ndarray  # NaN where a latent is never active
     error: np.ndarray  # standard error of the score, from the blocks
-    p: np.ndarray  # chance of such a score where nothing changed
+    p: np.ndarray  # chance of such a score where the true one is at the cut
     changed: np.ndarray
     rank: np.ndarray  # from 1, within the direction; latents that are never active come last
-    null: dict  # center and spread of the unchanged latents, the margin, the false discovery rate, latents tested
+    null: dict  # center and spread of the unchanged latents, the cut, the false discovery rate, latents tested
 
 
 def rank_latents(blocks: list[LatentSums], W_dec: Tensor) -> Ranking:
@@ -48,11 +48,12 @@ def rank_latents(blocks: list[LatentSums], W_dec: Tensor) -> Ranking:
     score, error, df = jackknife(sums, own)
     live = score.isfinite()
     center, spread = bulk(score[live])
-    p = p_values(score, error, df, center + MARGIN, spread)
+    cut = min(MOST, center + SPREADS * spread + MARGIN)
+    p = p_values(score, error, df, cut)
     changed = benjamini_hochberg(p, FALSE_DISCOVERIES) & live
     null = {
-        "center": center, "spread": spread, "margin": MARGIN, "false_discovery_rate": FALSE_DISCOVERIES,
-        "blocks": len(blocks), "tested": int(live.sum()),
+        "center": center, "spread": spread, "cut": cut, "false_discovery_rate": FALSE_DISCOVERIES, "blocks": len(blocks),
+        "tested": int(live.sum()),
     }  # fmt: skip
     rank = ranks(score - 2 * error, direction)  # so that no rare latent leads by chance
     return Ranking(*(t.cpu().numpy() for t in (direction, score, error, p, changed, rank)), null)
@@ -112,13 +113,12 @@ def bulk(score: Tensor) -> tuple[float, float]:
     return center.item(), 1.4826 * (score - center).abs().median().item()
 
 
-def p_values(score: Tensor, error: Tensor, df: Tensor, least: float, spread: float) -> Tensor:
-    """[d_hidden] the chance that a latent whose true score is `least`, give or take `spread`, is measured as high as this.
+def p_values(score: Tensor, error: Tensor, df: Tensor, cut: float) -> Tensor:
+    """[d_hidden] the chance that a latent whose true score is `cut` is measured as high as this.
 
     Student's t with the degrees of freedom of the error, by the normal approximation of Wallace (1959). 1 where unknown.
     """
-    scale = (error.pow(2) + spread**2).sqrt()
-    t = torch.where(score > least, (score - least) / scale, 0.0)  # infinite where nothing varies
+    t = torch.where(score > cut, (score - cut) / error, 0.0)  # infinite where nothing varies
     z = (8 * df + 1) / (8 * df + 3) * (df * (t.pow(2) / df).log1p()).sqrt()
     p = 0.5 * torch.erfc(z / math.sqrt(2))
     return torch.where(t > 0, p, 1.0).nan_to_num(nan=1.0)

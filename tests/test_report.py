@@ -68,7 +68,7 @@ def page_of(tmp_path_factory):
         metrics = made_up_metrics(table)
         definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
-        null = {"center": 0.05, "spread": 0.01, "margin": 0.1, "false_discovery_rate": 0.05, "blocks": 16, "tested": n - 1}
+        null = {"center": 0.05, "spread": 0.01, "cut": 0.19, "false_discovery_rate": 0.05, "blocks": 16, "tested": n - 1}
         found = findings.find(table, null, metrics, sections, ["</script>.txt"], HOSTILE[0], "python analyze.py /home/me/run")
         html = report.render(
             metrics, table, definitions, found, ["</script>.txt"], figures=drawn, sections=sections, truth=None, pair=HOSTILE[0]
