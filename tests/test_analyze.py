@@ -160,7 +160,7 @@ def test_table_equals_a_direct_computation(capitals):
             codes.append(crosscoder.encode(torch.from_numpy(x.astype(np.float32))).numpy())
         sequences.append(parts[0][:]["sequence"])
     f, text = np.concatenate(codes), np.array(source)[np.concatenate(sequences)]
-    assert np.allclose(table["frequency"], (f > 0).mean(0), atol=1e-5)
+    assert np.allclose(table["frequency"], (f > 0).mean(0), atol=5e-5)  # 4 of 80,000 codes are 0 or not by rounding
     assert np.allclose(table["freq_val"], (codes[1] > 0).mean(0), atol=1e-4)
     assert np.allclose(table["max_act_train"], codes[0].max(0), rtol=1e-4, atol=1e-5)
     assert np.allclose(table["mean_text_1"], f[text == 1].mean(0), rtol=1e-3, atol=1e-6)
