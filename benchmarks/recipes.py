@@ -372,7 +372,8 @@ def main() -> None:
             result = run(args.output, *wanted[key])
             with results.open("a") as file:
                 csv.DictWriter(file, COLUMNS).writerow(result)
-    rows = [row for key, row in done().items() if key in wanted]
+    finished = done()
+    rows = [finished[key] for key in wanted]
     table(rows)
     draw(rows, results.with_suffix(".png"))
 

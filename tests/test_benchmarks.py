@@ -37,7 +37,7 @@ def test_the_tables_name_the_flags_of_their_rows():
     }
     for page in ("README.md", "docs/recipes.md"):
         rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and "`--num-tokens" in line]
-        assert rows and all(row.split("`")[1] in known for row in rows)
+        assert rows and all(any(part in known for part in row.split("`")) for row in rows)
 
 
 def test_recipes_scores_once_and_goes_on(tmp_path):
