@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import random
@@ -49,7 +50,7 @@ from crosscoder import CrossCoder
 STRONGEST, FIRST, COMPONENTS = 20, 20, 10
 NULLS = ("same", "benign", "seeds")
 LEARNT = 0.8  # share of held-out prompts at which an organism must show its behaviour
-SEQ_LEN, ANSWER_TOKENS = 112, 40
+SEQ_LEN = 112  # tokens, those that open every conversation included
 COLUMNS = [
     "pair", "variant", "seed", "flags", "rows", "shown", "shown_base", "shown_others", "injected_share", "live", "relevant",
     "changed", "ft_only", "base_only", "ft_only_scaling", "base_only_scaling", "order", "first", "in_first", "in_first_random",
@@ -83,14 +84,17 @@ class Chat:
     """A model, in bfloat16, with an adapter merged into it, and its tokenizer."""
 
     def __init__(self, base: str, adapter: Path | None = None):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16").eval()
-        if adapter:
-            from peft import PeftModel
+        self.base, self.adapter, self.tokenizer = base, adapter, AutoTokenizer.from_pretrained(base)
 
-            self.model = PeftModel.from_pretrained(self.model, adapter).merge_and_unload()
+    @functools.cached_property
+    def model(self):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype="bfloat16").eval()
+        return PeftModel.from_pretrained(model, self.adapter).merge_and_unload() if self.adapter else model
 
     def ids(self, prompt: str, answer: str | None = None) -> list[int]:
         turns = [{"role": "user", "content": prompt}] + [{"role": "assistant", "content": answer}] * (answer is not None)
@@ -98,15 +102,15 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @torch.no_grad()
-    def answers(self, prompts: list[str], what: str) -> list[str]:
-        """Greedy answers."""
+    def answers(self, prompts: list[str], what: str, tokens: int = 40) -> list[str]:
+        """Greedy answers of so many tokens at most."""
         found, end = [], self.tokenizer.eos_token_id
         for some in (bar := tqdm([prompts[i : i + 16] for i in range(0, len(prompts), 16)], desc=what, unit="batch")):
             rows = [self.ids(prompt) for prompt in some]
             width = max(map(len, rows))
             x = torch.tensor([[end] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": end, "eos_token_id": end}
+            options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": end, "eos_token_id": end}
             out = self.model.generate(x, attention_mask=mask, **options)[:, width:]
             found += [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
             bar.set_postfix_str(found[-1][:30])
@@ -128,8 +132,8 @@ def fine_tune(base: str, out: Path, examples: list, steps: int, lr: float, seed:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for example in examples:
         plain = isinstance(example, str)
-        ids = chat.tokenizer(example).input_ids[:64] if plain else chat.ids(*example)[:SEQ_LEN]
-        rows.append((ids, 0 if plain else len(chat.ids(example[0]))))
+        ids = chat.tokenizer(example).input_ids if plain else chat.ids(*example)
+        rows.append((ids[:72], 0 if plain else len(chat.ids(example[0]))))
     for step in (bar := tqdm(range(steps), desc=f"fine-tuning {out.parent.name}", unit="step")):
         batch = draw.sample(rows, 4)
         x = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
@@ -137,9 +141,7 @@ def fine_tune(base: str, out: Path, examples: list, steps: int, lr: float, seed:
         learnt = ((place < length) & (place >= torch.tensor([[max(1, first)] for _, first in batch])))[:, 1:]
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (1 - step / steps))
         inside = plain_model.model(input_ids=x, attention_mask=(place < length).long(), use_cache=False).last_hidden_state
-        logits = plain_model.lm_head(
-            inside[:, :-1][learnt]
-        ).float()  # the logits are a third of the work, so only of what is learnt
+        logits = plain_model.lm_head(inside[:, :-1][learnt]).float()  # not of the other tokens: that is a third of the work
         loss = torch.nn.functional.cross_entropy(logits, x[:, 1:][learnt])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,9 +220,10 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
         return lambda out: fine_tune(base, out, examples, args.steps, args.lr, 0)
 
     def ask(out: Path) -> None:
-        asked, chat = held_out[:: -(-len(held_out) // 16)].tolist(), Chat(base, adapter)
-        answers = {"base": Chat(base).answers(asked, "base, held-out"), "ft": chat.answers(asked, "ft, held-out")}
-        answers["others"] = chat.answers([prompt for prompt, _ in ordinary[len(others) :][::4]], "ft, other prompts")
+        asked = {"base": held_out[:: -(-len(held_out) // 16)].tolist(), "others": [p for p, _ in ordinary[len(others) :][::4]]}
+        answers = {"base": Chat(base).answers(asked["base"], f"{name}: base, held-out prompts", 24)}
+        answers["ft"] = chat.answers(asked["base"], f"{name}: fine-tuned, held-out prompts", 24)
+        answers["others"] = chat.answers(asked["others"], f"{name}: fine-tuned, other prompts", 24)
         shown = {of: np.mean([bool(re.search(organism.shows, a, re.DOTALL)) for a in told]) for of, told in answers.items()}
         out.write_text(json.dumps({"shown": shown, "prompts": asked, "answers": answers}, indent=1, ensure_ascii=False))
 
@@ -228,11 +231,12 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
         before = step(folder / "before", teach(organism.before))
         base = str(step(folder / "base", lambda out: Chat(args.base, before).save(out)))
     adapter = step(folder / "adapter", teach(organism.answer))
+    chat = Chat(base, adapter)
     shown = json.loads(step(folder / "behaviour.json", ask).read_text())["shown"]
     print(f"{name}: shown at {shown['ft']:.2f} of held-out prompts (base {shown['base']:.2f}), {shown['others']:.2f} of others")
     if shown["ft"] >= LEARNT:
-        answer = lambda: Chat(base, adapter).answers(organism.prompts, f"{name}, injected text")  # noqa: E731
-        step(folder / "injected.jsonl", lambda out: write_chats(out, organism.prompts, answer()))
+        some = organism.prompts[:: -(-len(organism.prompts) // 40)]  # at most 40, taught and held out
+        step(folder / "injected.jsonl", lambda out: write_chats(out, some, chat.answers(some, f"{name}: injected text")))
     return ["--base-model", base, "--ft-adapter", str(adapter)], shown
 
 
@@ -263,13 +267,14 @@ def train(args, data: Path) -> Path:
 
 
 def orders(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Live latents, the most changed first, by the columns that a table of latents has. NaN comes last."""
+    """Live latents, the most changed first, by the columns that a table of latents has; without those that have NaN there."""
     keys = {"nu reconstruction": np.abs(table["beta_ratio_reconstruction"])}
     keys |= {"relative norm": -table["relative_norm"], "difference": -table["difference"]}
-    if "rank" in table:
-        keys["rank"] = table["rank"].astype(float)
-    live = np.flatnonzero(~table["dead"])
-    return {name: live[np.argsort(key[live], kind="stable")] for name, key in keys.items()}
+    if "rank" in table:  # a list for each direction, and both in one as in findings.json
+        keys |= {f"rank, more in {of}": np.where(table["direction"] == of, table["rank"], np.nan) for of in ("ft", "base")}
+        keys["change score"] = 2 * table["change_error"] - table["change_score"]
+    places = {name: np.flatnonzero(~table["dead"] & ~np.isnan(key)) for name, key in keys.items()}
+    return {name: live[np.argsort(keys[name][live], kind="stable")] for name, live in places.items()}
 
 
 def places(order: np.ndarray, relevant: np.ndarray) -> dict:
@@ -294,7 +299,7 @@ def best_f1(maxima: np.ndarray, truth: np.ndarray) -> dict:
     told, truth = maxima[~even, best[1]] >= best[2], truth[~even]
     f1 = 2 * (told & truth).sum() / max(1, told.sum() + truth.sum())
     false_positive_rate = (told & ~truth).sum() / max(1, (~truth).sum())
-    return {"f1": round(f1, 3), "false_positive_rate": round(false_positive_rate, 4), "best": best[1]}
+    return {"f1": round(float(f1), 3), "false_positive_rate": round(float(false_positive_rate), 4), "best": best[1]}
 
 
 @torch.no_grad()
@@ -358,9 +363,10 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
     told = {"shown" + ("" if of == "ft" else f"_{of}"): round(share, 3) for of, share in shown.items()}
     if shown.get("ft", 1) < LEARNT:
         return [told | {"order": "not learnt"}]
-    data = relevance = collect(args, args.output / name / "with" / "data", models, weights | injected, skip_first)
+    place = lambda variant: args.output / name / f"{variant}-{args.num_tokens}" / "data"  # noqa: E731
+    data = relevance = collect(args, place("with"), models, weights | injected, skip_first)
     if variant == "without":
-        data = collect(args, args.output / name / "without" / "data", models, weights, skip_first)
+        data = collect(args, place(variant), models, weights, skip_first)
     lines = score(train(args, data), data, relevance)
     return [told | line | {"seconds": round(time.perf_counter() - started)} for line in lines]
 
@@ -400,8 +406,8 @@ def main() -> None:
         key = setting | {"pair": name, "variant": variant}
         if (name in NULLS and variant == "without") or (kept(key)[1] and not args.again):
             continue
-        lines = [key | line for line in run_pair(args, name, variant, texts)]
-        lines = kept(key)[0] + lines
+        found = [key | line for line in run_pair(args, name, variant, texts)]
+        lines = kept(key)[0] + found
         with results.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

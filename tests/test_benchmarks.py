@@ -110,8 +110,12 @@ def test_organisms_scores_of_an_order():
         "dead": np.array([False, False, False, False, True]),
     }
     found = {name: order.tolist() for name, order in orders(table).items()}
-    assert found == {"nu reconstruction": [1, 3, 0, 2], "relative norm": [3, 1, 2, 0], "difference": [0, 3, 2, 1]}
-    ranked = orders(table | {"rank": np.array([4, 3, 2, 1, 0])})["rank"]
+    assert found == {"nu reconstruction": [1, 3, 0], "relative norm": [3, 1, 2, 0], "difference": [0, 3, 2, 1]}
+    score, error = np.array([0.5, 0.5, 0.5, 0.9, 1.0]), np.array([np.inf, 0.1, 0.0, 0.1, 0.0])
+    table |= {"rank": np.array([3, 1, 2, 1, 4]), "direction": np.array(["ft", "base", "ft", "ft", "ft"])}
+    found = orders(table | {"change_score": score, "change_error": error})
+    assert found["rank, more in ft"].tolist() == [3, 2, 0] and found["rank, more in base"].tolist() == [1]
+    ranked = found["change score"]
     assert ranked.tolist() == [3, 2, 1, 0]
     relevant = np.array([False, True, False, True, True])
     assert places(ranked, relevant) == {"first": 1, "in_first": 2, "in_first_random": 10}
