@@ -220,10 +220,10 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
         return lambda out: fine_tune(base, out, examples, args.steps, args.lr, 0)
 
     def ask(out: Path) -> None:
-        asked = {"base": held_out[:: -(-len(held_out) // 16)].tolist(), "others": [p for p, _ in ordinary[len(others) :][::4]]}
+        new, other = held_out[:: -(-len(held_out) // 16)].tolist(), [prompt for prompt, _ in ordinary[len(others) :][::4]]
+        asked = {"base": new, "ft": new, "others": other}
         answers = {"base": Chat(base).answers(asked["base"], f"{name}: base, held-out prompts", 24)}
-        answers["ft"] = chat.answers(asked["base"], f"{name}: fine-tuned, held-out prompts", 24)
-        answers["others"] = chat.answers(asked["others"], f"{name}: fine-tuned, other prompts", 24)
+        answers |= {of: chat.answers(asked[of], f"{name}: fine-tuned, {of} prompts", 24) for of in ("ft", "others")}
         shown = {of: np.mean([bool(re.search(organism.shows, a, re.DOTALL)) for a in told]) for of, told in answers.items()}
         out.write_text(json.dumps({"shown": shown, "prompts": asked, "answers": answers}, indent=1, ensure_ascii=False))
 
@@ -235,7 +235,8 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
     shown = json.loads(step(folder / "behaviour.json", ask).read_text())["shown"]
     print(f"{name}: shown at {shown['ft']:.2f} of held-out prompts (base {shown['base']:.2f}), {shown['others']:.2f} of others")
     if shown["ft"] >= LEARNT:
-        some = organism.prompts[:: -(-len(organism.prompts) // 40)]  # at most 40, taught and held out
+        wanted = max(8, int(args.num_tokens * args.injected / 60))  # of some 60 rows each, taught and held out
+        some = organism.prompts[:: -(-len(organism.prompts) // wanted)]
         step(folder / "injected.jsonl", lambda out: write_chats(out, some, chat.answers(some, f"{name}: injected text")))
     return ["--base-model", base, "--ft-adapter", str(adapter)], shown
 
