@@ -349,7 +349,8 @@ def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
     found = [{"order": name, **places(order, relevant), **best_f1(*seen)} for name, order in orders(table).items()]
     if values := difference_components(crosscoder, opened[0]):
         relevant, *seen = strongest(crosscoder, opened[1], values)
-        found.append({"order": "PCA of the difference", **places(np.arange(len(relevant)), relevant), **best_f1(*seen)})
+        line = {"order": "PCA of the difference", **places(np.arange(len(relevant)), relevant), **best_f1(*seen)}
+        found.append(line | {"in_first_random": ""})  # all of them are first ones
     return [counts | line for line in found]
 
 
