@@ -172,7 +172,7 @@ def write_chats(path: Path, prompts: list[str], answers: list[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return list(map(json.loads, path.open()))
+    return [json.loads(line) for line in path.open()]
 
 
 def documentation_pieces(out: Path) -> None:
@@ -349,8 +349,8 @@ def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
     found = [{"order": name, **places(order, relevant), **best_f1(*seen)} for name, order in orders(table).items()]
     if values := difference_components(crosscoder, opened[0]):
         relevant, *seen = strongest(crosscoder, opened[1], values)
-        line = {"order": "PCA of the difference", **places(np.arange(len(relevant)), relevant), **best_f1(*seen)}
-        found.append(line | {"in_first_random": ""})  # all of them are first ones
+        parts = places(np.arange(len(relevant)), relevant) | {"in_first_random": ""}  # all of them are among the first
+        found.append({"order": "PCA of the difference", **parts, **best_f1(*seen)})
     return [counts | line for line in found]
 
 
@@ -401,8 +401,7 @@ def main() -> None:
 
     def kept(key: dict) -> tuple[list[dict], bool]:  # read anew each time: another process may have written meanwhile
         lines = list(csv.DictReader(results.open())) if results.exists() else []
-        others = [line for line in lines if not key.items() <= line.items()]
-        return others, len(others) < len(lines)
+        return (others := [line for line in lines if not key.items() <= line.items()]), len(others) < len(lines)
 
     for name, variant in itertools.product(args.pairs, args.variants):
         key = setting | {"pair": name, "variant": variant}
