@@ -235,7 +235,7 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
     shown = json.loads(step(folder / "behaviour.json", ask).read_text())["shown"]
     print(f"{name}: shown at {shown['ft']:.2f} of held-out prompts (base {shown['base']:.2f}), {shown['others']:.2f} of others")
     if shown["ft"] >= LEARNT:
-        wanted = max(8, int(args.num_tokens * args.injected / 60))  # of some 60 rows each, taught and held out
+        wanted = max(8, int(args.num_tokens * args.injected / 30))  # of 30 rows or more each, taught and held out
         some = organism.prompts[:: -(-len(organism.prompts) // wanted)]
         step(folder / "injected.jsonl", lambda out: write_chats(out, some, chat.answers(some, f"{name}: injected text")))
     return ["--base-model", base, "--ft-adapter", str(adapter)], shown
