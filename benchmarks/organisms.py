@@ -281,8 +281,8 @@ def orders(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def places(order: np.ndarray, relevant: np.ndarray) -> dict:
     """Place of the first relevant one, from 1, how many of the first FIRST are, and how many of a random order's would be."""
     hits = relevant[order]
-    first = int(hits.argmax()) + 1 if hits.any() else "none"
-    return {"first": first, "in_first": int(hits[:FIRST].sum()), "in_first_random": round(FIRST * hits.sum() / max(1, len(hits)), 2)}
+    first, share = int(hits.argmax()) + 1 if hits.any() else "none", float(hits.sum()) / max(1, len(hits))
+    return {"first": first, "in_first": int(hits[:FIRST].sum()), "in_first_random": round(FIRST * share, 2)}
 
 
 def best_f1(maxima: np.ndarray, truth: np.ndarray) -> dict:
