@@ -131,9 +131,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Sequences per forward pass of the two models.
     model_batch_size: int = 8
 
-    # Most rows that the buffer holds, from which batches are drawn mixed: half of them stay while the other half is
-    # replaced; also with --streaming. More mixes better and takes 4 x d_model bytes a row. None: 262,144, or a tenth of the
-    # run if that is less.
+    # Most rows that the buffer holds, from which batches are drawn mixed, half of them replaced at a time; also with
+    # --streaming. More mixes better and takes 4 x d_model bytes a row. None: 262,144, at most a tenth of the run.
     buffer_tokens: int | None = None
 
     # Folder that keeps the activations of the first pass over the texts, as the paired dataset that collect.py would write.
@@ -144,6 +143,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # More than two models: activations of one model, given once for each, the base model first; all at the same tokens in
     # the same order, as for --base-dataset. Metrics of the third model end in _C, and so on.
     model_dataset: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+
+    # Train on x_ft - x_base, as if of one model: its dictionary holds what fine-tuning changed and nothing of what stayed.
+    difference: bool = False
 
     # Read the datasets over the network while training instead of downloading them first, through a buffer (--buffer-tokens).
     # Goes with datasets on the Hub, or folders of .parquet files. Held-out rows and mean and scale come from their first rows.
@@ -240,8 +242,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Largest norm of the whole gradient; larger ones are scaled down to it.
     grad_clip: float = 1.0
 
-    # Precision of the matrix products; weights, losses and the optimizer are float32. auto: bfloat16 on CUDA and on
-    # processors with AMX, where it is four times as fast.
+    # Precision of the matrix products alone. auto: bfloat16 on CUDA and on processors with AMX, there four times as fast.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
@@ -377,8 +378,7 @@ class AnalyzeConfig(DatasetFlags):
     # Hook in the fine-tuned model, where its path differs. None: the same as --hook.
     ft_hook: str | None = None
 
-    # Precision in which the models run. int8 and nf4: weights of 1 or half a byte each, made by bitsandbytes when a model is
-    # loaded (`pip install bitsandbytes accelerate`), the rest bfloat16. A model that was saved quantised loads as it is.
+    # Precision in which the models run, as for collect.py.
     model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Sequences per forward pass of the models.

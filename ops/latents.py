@@ -65,8 +65,10 @@ def list_classes(kind_of: Tensor, dead: Tensor) -> dict[str, list[int]]:
 def count_owners(norms: Tensor, dead: Tensor) -> dict[str, int]:
     """Of more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
 
-    norms: [d_hidden, n_models]; dead: [d_hidden] bool.
+    norms: [d_hidden, n_models]; dead: [d_hidden] bool. Of one model, a difference, there is nothing to own.
     """
+    if norms.shape[1] == 1:
+        return {"live": int((~dead).sum()), "dead": int(dead.sum())}
     share = (norms / norms.sum(-1, keepdim=True).clamp_min(1e-12))[~dead]  # [live, n_models]
     only = (share > FT_ONLY_ABOVE).sum(0).tolist()
     owners = {f"{chr(65 + model)}_only": n for model, n in enumerate(only)}

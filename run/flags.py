@@ -177,6 +177,8 @@ def check(config: TrainConfig, processes: int) -> None:
         (each and (config.dataset or base), "--model-dataset names each model's activations: leave out all other datasets"),
         (len(each) == 1, "--model-dataset is given once: give it for each model, the base model first"),
         ((config.base_column or config.ft_column) and not stored, "--base-column and --ft-column need a dataset"),
+        (config.difference and not (stored or live), "--difference is of the data of two models: give --dataset, say"),
+        (config.difference and len(each) > 2, f"--difference is of two models, --model-dataset names {len(each)}"),
         (config.streaming and not stored, "--streaming reads datasets over the network: give --dataset, or one for each model"),
         (epochs and config.num_tokens, "--epochs and --num-tokens both set the length: give one (the other as None)"),
         (epochs and not stored, "--epochs: planted concepts are endless, give --num-tokens"),

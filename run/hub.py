@@ -89,10 +89,14 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict
     lines += [f"- Adapter of the fine-tuned model: {shown(origin['ft_adapter'])}"] if origin.get("ft_adapter") else []
     lines += [f"- Hook: {code(origin['hook'])}"] if origin.get("hook") else []
     lines += [f"- Trained on {summary['tokens']:,} tokens of {made}; {data['val_rows']:,} held-out rows"]
-    kind = f"{config['variant']}, {config['d_hidden']:,} latents, {data['n_models']} models of width {data['d_model']}"
+    one = data["n_models"] == 1  # trained with --difference
+    what, rows_of = ("difference", "differences, ft - base") if one else ("activations", "activations, base first")
+    of = "the difference of 2 models" if one else f"{data['n_models']} models"
+    kind = f"{config['variant']}, {config['d_hidden']:,} latents, {of} of width {data['d_model']}"
     kind += f", k {config['k']}" if config["variant"] == "batch_topk" else f", l1_coeff {config['l1_coeff']:g}"
     roles = {"": "", "_A": ", base model", "_B": ", fine-tuned model"}
     ends = {k.removeprefix("explained_variance"): v for k, v in summary.items() if k.startswith("explained_variance")}
+    ends = {"": ends[""]} if one else ends
     rows = {f"explained variance{roles.get(end, f', model {end[-1:]}')}": f"{v:.4f}" for end, v in ends.items()}
     rows |= {"L0 (active latents a token)": f"{summary['l0_loss']:.2f}", "dead latents": f"{summary['dead_fraction']:.1%}"}
     rows |= {f"latents, {label.replace('_', '-')}": f"{count:,}" for label, count in summary["latents"].items()}
@@ -101,24 +105,24 @@ def model_card(name: str, record: dict, summary: dict, norms: Tensor, pair: dict
     return front(**fields) + "\n".join(
         [
             f"# {name.split('/')[1]}", "",
-            "A crosscoder: one sparse dictionary for the activations of a base model and its fine-tuned version.", "",
+            f"A crosscoder: one sparse dictionary for the {what} of a base model and its fine-tuned version.", "",
             f"- {kind}", *lines, "", "| held out | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows.items()), "",
-            "## Relative norms", "",
-            "Norm of a latent's fine-tuned decoder row over the sum of both: 0 only base, 1 only fine-tuned.", "",
-            *norm_figure(norms), "", "## Loading", "", "```python", "from crosscoder import CrossCoder", "",
+            *([] if one else norm_figure(norms)), "## Loading", "", "```python", "from crosscoder import CrossCoder", "",
             f'crosscoder = CrossCoder.from_pretrained("{name}")',
-            f"f = crosscoder.encode(x)  # x: raw activations [batch, {data['n_models']}, {data['d_model']}], base first",
+            f"f = crosscoder.encode(x)  # x: [batch, {data['n_models']}, {data['d_model']}] raw {rows_of}",
             "x_hat = crosscoder.decode(f)", "```", "",
         ]
     )  # fmt: skip
 
 
 def norm_figure(norms: Tensor) -> list[str]:
-    """A histogram of the relative norms, in text. norms: [d_hidden, n_models]."""
+    """A chapter with a histogram of the relative norms, in text. norms: [d_hidden, n_models]."""
     relative = norms[:, 1] / norms[:, :2].sum(-1).clamp_min(1e-12)
     counts = torch.histc(relative.float().cpu(), 10, 0, 1).int().tolist()
     marks = ["#" * -(-40 * n // max(1, *counts)) for n in counts]
-    return ["```", *(f"{i / 10:.1f}-{(i + 1) / 10:.1f} {marks[i]:<40} {n:,}" for i, n in enumerate(counts)), "```"]
+    rows = (f"{i / 10:.1f}-{(i + 1) / 10:.1f} {marks[i]:<40} {n:,}" for i, n in enumerate(counts))
+    says = "Norm of a latent's fine-tuned decoder row over the sum of both: 0 only base, 1 only fine-tuned."
+    return ["## Relative norms", "", says, "", "```", *rows, "```", ""]
 
 
 def dataset_card(name: str, pair: dict) -> str:

@@ -199,14 +199,14 @@ def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
     """The end of a run: held-out metrics, what was found, where it lies."""
     names = {"explained_variance_A": "base", "explained_variance_B": "ft"}  # and C, D, ... of more models
     each = [f"{names.get(k, k[-1])} {v:.3f}" for k, v in summary.items() if k.startswith("explained_variance_")]
-    variance = f"explained variance {summary['explained_variance']:.3f} ({', '.join(each)})"
+    variance = f"explained variance {summary['explained_variance']:.3f}" + f" ({', '.join(each)})" * (len(each) > 1)
     say(f"\nheld out   {variance}, L0 {summary['l0_loss']:.1f}, {val_rows:,} rows")
     if dropped := summary["rows_dropped"]:
         outliers = summary["rows_dropped_by_norm"]
         say(f"left out   {outliers:,} rows by their norm (--max-norm-ratio), {dropped - outliers:,} with NaN or inf")
     counts = ", ".join(f"{n} {name.replace('_', '-')}" for name, n in summary["latents"].items())
     if "latents_by_norm" not in summary:
-        say(f"latents    {counts} of {config.d_hidden}, by decoder norm")
+        say(f"latents    {counts} of {config.d_hidden}" + ", by decoder norm" * ("shared" in summary["latents"]))
     else:
         say(f"latents    {counts} of {config.d_hidden}; exclusive are those on which both ways agree:")
         for way in ("norm", "scaling"):

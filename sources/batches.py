@@ -285,5 +285,6 @@ def estimate_normalization(source, center: bool) -> tuple[Tensor, Tensor]:
         mean = average(lambda x: x)
     norm = average(lambda x: (x - mean[:, None]).norm(dim=-1))  # [n_models]
     if not (norm > 0).all():
-        raise ValueError("the activations of a model are the same in every row: nothing to learn, check the dataset's columns")
+        whose = "the activations of a model" if source.n_models > 1 else "--difference: the differences of the two models"
+        raise ValueError(f"{whose} are the same in every row: nothing to learn, check the dataset's columns")
     return mean, source.d_model**0.5 / norm

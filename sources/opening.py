@@ -11,6 +11,7 @@ from config import TrainConfig, model_flags
 from run.machine import say, usable_device
 from sources.batches import fingerprints, limit_norms
 from sources.dataset_files import open_datasets
+from sources.difference import Difference
 from sources.planted import PlantedConcepts
 from sources.source import Source
 from sources.stored import PairedActivations
@@ -29,6 +30,9 @@ def open_source(
         config: the same with the usual sizes filled in.
         known: what the run's record says of the data, for a run that goes on.
     """
+    if config.difference:
+        source, config = open_source(given, dataclasses.replace(config, difference=False), device, known)
+        return Difference(source), dataclasses.replace(config, difference=True)
     if config.base_model:
         return open_live(given, config, device, known)
     if config.streaming:

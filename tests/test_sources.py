@@ -13,7 +13,7 @@ from run import flags
 from sources.opening import open_source
 
 CPU = torch.device("cpu")
-KINDS = ("planted", "stored", "streamed", "live")
+KINDS = ("planted", "stored", "streamed", "live", "difference", "live difference")
 SIZE = 96  # rows of a batch
 
 
@@ -41,6 +41,7 @@ def opening(tiny, tmp_path_factory):
             "model_dtype": "float32",
         },
     }  # fmt: skip
+    given |= {"difference": given["stored"] | {"difference": True}, "live difference": given["live"] | {"difference": True}}
 
     def make(kind):
         config = TrainConfig(**given[kind])
@@ -61,15 +62,16 @@ def taken(source, position: int = 0, stop: int = 4000) -> list:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source_says_what_it_has(kind, opening):
     source = opening(kind)
-    assert source.n_models == 2 and source.val_rows > 0 and source.stored_scale.shape == (2,)
+    assert source.n_models == (1 if "difference" in kind else 2)
+    assert source.val_rows > 0 and source.stored_scale.shape == (source.n_models,)
     assert json.loads(json.dumps(source.record)) == source.record
     assert "rows" in source.describe()
     rows = source.sample_rows(50)
     assert len(rows) <= 50 and (np.diff(rows) > 0).all()
     for split, some in (("train", rows), ("validation", np.arange(source.val_rows))):
-        out = torch.full((2, len(some), source.d_model), torch.nan, dtype=source.dtype)
+        out = torch.full((source.n_models, len(some), source.d_model), torch.nan, dtype=source.dtype)
         source.gather(split, some, out)
-        assert out.isfinite().all() and not torch.equal(out[0], out[1])
+        assert out.isfinite().all() and (source.n_models == 1 or not torch.equal(out[0], out[1]))
     assert source.score(torch.zeros(4, 2, source.d_model), torch.zeros(4, dtype=torch.bool)) is None or kind == "planted"
     assert all(isinstance(value, float) for value in source.metrics(1.0).values())
 
