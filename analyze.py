@@ -3,6 +3,7 @@
 metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching gave
 latents.parquet    every latent measured and ranked; the schema's metadata defines each column
 examples.jsonl     a line for each latent with examples: tokens and activations
+difference.safetensors   the directions of metrics.json's `difference`: means and components, raw activations
 figures/           PNG and SVG
 findings.json      the ranked changes with scores, errors, examples, the null and this command; findings.md: one screen of it
 report.html        all of it on one page that needs no network
@@ -24,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from analysis import findings, measure, ranking, report
-from analysis.data import open_data, open_tokenizer
+from analysis import difference, findings, measure, one_model, ranking, report
+from analysis.data import Data, open_data, open_tokenizer
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
 from crosscoder import CrossCoder
@@ -42,7 +44,7 @@ def main(config: AnalyzeConfig) -> None:
     folder, record = find_run(Path(config.run).expanduser())
     device = torch.device(usable_device(config.device, "--device"))
     crosscoder = CrossCoder.from_pretrained(folder, device)
-    if crosscoder.n_models != 2:
+    if crosscoder.n_models > 2:
         raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
     asked = parse_latents(config.latents, crosscoder.d_hidden)
     out = Path(config.output).expanduser() if config.output else Path(config.run).expanduser() / "analysis"
@@ -57,9 +59,12 @@ def main(config: AnalyzeConfig) -> None:
     if data.text:
         tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
 
+    if crosscoder.n_models == 1:
+        return analyze_difference(config, crosscoder, data, models, tokenizer, asked, out, notes)
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
-    sums, metrics, blocks = measure.measure_latents(crosscoder, data)
+    without = difference.open_sums(data)
+    sums, metrics, blocks = measure.measure_latents(crosscoder, data, without)
     ranked = ranking.rank_latents(blocks, crosscoder.W_dec.detach())
     table = measure.latent_table(crosscoder, sums, ranked, data)
     metrics = measure.overview(crosscoder, table, metrics) | {"threshold_curve": measure.threshold_curve(crosscoder, data)}
@@ -73,6 +78,12 @@ def main(config: AnalyzeConfig) -> None:
     sections = find_examples(
         crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
     )
+
+    # --- what is seen without a dictionary
+    lens, vectors = difference.lens_models(models, data.source.d_model, notes), {}
+    if without:
+        metrics["difference"], vectors = difference.describe(without, data, device, lens, tokenizer, config.seed)
+    difference.add_lens(sections, crosscoder, lens, tokenizer)
 
     # --- what replacing the activation does to the models
     if models:
@@ -96,6 +107,8 @@ def main(config: AnalyzeConfig) -> None:
         write_parquet(partial / "latents.parquet", table, definitions, data.name)
         (partial / "findings.json").write_text(as_json(found, indent=2))
         (partial / "findings.md").write_text(findings.as_markdown(found), encoding="utf-8")
+        if vectors:
+            save_file(vectors, partial / "difference.safetensors")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
         shown = {"pair": pair_name, "truth": truth}
         figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
@@ -103,6 +116,40 @@ def main(config: AnalyzeConfig) -> None:
         (partial / "report.html").write_text(page, encoding="utf-8")
     print_summary(metrics, notes, out)
     print(f"\n{findings.as_markdown(found)}", end="")
+
+
+def analyze_difference(
+    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, asked: list[int], out: Path, notes: list[str]
+) -> None:
+    """The same for a dictionary that was trained with --difference, without what needs two decoder rows a latent."""
+    notes.append("a dictionary of the difference has no classes, no latent scaling and no patching")
+    say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
+    without = difference.open_sums(data)
+    sums, metrics, _ = measure.measure_latents(crosscoder, data, without)
+    table = one_model.latent_table(crosscoder, sums, without)
+    metrics = one_model.overview(crosscoder, table, metrics)
+    chosen = one_model.choose(table, asked, 3 * config.sections_per_class)
+    f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
+    sections = find_examples(
+        crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
+    )
+    lens = difference.lens_models(models, data.source.d_model, notes)
+    metrics["difference"], vectors = difference.describe(without, data, crosscoder.scale.device, lens, tokenizer, config.seed)
+    difference.add_lens(sections, crosscoder, lens, tokenizer)
+    metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
+    metrics["notes"] = notes
+    names = [Path(name).name for role in ("base_model", "ft_model") if (name := data.pair.get(role))]
+    with put_in_place(out) as partial:
+        (partial / "metrics.json").write_text(as_json(metrics, indent=2))
+        write_parquet(partial / "latents.parquet", table, one_model.COLUMNS, data.name)
+        save_file(vectors, partial / "difference.safetensors")
+        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
+        page = one_model.render(metrics, table, sections, " and ".join(names) or data.name)
+        (partial / "report.html").write_text(page, encoding="utf-8")
+    print(f"held out   explained variance of the difference {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}")
+    best = np.argsort(table["rank"])[:5]
+    print("latents    " + ", ".join(f"{i} explains {table['explained'][i]:.1%}" for i in best))
+    print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, examples.jsonl, difference.safetensors")
 
 
 # --- what is to be read

@@ -14,6 +14,7 @@ from crosscoder import CrossCoder
 from run.machine import progress_bar
 from sources.batches import limit_norms, read_kept
 from sources.dataset_files import open_dataset, open_datasets
+from sources.difference import Difference
 from sources.opening import named_datasets
 from sources.planted import PlantedConcepts
 from sources.source import Source
@@ -84,6 +85,8 @@ def open_data(flags, record: dict | None, crosscoder: CrossCoder, num_tokens: in
             notes.append(f"no examples and no patching: {error}")
     else:
         source, name = PlantedConcepts(record["resolved"]["seed"], default_val), "planted concepts"
+    if crosscoder.n_models == 1:
+        source = Difference(source)
     if source.d_model != crosscoder.d_model:
         raise ValueError(
             f"{named[0][0] if named else '--dataset'}: its activations have {source.d_model} values and the crosscoder takes "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from analysis import ranking
 from analysis.data import CODES_TOGETHER, Data, normalized_rows
+from analysis.difference import DifferenceSums, add_rows
 from crosscoder import CrossCoder
 from ops import latents
 from ops.variance import VarianceTotals
@@ -76,10 +77,13 @@ COLUMNS = {
 
 
 @torch.no_grad()
-def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, latents.LatentSums], dict, list[latents.LatentSums]]:
+def measure_latents(
+    crosscoder: CrossCoder, data: Data, without: DifferenceSums | None = None
+) -> tuple[dict[str, latents.LatentSums], dict, list[latents.LatentSums]]:
     """The sums of each split that has rows, the held-out metrics, and the sums of each block of tokens (see `blocks`).
 
-    Memory is that of the dictionary, some numbers a latent and block, and a few batches.
+    Memory is that of the dictionary, some numbers a latent and block, and a few batches. without: gets the same rows, for what
+    is said of them without a dictionary.
     """
     n_texts = len(data.text.names) if data.text else 1
     sums: dict[str, latents.LatentSums] = {}
@@ -87,6 +91,8 @@ def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, laten
     totals, per_token = VarianceTotals(), []
     for block, split, rows, x in by_block(crosscoder, data):
         group = data.text and torch.from_numpy(data.text.text_of[data.text.sequence[rows]]).long().to(x.device)
+        if without is not None:
+            add_rows(without, data, rows, crosscoder.denormalize(x))
         f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
         part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
         sums[split] = sums[split] + part if split in sums else part
@@ -97,11 +103,10 @@ def measure_latents(crosscoder: CrossCoder, data: Data) -> tuple[dict[str, laten
     if not per_token:
         raise ValueError("--dataset: every held-out row holds NaN or inf; collect it again with --dtype float32")
     per_token = torch.cat(per_token).float()
-    together, base, ft = totals.explained().tolist()
+    together, *each = totals.explained().tolist()
     metrics = {
         "explained_variance": together,
-        "explained_variance_A": base,
-        "explained_variance_B": ft,
+        **{f"explained_variance_{'AB'[model]}": one for model, one in enumerate(each)},
         "l0_loss": per_token.mean().item(),
         "l0_percentiles": {str(q): per_token.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)},
     }

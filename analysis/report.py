@@ -250,6 +250,19 @@ def around(e: dict, most: float) -> dict:
     return {"before": made[max(0, peak - AROUND) : peak], "peak": made[peak], "after": made[peak + 1 : peak + 1 + AROUND]}
 
 
+def environment() -> jinja2.Environment:
+    """Templates of this folder, whose text is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    made.filters |= {
+        "number": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
+        "percent": percent, "name": name_only,
+    }  # fmt: skip
+    return made
+
+
 def render(  # noqa: PLR0913 - what the page shows, given by name
     metrics: dict, table: dict, definitions: dict, found: dict, text_names: list[str], *, figures: dict[str, str],
     sections: list[dict], truth: dict | None, pair: str,
@@ -268,16 +281,8 @@ def render(  # noqa: PLR0913 - what the page shows, given by name
         }
         for name, heading in headings.items() if name in table
     ]  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {
-        "number": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
-        "percent": percent, "name": name_only,
-    }  # fmt: skip
     concepts = [dict(zip(truth, map(short, row), strict=True)) for row in zip(*truth.values(), strict=True)] if truth else None
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         m=metrics, columns=columns, dead=table["dead"].tolist(), figures=figures, sections=sections, found=found,
         lead=leading(found, sections, table), concepts=concepts, pair=pair, classes=CLASSES, names=NAMES, colors=COLORS,
         set_names=SET_NAMES, models=MODELS,
