@@ -21,6 +21,7 @@ FIRST = 5  # positions, each with a mean of its own: as in arXiv 2510.13900
 COMPONENTS = 10
 LENS_TOKENS = 10  # shown of each direction, at either end
 EXAMPLES, CONTEXT = 5, 12  # of each side of a component, and tokens on each side of the strongest
+SAME = 1e-10  # of the squared length of the activations: a smaller squared difference is the rounding of float32
 VOCABULARY_TOGETHER = 1 << 14  # tokens whose unembedding is in memory as float32 at once
 
 
@@ -173,7 +174,7 @@ def describe(
                   in zip(told, count, length.tolist(), towards.tolist(), strict=True)],
         "components": [],
     }  # fmt: skip
-    if not square:  # the same model twice
+    if square <= SAME * (sums.squared / sums.tokens).max():  # the same model twice, up to rounding
         return found, {"means": means}
     shares, components = sums.components()
     found["components"] = [{"share": share, "examples": {"plus": [], "minus": []}} for share in shares.tolist()]
