@@ -19,7 +19,7 @@ REAL = dict(
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute on two CPU cores.
 PLANTED = dict(
-    d_hidden=2048, k=16, k_start=32.0, batch_size=1024, l1_coeff=1.0, l1_warmup=0.8, num_tokens=1_200_000,
+    d_hidden=2048, k=16, k_start=32.0, batch_size=1024, l1_coeff=2.0, l1_warmup=0.8, num_tokens=1_000_000,
     val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
 # With --variant batch_topk, where k decides how sparse the codes are and the penalty only separates concepts.
@@ -190,7 +190,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
 
-    # Weight of the L1 loss. None: 2 for vanilla (1 in the demonstration), 1.5 for batch_topk, where it only separates concepts
+    # Weight of the L1 loss. None: 2 for vanilla, 1.5 for batch_topk, where it only separates concepts
     # that k alone leaves mixed: it falls to 0 over the last fifth of the run. 0 with --init-from and batch_topk.
     l1_coeff: float | None = None
 
