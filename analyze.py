@@ -96,7 +96,8 @@ def main(config: AnalyzeConfig) -> None:
     curves = training_curves(folder.parent / "metrics.jsonl") if record else []
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    names = [Path(name).name for role in ("base_model", "ft_model") if (name := data.pair.get(role))]
+    models_named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
+    names = [Path(name).name for name in models_named if name]
     pair_name, text_names = " and ".join(names) or data.name, data.text.names if data.text else []
     drawn = table | {"random_cosine": measure.cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
     definitions = measure.define(table, text_names)
@@ -138,7 +139,8 @@ def analyze_difference(
     difference.add_lens(sections, crosscoder, lens, tokenizer)
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    names = [Path(name).name for role in ("base_model", "ft_model") if (name := data.pair.get(role))]
+    models_named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
+    names = [Path(name).name for name in models_named if name]
     with put_in_place(out) as partial:
         (partial / "metrics.json").write_text(as_json(metrics, indent=2))
         write_parquet(partial / "latents.parquet", table, one_model.COLUMNS, data.name)

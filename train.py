@@ -194,13 +194,13 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
             crosscoder.fit_threshold(lambda: held_out(crosscoder, source, config.micro_batch_size, unscale))
         l1_coeff = l1_weight(progress.step, steps_of(config), config)
         final = evaluate(crosscoder, source, config.micro_batch_size, unscale, l1_coeff)
+        kinds = None
+        if source.n_models == 2:
+            kinds = latent_classes(crosscoder, held_out(crosscoder, source, config.micro_batch_size, unscale))
     checkpoint.require_finite(crosscoder.state_dict(), progress.step, run, shard)
     with checkpoint.write_errors("the crosscoder", run, shard):
         crosscoder.save_pretrained(run / "crosscoder")
     dead = shard.gather_rows(state.tokens_since_fired >= dead_after)  # [d_hidden]
-    kinds = None
-    if source.n_models == 2:
-        kinds = latent_classes(crosscoder, held_out(crosscoder, source, config.micro_batch_size, unscale))
     W_dec = shard.whole(crosscoder.W_dec.detach(), config.d_hidden)  # [d_hidden, n_models, d_model], in process 0
     if W_dec is None:
         return
@@ -223,7 +223,7 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
             machine.write_text(run / "crosscoder" / "classes.json", machine.as_json(latents.list_classes(kinds.agreed, dead)))
     with checkpoint.write_errors("summary.json", run):
         machine.write_text(run / "summary.json", machine.as_json(summary, indent=2))
-    monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if name not in ("latents", "planted")})
+    monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if not isinstance(value, dict)})
     monitor.print_summary(summary, config, source.val_rows, run)
     if config.push_to_hub:
         hub.push_crosscoder(config.push_to_hub, run, W_dec.norm(dim=-1), source.pair)

@@ -76,18 +76,9 @@ def test_lora_fine_tune_goes_through_collect_and_train(tiny, lora, tmp_path):
     small = ["--d-hidden", 64, "--batch-size", 256, "--wandb", "disabled", "--output-dir", tmp_path]
     run_script("train.py", "--dataset", out, *small, "--run-name", "stored", check=True)
     models = ["--base-model", tiny["base"], "--ft-adapter", lora, "--model-dtype", "float32"]
-    run_script(
-        "analyze.py",
-        tmp_path / "stored",
-        *models,
-        "--patch-tokens",
-        500,
-        "--num-tokens",
-        2000,
-        "--sections-per-class",
-        0,
-        check=True,
-    )
+    few = ["--patch-tokens", 500, "--num-tokens", 2000, "--sections-per-class", 0]
+    shown = run_script("analyze.py", tmp_path / "stored", *models, *few, check=True).stdout
+    assert f"# {Path(tiny['base']).name} and adapter: what changed" in shown
     measured = json.loads((tmp_path / "stored" / "analysis" / "metrics.json").read_text())
     assert measured["patching"]["diffing"]["base model"]["before"]["all"] > 0  # two models, not one twice
     live = [*flags(tiny, out)[:-2], "--ft-adapter", lora, "--val-tokens", 500]  # without --output

@@ -54,7 +54,7 @@ def test_crosscoder_goes_to_the_hub_and_comes_back(tmp_path, online):
     card, summary = files["README.md"].decode(), json.loads((tmp_path / "a" / "summary.json").read_text())
     assert "crosscoder" in front_matter(card)["tags"] and str(tmp_path) not in card
     assert f"| explained variance | {summary['explained_variance']:.4f} |" in card
-    assert "- vanilla, 64 latents, 2 models of width 128, l1_coeff 1" in card
+    assert "- vanilla, 64 latents, 2 models of width 128, l1_coeff 2" in card
     assert "640 tokens of planted concepts" in card and 'CrossCoder.from_pretrained("me/planted")' in card
     bars = [line.split() for line in card.split("```")[1].strip().splitlines()]
     assert len(bars) == 10 and sum(int(bar[-1]) for bar in bars) == 64
