@@ -174,13 +174,13 @@ class TrainConfig(ModelFlags, DatasetFlags):
     init_from: str | None = None
 
     # vanilla: ReLU codes with an L1 penalty weighted by decoder norms. batch_topk: the k * batch largest codes of a batch
-    # are kept, so L0 is chosen instead of tuned, and shrinkage does not make latents look exclusive.
+    # are kept, so L0 is chosen instead of tuned.
     variant: Literal["vanilla", "batch_topk"] = "vanilla"
 
     # Number of latents. Usual: 8 to 32 times d_model.
     d_hidden: int | None = None
 
-    # batch_topk: active latents per token, averaged over a batch.
+    # batch_topk: most active latents per token, averaged over a batch. The penalty may leave fewer; --l1-coeff 0 gives just k.
     k: int | None = None
 
     # batch_topk: the run starts with this multiple of k. With many active latents each concept soon has one of its own; from

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,7 +234,10 @@ class CrossCoder(nn.Module):
         if self.k is None:
             raise ValueError("vanilla has no threshold to fit")
         rows = sum(len(x_n) for x_n in batches())
-        scores = lambda: (self.score(self._pre(x_n).relu()) for x_n in batches())  # noqa: E731 - called once a pass
+
+        def scores() -> Iterator[Tensor]:
+            return (self.score(self._pre(x_n).relu()) for x_n in batches())
+
         self.threshold.fill_(threshold.fit(scores, self.k * rows, self.shard))
 
     # --- saving

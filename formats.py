@@ -94,12 +94,19 @@ def as_crosscoder_learning(crosscoder: CrossCoder) -> dict[str, dict]:
         "activation_global_scale": scale,
     }  # fmt: skip
     config = {
-        "activation_dim": d_model, "dict_size": crosscoder.d_hidden, "num_layers": crosscoder.n_models, "target_rms": 1.0,
-        "code_normalization": CODE_NORMALIZATIONS[weighting], "dict_class": "CrossCoder",
+        "activation_dim": d_model, "dict_size": crosscoder.d_hidden, "num_layers": crosscoder.n_models,
+        "norm_init_scale": None, "activation_mean": None, "activation_std": None, "target_rms": 1.0,
+        "code_normalization": CODE_NORMALIZATIONS[weighting],
     }  # fmt: skip
     if sparse:
         tensors |= {"k": torch.tensor(crosscoder.k, dtype=torch.int32), "threshold": threshold}
         config |= {"k": crosscoder.k, "dict_class": "BatchTopKCrossCoder"}
+    else:
+        config |= {
+            "same_init_for_all_layers": True, "init_with_transpose": True, "encoder_layers": None, "latent_processor": None,
+            "num_decoder_layers": None, "code_normalization_alpha_sae": 1.0, "code_normalization_alpha_cc": 0.1,
+            "dict_class": "CrossCoder",
+        }  # fmt: skip
     return {"model.safetensors": tensors, "config.json": config}
 
 

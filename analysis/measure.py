@@ -73,6 +73,9 @@ COLUMNS = {
 }
 
 
+ACTIVITY = ("dead", "frequency", "freq_train", "freq_val", "mean_act", "max_act_train", "max_act_val")
+
+
 # --- every latent
 
 
@@ -148,6 +151,27 @@ def define(table: dict[str, np.ndarray], text_names: list[str]) -> dict[str, str
     return {name: known[name] for name in table}
 
 
+def all_rows(sums: dict[str, latents.LatentSums]) -> latents.LatentSums:
+    """The sums of the held-out rows, and of training rows where there are any."""
+    return sums["validation"] + sums["train"] if "train" in sums else sums["validation"]
+
+
+def activity(sums: dict[str, latents.LatentSums]) -> dict[str, Tensor]:
+    """The columns ACTIVITY, [d_hidden] each: when and how strongly a latent is active."""
+    both, held_out, train = all_rows(sums), sums["validation"], sums.get("train")
+    count = both.count.sum(0)
+    unknown = torch.full_like(both.f_max, torch.nan)
+    return {
+        "dead": count == 0,
+        "frequency": count / both.tokens,
+        "freq_train": train.count.sum(0) / train.tokens if train else unknown,
+        "freq_val": held_out.count.sum(0) / held_out.tokens,
+        "mean_act": both.f.sum(0) / count,
+        "max_act_train": train.f_max if train else unknown,
+        "max_act_val": held_out.f_max,
+    }
+
+
 @torch.no_grad()
 def latent_table(
     crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], ranked: ranking.Ranking, data: Data
@@ -155,22 +179,18 @@ def latent_table(
     """Every latent, column by column; `define` says what each is."""
     W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
     norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
-    held_out, train = sums["validation"], sums.get("train")
-    both = held_out + train if train else held_out
+    both = all_rows(sums)
     base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
-    count, total = both.count.sum(0), both.f.sum(0)  # [d_hidden]
-    unknown = torch.full((crosscoder.d_hidden,), torch.nan)
     delta, names = latents.delta_norm(norms), np.array(latents.CLASSES)
     by_delta = [mask.cpu() for mask in (delta < 0.1, (delta >= 0.4) & (delta <= 0.6), delta > 0.9)]
     n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
-    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * total / n2
+    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * both.f.sum(0) / n2
     table = {
         "latent": torch.arange(crosscoder.d_hidden),
         **ranking.columns(ranked),
         "tag": names[latents.classify(norms).cpu()],
         "tag_scaling": names[latents.classify_by_scaling(base, ft, norms).cpu()],
         "tag_delta_norm": np.select(by_delta, names, "other"),
-        "dead": count == 0,
         "dec_base_norm": norms[:, 0],
         "dec_ft_norm": norms[:, 1],
         "relative_norm": latents.relative_norm(norms),
@@ -181,12 +201,7 @@ def latent_table(
         "enc_ft_norm": enc_norms[:, 1],
         "enc_norm_diff": 1 - latents.delta_norm(enc_norms),
         "enc_cos_sim": latents.cosine(W_enc),
-        "frequency": count / both.tokens,
-        "freq_train": train.count.sum(0) / train.tokens if train else unknown,
-        "freq_val": held_out.count.sum(0) / held_out.tokens,
-        "mean_act": total / count,
-        "max_act_train": train.f_max if train else unknown,
-        "max_act_val": held_out.f_max,
+        **activity(sums),
         "difference": both.f_squared / both.tokens * (W_dec[:, 1] - W_dec[:, 0]).double().pow(2).sum(-1),
     }
     for name, beta in (ft._asdict() | {"activation_no_bias": no_bias}).items():

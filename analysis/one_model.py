@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis import report
+from analysis import measure, report
 from analysis.difference import DifferenceSums
 from crosscoder import CrossCoder
 from ops.latents import LatentSums
@@ -16,14 +16,8 @@ LISTED = 200  # latents in the page's table; latents.parquet holds all
 COLUMNS = {
     "latent": "index of the latent",
     "rank": "1 explains most",
-    "dead": "active at none of the tokens measured",
     "explained": "share of the variance of the difference that is no longer explained when this latent is left out",
-    "frequency": "share of all tokens measured at which the latent is active",
-    "freq_train": "the same over the training rows",
-    "freq_val": "the same over the held-out rows",
-    "mean_act": "mean activation over the tokens at which it is active",
-    "max_act_train": "largest activation, training rows",
-    "max_act_val": "largest activation, held-out rows",
+    **{name: measure.COLUMNS[name] for name in measure.ACTIVITY},
     "dec_norm": "length of the decoder row in raw activations: what an activation of 1 adds to the difference",
     "cosine_with_mean": "cosine of the decoder row and the mean difference",
 }
@@ -36,26 +30,18 @@ def latent_table(crosscoder: CrossCoder, sums: dict[str, LatentSums], without: D
     Without latent j the error e becomes e + f_j d_j, so the squared error grows by the sum of 2 f_j <e, d_j> + f_j^2 |d_j|^2.
     sums, without: of the same rows.
     """
-    held_out, train = sums["validation"], sums.get("train")
-    both, W_dec = held_out + train if train else held_out, crosscoder.W_dec[:, 0].double()  # [d_hidden, d_model]
+    both, W_dec = measure.all_rows(sums), crosscoder.W_dec[:, 0].double()  # [d_hidden, d_model]
     mean = without.means()[1][0].to(W_dec.device)
     raw = without.products.diagonal().sum() - without.tokens * mean.square().sum()  # squared deviation of the difference
     own = 2 * both.error[0, 0] + both.f_squared * W_dec.square().sum(-1)
     explained = own / (raw * crosscoder.scale[0].double() ** 2)
-    count, unknown = both.count.sum(0), torch.full_like(explained, torch.nan)
-    rank = torch.empty_like(count)
+    rank = torch.empty_like(both.count[0])
     rank[explained.argsort(descending=True, stable=True)] = torch.arange(1, len(rank) + 1, device=rank.device)
     table = {
         "latent": torch.arange(len(rank)),
         "rank": rank,
-        "dead": count == 0,
         "explained": explained,
-        "frequency": count / both.tokens,
-        "freq_train": train.count.sum(0) / train.tokens if train else unknown,
-        "freq_val": held_out.count.sum(0) / held_out.tokens,
-        "mean_act": both.f.sum(0) / count,
-        "max_act_train": train.f_max if train else unknown,
-        "max_act_val": held_out.f_max,
+        **measure.activity(sums),
         "dec_norm": W_dec.norm(dim=-1) / crosscoder.scale[0],
         "cosine_with_mean": torch.nn.functional.cosine_similarity(W_dec, mean[None]),
     }

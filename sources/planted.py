@@ -32,7 +32,7 @@ class PlantedConcepts(Source):
 
     Args:
         active: concepts that a row holds on average. tail: their frequencies are rank ** -tail, in random order.
-        scales: of the two models' activations. rare: exclusive concepts are active on .05 % of the rows.
+        scales: of the two models' activations, 1 and 5 with offset. rare: exclusive concepts are active on .05 % of the rows.
         hard: as real models are. Frequencies have a long tail, exclusive concepts are active on only .05 % to 1 % of the
             rows, concepts become active in groups of 8, amplitudes are lognormal, and two dimensions have a large mean.
         offset: means ten times the activations' norm, two outlier dimensions, and a factor of 5 between the models.
@@ -72,10 +72,10 @@ class PlantedConcepts(Source):
         self.mean = torch.randn(2, d_model, generator=draw) / d_model**0.5  # norm about 1, like the activations'
         self.scale = torch.tensor(scales)
         if hard:
-            tail = 1 / torch.arange(1.0, n_concepts - 2 * exclusive + 1)
-            tail = (tail / tail.sum() * n_concepts / 100).clamp_max(0.25)
+            shared = 1 / torch.arange(1.0, n_concepts - 2 * exclusive + 1)
+            shared = (shared / shared.sum() * n_concepts / 100).clamp_max(0.25)
             rare = 0.0005 * 20 ** torch.rand(2 * exclusive, generator=draw)  # .05 % to 1 %, uniform in the logarithm
-            self.rate = torch.cat([rare[:exclusive].sort().values, rare[exclusive:].sort().values, tail])
+            self.rate = torch.cat([rare[:exclusive].sort().values, rare[exclusive:].sort().values, shared])
             self.group = torch.arange(n_concepts) // 8  # [n_concepts] neighbours (of similar rates) become active together
             most = torch.zeros(int(self.group[-1]) + 1).scatter_reduce(0, self.group, self.rate, "amax")
             self.awake_rate = (2 * most).clamp_max(1)  # [groups]
