@@ -136,11 +136,7 @@ def warn(watched: Watched, config, step: int, metrics: dict[str, float]) -> None
     explain = f"--k {4 * config.k}" if topk else f"--l1-coeff {config.l1_coeff / 4:g}"
     if variance < WORSE_THAN_NOTHING:
         explain = f"--lr {config.lr / 10:.2g}"
-    revive = "see docs/recipes.md"
-    if not config.aux_coeff:
-        revive = "try --aux-coeff 1"
-    elif topk:
-        revive = f"try --d-hidden {config.d_hidden // 2}"
+    revive = "see docs/recipes.md" if config.aux_coeff else "try --aux-coeff 1"
     live = "the models fill the buffer meanwhile; try collect.py once, then --dataset"
     sooner = live if config.base_model else "see docs/speed.md"
     # Planted concepts are computed during the run, so waiting for them is expected.
