@@ -27,13 +27,13 @@ def find(
 ) -> dict:  # fmt: skip
     """What findings.json holds; docs/data.md describes it. `sections`: the latents' examples, lines of examples.jsonl."""
     table = table | {f"nu_{of}": own_nu(table, of) for of in ("error", "reconstruction")}
-    examples = {one["latent"]: one["examples"] for one in sections}
+    seen = {one["latent"]: one for one in sections}
     key = np.nan_to_num(table["change_score"] - 2 * table["change_error"], nan=-np.inf)  # as the ranks
     order = np.argsort(-key, kind="stable")
     order = order[~table["dead"][order]]
     passed = table["changed"][order]
-    changes = [describe(table, int(j), examples.get(int(j), []), text_names) for j in order[passed]]
-    nearest = [describe(table, int(j), examples.get(int(j), []), text_names) for j in order[~passed][:NEAREST]]
+    changes = [describe(table, int(j), seen.get(int(j), {}), text_names) for j in order[passed]]
+    nearest = [describe(table, int(j), seen.get(int(j), {}), text_names) for j in order[~passed][:NEAREST]]
     found = {
         "pair": pair,
         "command": command,
@@ -48,9 +48,10 @@ def find(
     return {"summary": in_words(found, changes, nearest)} | found | {"changes": changes, "nearest": nearest}
 
 
-def describe(table: dict[str, np.ndarray], latent: int, examples: list[dict], text_names: list[str]) -> dict:
-    """One entry of the lists: what the table says of a latent, and its strongest examples."""
-    top = [one for one in examples if one["range"] == "top"]
+def describe(table: dict[str, np.ndarray], latent: int, section: dict, text_names: list[str]) -> dict:
+    """One entry of the lists: what the table says of a latent, and its strongest examples and logit lens if it has a section."""
+    top = [one for one in section.get("examples", []) if one["range"] == "top"]
+    lens = section.get("lens")  # only with the two models
     texts = {text: number(table[f"freq_text_{i}"][latent]) for i, text in enumerate(text_names) if f"freq_text_{i}" in table}
     planted = {name: table[name][latent].item() for name in ("planted_concept", "planted_kind") if name in table}
     return {
@@ -64,6 +65,7 @@ def describe(table: dict[str, np.ndarray], latent: int, examples: list[dict], te
         **planted,
         "tokens": strongest_tokens(top),
         "examples": [example(one) for one in top],
+        "lens": lens and {of: [token for token, _ in lens[of]["more"]] for of in lens},
     }
 
 

@@ -249,6 +249,11 @@ def test_sections_and_the_page_have_the_lens_of_each_models_row(analysed, tiny):
             for m, of in enumerate(("base", "ft")):
                 (own,) = logit_lens(rows[section["latent"], m][None], models[m])
                 assert [z for _, z in section["lens"][of]["more"]] == pytest.approx([z for _, z in own["more"]], abs=0.011)
+        if name == "both":
+            found = json.loads((analysed[name] / "findings.json").read_text())
+            one = next(one for one in found["changes"] + found["nearest"] if one["lens"])
+            lens = next(section["lens"] for section in sections if section["latent"] == one["latent"])
+            assert one["lens"] == {of: [token for token, _ in lens[of]["more"]] for of in ("base", "ft")}
         page = (analysed[name] / "report.html").read_text(encoding="utf-8")
         assert "Without a dictionary" in page and "principal component" in page and "http" not in page
 
