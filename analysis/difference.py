@@ -186,7 +186,7 @@ def describe(
     sides = probe(components, means[0], data.source.n_models).to(device)
     examples = find_examples(
         sides, data, np.arange(2 * len(components)), np.full(2 * len(components), np.inf), tokenizer, wanted=EXAMPLES,
-        context=CONTEXT, seed=seed, what="components",
+        context=CONTEXT, seed=seed,
     )  # fmt: skip
     for i, one in enumerate(found["components"]):
         for side, place in (("plus", i), ("minus", i + len(components))):

@@ -29,20 +29,19 @@ class Window(NamedTuple):
 @torch.no_grad()
 def find_examples(
     crosscoder: CrossCoder, data: Data, chosen: np.ndarray, f_max: np.ndarray, tokenizer, *, wanted: int, context: int,
-    seed: int, what: str = "examples",
+    seed: int,
 ) -> list[dict]:  # fmt: skip
     """The lines of examples.jsonl: of each chosen latent the `wanted` strongest examples, and about as many weaker ones.
 
     Of an example: token texts, and activations with three digits, None where none was stored. There are none without texts.
 
-    chosen: [n] latents; f_max: [n] their largest activations. context: tokens shown on each side of the strong one. what: the
-    progress bar's name.
+    chosen: [n] latents; f_max: [n] their largest activations. context: tokens shown on each side of the strong one.
     """
     sections: list[dict] = [{"latent": latent, "examples": []} for latent in chosen.tolist()]
     if data.text is None or not sections:
         return sections
     part = select(crosscoder, torch.from_numpy(chosen))
-    rows = candidates(part, data, torch.from_numpy(f_max), CANDIDATES * wanted, seed, what)
+    rows = candidates(part, data, torch.from_numpy(f_max), CANDIDATES * wanted, seed)
     found = windows(rows, data.text, wanted, context)
     if not found:
         return sections
@@ -74,7 +73,7 @@ def select(crosscoder: CrossCoder, latents: Tensor) -> CrossCoder:
     return CrossCoder.from_tensors(tensors, "vanilla").to(device)
 
 
-def candidates(part: CrossCoder, data: Data, f_max: Tensor, count: int, seed: int, what: str) -> np.ndarray:
+def candidates(part: CrossCoder, data: Data, f_max: Tensor, count: int, seed: int) -> np.ndarray:
     """[chosen, len(RANGE_NAMES), count] rows: a latent's strongest, then random ones of each range; -1 where there are fewer.
 
     part: crosscoder of the chosen latents, from `select`. f_max: [chosen] their maxima.
@@ -84,7 +83,7 @@ def candidates(part: CrossCoder, data: Data, f_max: Tensor, count: int, seed: in
     random = torch.Generator(device).manual_seed(seed)
     least = torch.full((len(RANGE_NAMES), part.d_hidden, count), torch.inf, device=device)  # keys; the smallest are kept
     kept = torch.full(least.shape, -1, device=device)
-    for rows, x in normalized_rows(part, data, what=what):
+    for rows, x in normalized_rows(part, data, what="examples"):
         f = part.encode(x, normalized=True).T.contiguous()  # [chosen, batch]
         share, drawn = torch.bucketize(f / f_max, borders), torch.rand(f.shape, generator=random, device=device)
         keys = torch.stack([-f, *(drawn.where(share == i, torch.inf) for i in range(len(RANGES) + 1))])

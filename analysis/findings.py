@@ -49,7 +49,7 @@ def find(
 
 
 def describe(table: dict[str, np.ndarray], latent: int, section: dict, text_names: list[str]) -> dict:
-    """One entry of the lists: what the table says of a latent, and its strongest examples and logit lens if it has a section."""
+    """One entry of the lists: what the table says of a latent, and the strongest examples and logit lens of its section."""
     top = [one for one in section.get("examples", []) if one["range"] == "top"]
     lens = section.get("lens")  # only with the two models
     texts = {text: number(table[f"freq_text_{i}"][latent]) for i, text in enumerate(text_names) if f"freq_text_{i}" in table}
