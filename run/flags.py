@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import json
@@ -14,12 +15,14 @@ import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from config import LR_FACTOR, PLANTED, REAL, TOPK, WARM, WARM_TOPK, TrainConfig
+from config import FIRST, LR_FACTOR, PLANTED, REAL, TOPK, WARM, WARM_TOPK, TrainConfig
 
+# A heading, or a comment and the field that it is of, in the source of a config.
+FIELD = re.compile(r"    # --- (.+)\n|((?:    # .+\n)+)    (\w+): ")
 QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
 ABOVE_0 = (
     "d_hidden", "k", "k_aux", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every", "save_every",
@@ -57,14 +60,80 @@ def parse(cls: type, argv: list[str] | None = None):
 
 def read_flags(cls: type, argv: list[str] | None, default=tyro.MISSING_NONPROP):
     """`tyro.cli`, but what it prints in a box about a wrong flag becomes one line."""
-    box = io.StringIO()
+    box, shown = io.StringIO(), in_groups(cls)
+    if dataclasses.is_dataclass(default):
+        default = regrouped(default, shown)
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(cls, args=argv, default=default)
+            given = tyro.cli(shown, args=argv, default=default, description=inspect.getdoc(cls))
     except SystemExit as stop:
         if stop.code:  # not --help
             print(f"{Path(sys.argv[0]).name}: error: {one_line(box.getvalue())} (--help explains all flags)", file=sys.stderr)
         raise
+    groups = [given, *(part for part in vars(given).values() if dataclasses.is_dataclass(part))]
+    return cls(
+        **{f.name: next(getattr(part, f.name) for part in groups if hasattr(part, f.name)) for f in dataclasses.fields(cls)}
+    )
+
+
+def in_groups(cls: type) -> type:
+    """The dataclass that tyro gets in place of a flat one: the fields of FIRST, then one dataclass for each other heading."""
+    hints, titles = typing.get_type_hints(cls, include_extras=True), help_of(cls)
+    groups: dict[str, list] = {"": []}
+    first = FIRST[cls.__name__].split()
+    for f in sorted(dataclasses.fields(cls), key=lambda f: first.index(f.name) if f.name in first else len(first)):
+        title, text = titles[f.name]
+        group = "" if f.name in first else title
+        named = tyro.conf.arg(prefix_name=False, help=text.partition(" Default: ")[0], metavar=metavar_of(f, hints[f.name]),
+                              help_behavior_hint=hint_of(f, text))  # fmt: skip
+        default = dataclasses.field(default=f.default, default_factory=f.default_factory)
+        groups.setdefault(group, []).append((f.name, Annotated[hints[f.name], named], default))
+    fields = groups.pop("")
+    for title, inside in groups.items():
+        part = dataclasses.make_dataclass(title.title().replace(" ", ""), inside, kw_only=True)
+        name = title.replace(" ", "_")
+        fields.append((name, Annotated[part, tyro.conf.arg(name=title)], dataclasses.field(default_factory=part)))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def regrouped(config, shown: type):
+    """A flat config as an instance of what `in_groups` made of its class."""
+    parts = typing.get_type_hints(shown)  # a group's type is its dataclass
+    named = vars(config)
+    return shown(**{name: named[name] if name in named else regrouped(config, part) for name, part in parts.items()})
+
+
+def help_of(cls: type) -> dict[str, tuple[str, str]]:
+    """{field: (the heading above it, its comment)}, from the source of the class and of those that it is made of."""
+    found = {}
+    for part in reversed(cls.__mro__[:-1]):
+        title = ""
+        for heading, comment, name in FIELD.findall(inspect.getsource(part)):
+            title = heading or title
+            if name:
+                found[name] = title, " ".join(line.strip(" #") for line in comment.splitlines())
+    return found
+
+
+def hint_of(field: dataclasses.Field, text: str) -> str | None:
+    """What --help says of the default: what the comment says of it, else the sizes of REAL and PLANTED. None: tyro's way."""
+    real, planted = (f"{sizes[field.name]:,}" if field.name in sizes else "" for sizes in (REAL, PLANTED))
+    said = text.partition(" Default: ")[2].rstrip(".")
+    if not said and field.default is None and real:
+        said = real if planted in (real, "") else f"{real} on your data, {planted} in the demonstration"
+    if isinstance(field.default, int) and field.default >= 10_000:
+        said = f"{field.default:,}"
+    return f"(default: {said})" if said else "" if field.default in (None, "") else None
+
+
+def metavar_of(field: dataclasses.Field, hint) -> str | None:
+    """The word after a flag: its type without the None that stands for "not given"."""
+    kinds = typing.get_args(hint)
+    if tyro.conf.Positional in kinds:
+        return field.name.upper()
+    if type(None) not in kinds:
+        return None  # as tyro has it
+    return " ".join(kind.__name__.upper() for kind in typing.get_args(kinds[0]) or kinds[:1])
 
 
 def one_line(box: str) -> str:

@@ -1,16 +1,18 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT, one_line_error, run_script
 
-from config import PLANTED, REAL, CollectConfig, TrainConfig, model_flags
+from config import FIRST, LR_FACTOR, PLANTED, REAL, TOPK, AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig, model_flags
 from run.flags import parse, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
+ALL = {**ENTRIES, "analyze.py": AnalyzeConfig, "formats.py": FormatsConfig}
 
 
 @pytest.mark.parametrize("script", ENTRIES)
@@ -24,6 +26,35 @@ def test_help_explains_every_flag_without_loading_torch(script):
     code += "print('LOADED', sorted({'torch', 'datasets', 'wandb', 'nnsight', 'transformers'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
     assert "LOADED []" in shown
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_help_begins_with_an_example_and_the_flags_that_most_runs_need(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run_script(script, "--help", check=True).stdout
+    rows, first = shown.splitlines(), FIRST[ALL[script].__name__].split()
+    command = shlex.split(rows[4])
+    assert command[:2] == ["python", script] and parse(ALL[script], command[2:])
+    named = [
+        next(i for i, row in enumerate(rows) if re.match(f"│ (--)?{flag.replace('_', '-')}[ ,]", row, re.I)) for flag in first
+    ]
+    assert max(named) < 36 and len(first) <= 11
+    assert "None" not in shown and "planted" not in shown.lower()
+
+
+def test_help_says_which_default_is_used(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run_script("train.py", "--help", check=True).stdout
+    for flag, default in {
+        "--d-hidden": f"{REAL['d_hidden']:,} on your data, {PLANTED['d_hidden']:,} in the demonstration",
+        "--log-every": str(REAL["log_every"]),
+        "--l1-coeff": f"{REAL['l1_coeff']:g}; {TOPK['l1_coeff']:g} for batch_topk",
+        "--l1-warmup": f"{REAL['l1_warmup']:g}, or 0 with --init-from",
+        "--k-start": f"{REAL['k_start']:g}, or 1 with --init-from",
+        "--lr ": f"{LR_FACTOR} / sqrt(d_model * d_hidden)",
+        "--lr-decay": "0.4",
+    }.items():
+        assert re.search(rf"│ {flag}.*\(default: {re.escape(default)}", shown), flag
 
 
 @pytest.mark.parametrize("script", ENTRIES)
