@@ -130,12 +130,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
                 dead = None  # costs nothing to ask here; on CUDA it would wait for the device
             out = losses_and_gradients(crosscoder, x, config.micro_batch_size, l1_coeff, config.aux_coeff, dead, k)
 
-            grad_norm = norm_of_gradient(crosscoder)
-            # Gradient clipping: fused Adam divides the gradient by grad_scale.
-            optimizer.grad_scale = (grad_norm / config.grad_clip).clamp_min(1)
             lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            grad_norm = update(crosscoder, optimizer, config.grad_clip)
             scheduler.step()
 
             progress.tokens += len(x)
@@ -370,6 +366,15 @@ def losses_and_gradients(crosscoder: CrossCoder, x: Tensor, at_once: int, *args)
         return parts[0]
     means = [sum(out[i] * (len(out.x_hat) / len(x)) for out in parts) for i in range(5)]
     return Losses(*means, torch.stack([out.fired for out in parts]).any(0), torch.cat([out.x_hat for out in parts]))
+
+
+def update(crosscoder: CrossCoder, optimizer: torch.optim.Optimizer, grad_clip: float) -> Tensor:
+    """One step of the optimizer on the gradient, clipped to this norm. Returns the norm that it had, and frees it."""
+    grad_norm = norm_of_gradient(crosscoder)
+    optimizer.grad_scale = (grad_norm / grad_clip).clamp_min(1)  # fused Adam divides the gradient by it
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 def norm_of_gradient(crosscoder: CrossCoder) -> Tensor:
