@@ -8,6 +8,7 @@ from analysis.measure import COLUMNS
 
 NEAREST = 10  # latents listed that did not pass, where none did the reader still sees what comes closest
 SCREEN = 10  # changes in findings.md
+FIRST_COMPONENTS = 3  # of the difference, which names a narrow change too where no text of it was collected
 MODELS = {"ft": "fine-tuned model", "base": "base model"}
 DEFINED = ("direction", "rank", "change_score", "change_error", "change_p", "changed")
 NUMBERS = (
@@ -44,6 +45,7 @@ def find(
         "null": null,
         "definitions": {name: COLUMNS[name] for name in DEFINED},
         "kl": kl_closed(metrics.get("patching")),
+        "components": components(metrics.get("difference", {})),
     }  # fmt: skip
     return {"summary": in_words(found, changes, nearest)} | found | {"changes": changes, "nearest": nearest}
 
@@ -99,6 +101,15 @@ def kl_closed(patching: dict | None) -> dict | None:
     }
 
 
+def components(difference: dict) -> list[dict]:
+    """The first principal components of the models' difference, each with what its two sides are strongest on."""
+    told = lambda top: {"tokens": strongest_tokens(top), "examples": [example(one) for one in top]}  # noqa: E731
+    return [
+        {"share": number(one["share"])} | {side: told(top) for side, top in one["examples"].items()}
+        for one in difference.get("components", [])[:FIRST_COMPONENTS]
+    ]
+
+
 def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]:
     """The sentences with which the page, findings.md and the printed screen begin."""
     null, counts = found["null"], found["changed"]
@@ -114,6 +125,8 @@ def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]
         words.append(f"{'First' if one is (changes or nearest)[0] else 'Then'}{'' if changes else ' in line'}: {sentence(one)}")
     typical = f"A typical latent lacks {percent(null['center'])} in one of the models, give or take {percent(null['spread'])}."
     words.append(typical)
+    if found["components"] and found["components"][0]["plus"]["examples"]:
+        words.append(f"Without a dictionary: {of_component(found['components'][0])}")
     if kl := found["kl"]:
         closed = [
             f"{one['latents']} {label} close {percent(one['share_closed'])}"
@@ -127,9 +140,22 @@ def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]
 def sentence(one: dict) -> str:
     other = MODELS["base" if one["direction"] == "ft" else "ft"]
     tokens = ", ".join(f"“{token}”" for token in one["tokens"][:4])
-    text = f", as in “{plain(snippet(one['examples'][0])).strip()}”" if one["examples"] else ""
+    text = f", as in “{said(one['examples'][0])}”" if one["examples"] else ""
     active = f"active on {percent(one['frequency'])} of the tokens" + (f", strongest on {tokens}{text}" if tokens else "")
     return f"latent {one['latent']}, {active}; the {other} lacks {share(one)} of it."
+
+
+def of_component(one: dict) -> str:
+    sides = [
+        f"{name} on {', '.join(f'“{token}”' for token in one[side]['tokens'][:4])}, as in “{said(one[side]['examples'][0])}”"
+        for side, name in (("plus", "strongest"), ("minus", "at its other end"))
+        if one[side]["examples"]
+    ]
+    return f"the first principal component of the difference holds {percent(one['share'])} of its variance, {'; '.join(sides)}."
+
+
+def said(one: dict) -> str:
+    return plain(snippet(one)).strip()
 
 
 def share(one: dict) -> str:

@@ -254,6 +254,10 @@ def test_sections_and_the_page_have_the_lens_of_each_models_row(analysed, tiny):
             one = next(one for one in found["changes"] + found["nearest"] if one["lens"])
             lens = next(section["lens"] for section in sections if section["latent"] == one["latent"])
             assert one["lens"] == {of: [token for token, _ in lens[of]["more"]] for of in ("base", "ft")}
+            first = json.loads((analysed[name] / "metrics.json").read_text())["difference"]["components"][0]
+            peak = first["examples"]["plus"][0]
+            assert found["components"][0]["plus"]["examples"][0]["token"] == peak["tokens"][peak["peak"]]
+            assert "first principal component" in (analysed[name] / "findings.md").read_text(encoding="utf-8")
         page = (analysed[name] / "report.html").read_text(encoding="utf-8")
         assert "Without a dictionary" in page and "principal component" in page and "http" not in page
 
