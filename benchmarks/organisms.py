@@ -374,10 +374,15 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
 
 
 def print_table(lines: list[dict]) -> None:
-    names = [name for name in COLUMNS if name not in ("seed", "flags", "rows", "shown_base", "best", "seconds")]
-    print(f"| {' | '.join(name.replace('_', ' ') for name in names)} |\n|{'---|' * len(names)}")
-    for line in lines:
-        print(f"| {' | '.join(str(line.get(name, '')) for name in names)} |")
+    """A row for each pair and variant: what was learnt and found, and of each order the first relevant one / how many of 20."""
+    kept = list(dict.fromkeys(line["order"] for line in lines if line["order"] != "not learnt"))
+    names = ["pair", "variant", "shown", "shown_others", "injected_share", "relevant", "changed"]
+    print(f"| {' | '.join(names)} | exclusive | {' | '.join(kept)} |\n|{'---|' * (len(names) + 1 + len(kept))}")
+    for _, same in itertools.groupby(lines, lambda line: [line[name] for name in ("pair", "variant", "seed", "flags", "rows")]):
+        one, of = (same := list(same))[0], {line["order"]: f"{line['first']} / {line['in_first']}" for line in same}
+        exclusive = sum(int(one[name] or 0) for name in ("ft_only", "base_only", "ft_only_scaling", "base_only_scaling"))
+        cells = [str(one[name]) for name in names] + [str(exclusive)] + [of.get(name, "") for name in kept]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
