@@ -2,117 +2,160 @@
 
 Nothing here waits for the device: sizes are those that would be needed at most, and what is not needed is skipped on the
 device. Sums are float32 and in a fixed order, so the same batch gives the same bits. With TRITON_INTERPRET=1 the kernels run
-on CPU tensors, which is how the tests check them where there is no GPU.
+on CPU tensors, which is how the tests check them where there is no GPU. What the compiler makes of them, for cards that are
+not here, prints `python benchmarks/kernels.py`.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ops.selection import find_bin
+from ops.selection import SAMPLED, find_bin, some_more
 from ops.shard import ALONE, Shard
 
-SCAN = 4096  # scores of one token that a program looks at together
-TILE = 512  # columns of a wide row that a program adds up
-ENTRIES = 8  # rows that it loads together
+# Scores that a program looks at together, a latent's bias and weight serving several tokens, and its warps: 16 scores a thread.
+# With 32 a thread `_write` needs 220 registers or more, with 16 about 100, which lets two programs run at once.
+TOKENS, SCAN, WARPS = 8, 512, 8
+TILE = 512  # columns of a wide row that a program adds up, 16 bytes of a row a thread: a sum over rows stays in the thread
+ENTRIES = 8  # rows that it loads together; half as many with inner products, which in bfloat16 else need over 128 registers
+PIECE, FURTHER = 256, 1024  # entries that a program adds up at least before a group is split; further programs for split groups
 
 
 @triton.jit
-def _bits(pre, b_enc, weight, place, latent, inside):
-    """Bit patterns of the scores relu(pre + b_enc) * weight, ordered like the numbers; 0 where not positive."""
-    code = tl.load(pre + place, mask=inside, other=0.0).to(tl.float32) + tl.load(b_enc + latent, mask=inside, other=0.0)
-    score = code * tl.load(weight + latent, mask=inside, other=0.0)
-    return code, tl.where(inside & (code > 0) & (score > 0), score, 0.0).to(tl.int32, bitcast=True)
+def _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr):  # noqa: PLR0913
+    """Tokens and latents of a block of scores relu(pre + b_enc) * weight, their codes, and their bit patterns.
+
+    Bit patterns are ordered like the numbers; 0 where not positive.
+    """
+    token = block // blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
+    latent = block % blocks * SCAN + tl.arange(0, SCAN)
+    inside = (token < batch)[:, None] & (latent < width)[None, :]
+    code = tl.load(pre + token[:, None] * width + latent[None, :], mask=inside, other=0.0).to(tl.float32)
+    code += tl.load(b_enc + latent, mask=latent < width, other=0.0)[None, :]
+    score = code * tl.load(weight + latent, mask=latent < width, other=0.0)[None, :]
+    return token, latent, code, tl.where(inside & (code > 0) & (score > 0), score, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["every"])
+def _histogram(  # noqa: PLR0913 - pointers
+    pre, b_enc, weight, low, high, bins, shift, every, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
+    """Count the scores with bits from `low` on and below `high` by their upper 16 bits (shift 16) or lower ones (shift 0).
+
+    Only one block in `every` is looked at.
+    """
+    least, most = tl.load(low), tl.load(high)
+    if least < most:
+        block = tl.program_id(0) * every
+        _, _, _, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
+        wanted = (bits > 0) & (bits >= least) & (bits < most)
+        tl.atomic_add(bins + ((bits >> shift) & 0xFFFF), 1, mask=wanted, sem="relaxed")  # the default waits for all of memory
 
 
 @triton.jit
-def _histogram(pre, b_enc, weight, upper, bins, d_hidden, FIRST: tl.constexpr, SCAN: tl.constexpr):
-    """Count the upper 16 bits of the positive scores or, of those with the upper bits `upper`, the lower 16 bits."""
-    token, latent = tl.program_id(0).to(tl.int64), tl.program_id(1) * SCAN + tl.arange(0, SCAN)
-    _, bits = _bits(pre, b_enc, weight, token * d_hidden + latent, latent, latent < d_hidden)
-    if FIRST:
-        tl.atomic_add(bins + (bits >> 16), 1, mask=bits > 0)
-    else:
-        tl.atomic_add(bins + (bits & 0xFFFF), 1, mask=(bits > 0) & ((bits >> 16) == tl.load(upper)))
-
-
-@triton.jit
-def _count(pre, b_enc, weight, cut, above, equal, d_hidden, SCAN: tl.constexpr):
-    """How many of a token's scores lie above the cut, and how many on it."""
-    token = tl.program_id(0).to(tl.int64)
+def _count(  # noqa: PLR0913 - pointers
+    pre, b_enc, weight, cut, above, equal, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
+    """How many of a block's scores of each token lie above the cut, and how many on it."""
+    block = tl.program_id(0)
+    token, _, _, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
     at = tl.load(cut)
-    n_above, n_equal = 0, 0
-    for first in range(0, d_hidden, SCAN):
-        latent = first + tl.arange(0, SCAN)
-        _, bits = _bits(pre, b_enc, weight, token * d_hidden + latent, latent, latent < d_hidden)
-        n_above += tl.sum((bits > at).to(tl.int32), 0)
-        n_equal += tl.sum(((bits == at) & (bits > 0)).to(tl.int32), 0)
-    tl.store(above + token, n_above)
-    tl.store(equal + token, n_equal)
+    both = (bits > at).to(tl.int32) + (((bits == at) & (bits > 0)).to(tl.int32) << 16)  # one sum for two numbers
+    both = tl.sum(both, 1)
+    place = token * blocks + block % blocks
+    tl.store(above + place, both & 0xFFFF, mask=token < batch)
+    tl.store(equal + place, both >> 16, mask=token < batch)
 
 
 @triton.jit
-def _write(pre, b_enc, weight, cut, ties, starts, latents, values, d_hidden, SCAN: tl.constexpr):  # noqa: PLR0913 - pointers
-    """Write the latents and codes a token keeps: all above the cut and the first `ties` on it."""
-    token = tl.program_id(0).to(tl.int64)
-    at, left, place = tl.load(cut), tl.load(ties + token), tl.load(starts + token)
-    for first in range(0, d_hidden, SCAN):
-        latent = first + tl.arange(0, SCAN)
-        code, bits = _bits(pre, b_enc, weight, token * d_hidden + latent, latent, latent < d_hidden)
-        tied = ((bits == at) & (bits > 0)).to(tl.int32)
-        kept = (bits > at) | ((tied > 0) & (tl.cumsum(tied, 0) <= left))
-        to = place + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(latents + to, latent.to(tl.int64), mask=kept)
-        tl.store(values + to, code, mask=kept)
-        place += tl.sum(kept.to(tl.int64), 0)
-        left -= tl.sum(tied, 0)
+def _write(  # noqa: PLR0913 - pointers
+    pre, b_enc, weight, cut, ties, starts, latents, values, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
+    """Write the latents and codes that are kept: all above the cut and of each token and block the first `ties` on it."""
+    block = tl.program_id(0)
+    token, latent, code, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
+    place = token * blocks + block % blocks
+    at = tl.load(cut)
+    left = tl.load(ties + place, mask=token < batch, other=0).to(tl.int32)[:, None]
+    start = tl.load(starts + place, mask=token < batch, other=0).to(tl.int32)[:, None]
+    above, tied = bits > at, (bits == at) & (bits > 0)
+    both = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 1)  # one sum for two numbers
+    kept = above | (tied & (both >> 16 <= left))
+    to = start + (both & 0xFFFF) + tl.minimum(both >> 16, left) - 1
+    tl.store(latents + to, (latent[None, :] + tl.zeros_like(bits)).to(tl.int64), mask=kept)
+    tl.store(values + to, code, mask=kept)
 
 
-@triton.jit
-def _weighted_sums(rows, index, weights, starts, out, width, TILE: tl.constexpr, ENTRIES: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["entries"])
+def _weighted_sums(  # noqa: PLR0913 - pointers
+    rows, index, weights, groups, begins, ends, out, others, extra, dots, entries, units,
+    UNIT: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Sum of weights[e] * rows[index[e]] over a piece's entries e, in one tile of columns.
+
+    With `others` also the inner products <rows[index[e]], others[group]> over this tile, and `extra` added in the first tile.
+    """
+    piece, width = tl.program_id(0).to(tl.int64), units * UNIT
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
-    first, end = tl.load(starts + group), tl.load(starts + group + 1)
+    first, end = tl.load(begins + piece), tl.load(ends + piece)
+    if others is not None:
+        group = tl.load(groups + piece)
+        other = tl.load(others + group * width + column, mask=(column < width) & (first < end), other=0.0).to(tl.float32)
+        more = tl.load(extra + group, mask=(first < end) & (tl.program_id(1) == 0), other=0.0)
+        dots += tl.program_id(1).to(tl.int64) * entries
     while first < end:
         entry = first + tl.arange(0, ENTRIES)
         row = tl.load(index + entry, mask=entry < end, other=0)
         weight = tl.load(weights + entry, mask=entry < end, other=0.0)
         inside = (entry < end)[:, None] & (column < width)[None, :]
-        block = tl.load(rows + row[:, None] * width + column[None, :], mask=inside, other=0.0)
-        total += tl.sum(block.to(tl.float32) * weight[:, None], 0)
+        block = tl.load(rows + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(block * weight[:, None], 0)
+        if others is not None:
+            tl.store(dots + entry, tl.sum(block * other[None, :], 1) + more, mask=entry < end)
         first += ENTRIES
-    tl.store(out + group * width + column, total, mask=column < width)
+    tl.store(out + piece * width + column, total, mask=column < width)
 
 
-@triton.jit
-def _dots(a, b, i, j, n, out, width, TILE: tl.constexpr):
-    entry = tl.program_id(0).to(tl.int64)
-    if entry < tl.load(n):
-        row_a, row_b = a + tl.load(i + entry) * width, b + tl.load(j + entry) * width
-        total = tl.zeros([TILE], tl.float32)
-        for first in range(0, width, TILE):
-            column = first + tl.arange(0, TILE)
-            x = tl.load(row_a + column, mask=column < width, other=0.0)
-            y = tl.load(row_b + column, mask=column < width, other=0.0)
-            total += x.to(tl.float32) * y.to(tl.float32)
-        tl.store(out + entry, tl.sum(total, 0))
+@triton.jit(do_not_specialize=["n_groups", "n_pieces"])
+def _join(out, groups, n_groups, n_pieces, units, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """Add the sums of a group's further pieces to that of its first, in their order."""
+    piece, width = n_groups + tl.program_id(0).to(tl.int64), units * UNIT
+    group = tl.load(groups + piece)
+    before = tl.load(groups + piece - 1, mask=piece > n_groups, other=-1)
+    if (group < n_groups) & (group != before):
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        total = tl.load(out + group * width + column, mask=column < width, other=0.0)
+        while tl.load(groups + piece, mask=piece < n_pieces, other=-1) == group:
+            total += tl.load(out + piece * width + column, mask=column < width, other=0.0)
+            piece += 1
+        tl.store(out + group * width + column, total, mask=column < width)
 
 
-def launch(kernel, grid: tuple[int, ...], first: Tensor, *args, **constants) -> None:
+def launch(kernel, grid: tuple[int, ...], first: Tensor, /, *args, **constants) -> None:
     """Run a kernel on the device of its first argument: Triton takes CUDA's current device, whatever the tensors' is."""
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, **constants)
+
+
+def rows_of_16(batch: int, d_hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [batch, d_hidden] whose rows begin at multiples of 16 values, as wide loads need."""
+    return torch.empty(batch, triton.cdiv(d_hidden, 16) * 16, dtype=dtype, device=device)[:, :d_hidden]
 
 
 def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest positive scores relu(pre + b_enc) * weight of the whole batch, over all processes.
 
     The cut is exact: a histogram of the scores' upper 16 bits finds its bucket, one of the lower 16 bits within that bucket the
-    cut itself. Of equal scores there the first ones are kept, by process, token and latent.
+    cut itself. Of equal scores there the first ones are kept, by process, token and latent. Most scores lie below a floor that
+    a sample gives, and are not counted unless it proves too high.
 
     Args:
         pre: [batch, d_hidden]; b_enc, weight: [d_hidden] float32, weight not negative; count: at least 1.
@@ -122,41 +165,96 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
         Where fewer scores are positive, entries from token_starts[-1] on are filled up with latent 0 and code 0.
     """
     batch, d_hidden = pre.shape
-    args = (pre.contiguous(), b_enc.contiguous(), weight.contiguous())
-    cut = torch.zeros((), dtype=torch.int32, device=pre.device)
-    left: int | Tensor = count
-    for level in range(2):
+    width = triton.cdiv(d_hidden, 16) * 16
+    if pre.stride() != (width, 1):
+        pre = rows_of_16(batch, d_hidden, pre.dtype, pre.device).copy_(pre)
+    b_enc, weight = (pad(t, (0, width - d_hidden)) for t in (b_enc, weight))  # a weight of 0 leaves a latent out
+    blocks = max(1, triton.cdiv(width, SCAN))
+    programs, sizes = triton.cdiv(batch, TOKENS) * blocks, (batch, width, blocks)
+    constants = {"TOKENS": TOKENS, "SCAN": SCAN, "num_warps": WARPS}
+
+    def histogram(low, high, shift=16, every=1):
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
-        grid = (batch, triton.cdiv(d_hidden, SCAN))
-        launch(_histogram, grid, *args, cut, bins, d_hidden, FIRST=level == 0, SCAN=SCAN)
-        chosen, left = find_bin(shard.all_sum(bins), left)
-        cut = chosen.int() if level == 0 else (cut << 16) | chosen.int()
-    above, equal = (torch.empty(batch, dtype=torch.int64, device=pre.device) for _ in range(2))
-    launch(_count, (batch,), *args, cut, above, equal, d_hidden, SCAN=SCAN)
+        args = (pre, b_enc, weight, low, high, bins, shift, every, *sizes)
+        launch(_histogram, (triton.cdiv(programs, every),), *args, **constants)
+        return bins
+
+    zero, most = (torch.full((), n, dtype=torch.int32, device=pre.device) for n in (0, (1 << 31) - 1))
+    expected = some_more(count / SAMPLED / shard.size)
+    floor = shard.all_min(find_bin(histogram(zero, most, every=SAMPLED), expected)[0].int() << 16)
+    bins = shard.all_sum(histogram(floor, most))
+    bins += shard.all_sum(histogram(zero, torch.where(bins.sum() < count, floor, 0)))  # nothing is below 0
+    chosen, left = find_bin(bins, count)
+    upper = chosen.int() << 16
+    chosen, left = find_bin(shard.all_sum(histogram(upper, upper + (1 << 16), shift=0)), left)
+    cut = upper | chosen.int()
+    above, equal = (torch.empty(batch * blocks, dtype=torch.int32, device=pre.device) for _ in range(2))
+    launch(_count, (programs,), pre, b_enc, weight, cut, above, equal, *sizes, **constants)
     before = shard.gather(equal.sum(0, keepdim=True))[: shard.rank].sum()  # on the cut in the processes before
-    ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # [batch] how many each token may keep there
-    starts = torch.zeros(batch + 1, dtype=torch.int64, device=pre.device)
+    ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # how many each token and block may keep there
+    starts = torch.zeros(batch * blocks + 1, dtype=torch.int64, device=pre.device)
     torch.cumsum(above + ties, 0, out=starts[1:])
     latents = torch.zeros(count, dtype=torch.int64, device=pre.device)
     codes = torch.zeros(count, device=pre.device)
-    launch(_write, (batch,), *args, cut, ties, starts, latents, codes, d_hidden, SCAN=SCAN)
-    return latents, codes, starts
+    launch(_write, (programs,), pre, b_enc, weight, cut, ties, starts, latents, codes, *sizes, **constants)
+    return latents, codes, starts[::blocks].contiguous()
 
 
-def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """[groups, width] float32 sums of weights[e] * rows[index[e]] over each group's entries e, starts[g] to starts[g + 1]."""
-    rows, width, groups = rows.contiguous(), rows.shape[1], len(starts) - 1
-    out = torch.empty(groups, width, device=rows.device)
-    tile = min(TILE, triton.next_power_of_2(width))
-    args = (rows, index.contiguous(), weights.contiguous(), starts.contiguous(), out, width)
-    launch(_weighted_sums, (groups, triton.cdiv(width, tile)), *args, TILE=tile, ENTRIES=ENTRIES)
-    return out
+class Pieces(NamedTuple):
+    """Groups of consecutive entries, a long one in several pieces: the first of every group, then all further ones."""
+
+    n_groups: int
+    group: Tensor  # [pieces]; n_groups where a further piece is not needed
+    begin: Tensor  # [pieces]
+    end: Tensor  # [pieces] not above begin in a piece without entries
 
 
-def dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor, n: Tensor) -> Tensor:
-    """[entries] float32: <a[i[e]], b[j[e]]> for the first n entries (a tensor on the device), 0 for the others."""
-    out = torch.zeros(len(i), device=a.device)
-    width = a.shape[1]
-    args = (a.contiguous(), b.contiguous(), i.contiguous(), j.contiguous(), n, out, width)
-    launch(_dots, (len(i),), *args, TILE=min(TILE, triton.next_power_of_2(width)))
-    return out
+def in_pieces(starts: Tensor, entries: int) -> Pieces:
+    """Pieces of the groups that begin and end at starts [groups + 1], of which together at most so many entries are used."""
+    groups, size = len(starts) - 1, max(PIECE, triton.cdiv(entries, FURTHER))
+    group, begin = torch.arange(groups, device=starts.device), starts[:-1]
+    if groups and entries > size:
+        more = (starts.diff() - 1).clamp_min(0) // size  # [groups] further pieces of each
+        last = more.cumsum(0)
+        further = torch.arange(entries // size, device=starts.device)
+        owner = torch.searchsorted(last, further, right=True)
+        known = owner.clamp_max(groups - 1)
+        later = starts[known] + (further - last[known] + more[known] + 1) * size
+        group, begin = torch.cat([group, owner]), torch.cat([begin, later])
+    return Pieces(groups, group, begin, (begin + size).minimum(starts[1:][group.clamp_max(groups - 1)]))
+
+
+def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, pieces: Pieces) -> Tensor:
+    """[groups, width] float32 sums of weights[e] * rows[index[e]] over each group's entries e."""
+    return _sums(rows, index, weights, pieces)
+
+
+def sums_and_dots(
+    rows: Tensor, index: Tensor, weights: Tensor, pieces: Pieces, others: Tensor, extra: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same sums, and of every entry of a group g <rows[index[e]], others[g]> + extra[g]: [entries] float32.
+
+    Each row is read once for both. Where no group has an entry, what is returned of it means nothing.
+    """
+    tiles = triton.cdiv(rows.shape[1], _tile(rows))
+    dots = torch.empty(tiles, len(index), device=rows.device)
+    return _sums(rows, index, weights, pieces, others.contiguous(), extra.contiguous(), dots), dots.sum(0)
+
+
+def _tile(rows: Tensor) -> int:
+    return min(TILE, triton.next_power_of_2(rows.shape[1]))
+
+
+def _sums(rows, index, weights, pieces, *dots) -> Tensor:
+    rows, width, tile = rows.contiguous(), rows.shape[1], _tile(rows)
+    n_groups, n_pieces = pieces.n_groups, len(pieces.group)
+    unit = math.gcd(width, 16)  # so that the compiler knows how rows are aligned
+    out = torch.empty(n_pieces, width, device=rows.device)
+    tiles, sizes = triton.cdiv(width, tile), {"UNIT": unit, "TILE": tile}
+    sizes["num_warps"] = max(1, tile * rows.element_size() // 512)
+    args = (rows, index.contiguous(), weights.contiguous(), *pieces[1:], out, *(dots or [None] * 3), len(index), width // unit)
+    launch(_weighted_sums, (n_pieces, tiles), *args, **sizes, ENTRIES=ENTRIES // 2 if dots else ENTRIES)
+    if n_pieces > n_groups:
+        args = (out, pieces.group, n_groups, n_pieces, width // unit)
+        launch(_join, (n_pieces - n_groups, tiles), *args, **sizes)
+    return out[:n_groups]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ops.shard import ALONE, Shard
 
+SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
+
 
 def some_more(expected: float) -> int:
     """How many of a sample's largest to take so that hardly ever fewer than the expected share exceeds the last of them."""

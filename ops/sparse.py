@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from ops.selection import lowest_of_largest, mask_of_largest, some_more, true_entries
+from ops.selection import SAMPLED, lowest_of_largest, mask_of_largest, some_more, true_entries
 from ops.shard import ALONE, Shard
 
 # Large tensors in pages of 2 MB instead of 4 kB: a step on a CPU takes a sixth less. torch looks when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # in beta; places made here are in order
 
-SAMPLED = 61  # one score in so many; a prime, so that no multiple of d_hidden hits the same latents again and again
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
 PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so that they stay in its cache
 DENSE_ABOVE = 1 / 14  # share of active entries above which the dense form is faster
 DENSE_ABOVE_BF16 = 1 / 36  # the same in bfloat16, where products are several times as fast (AMX)
 PICKED_ABOVE = 1 / 100  # share above which, in bfloat16, it is faster to compute all inner products than to leave any out
+COPIED_ABOVE_CUDA = 4  # active entries a latent above which a copy of W_dec costs less than reading float32 rows, by arithmetic
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
@@ -112,12 +112,12 @@ def _above(x, rows, b_enc, weight, count, limit, shard) -> tuple[Tensor, Tensor,
 # --- products
 
 
-def encode(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def encode(x: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Product of x [batch, n_models, d_model] with every row [d_hidden, n_models, d_model] -> [batch, d_hidden] in `dtype`.
 
     One flat product over (model, d_model): twice as fast as an einsum that multiplies per model and adds.
     """
-    return x.flatten(1).to(dtype) @ rows.flatten(1).to(dtype).T
+    return torch.mm(x.flatten(1).to(dtype), rows.flatten(1).to(dtype).T, out=out)
 
 
 def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +164,9 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
     """
     with torch.no_grad():
         if on_cuda(x) and product is None:
-            product = encode(x, rows, dtype)
+            from ops import kernels
+
+            product = encode(x, rows, dtype, kernels.rows_of_16(len(x), len(rows), dtype, x.device))
         found = find(x, rows, b_enc, dtype, weight, count, product, shard)
         smallest = x.new_full((), torch.inf)
         if found is not None and count is not None:
@@ -243,7 +245,11 @@ class _Sparse(torch.autograd.Function):
         starts = torch.searchsorted(key, torch.arange(len(rows) + 1, device=x.device))  # [d_hidden + 1] of latents' entries
         tokens = tokens.clamp_max(len(x) - 1)
         x, W_dec, weights, ordered = x.flatten(1), W_dec.flatten(1), codes, codes[by_latent]
-        if not on_cuda(x) and dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
+        if on_cuda(x):
+            x = x.to(dtype)
+            if len(codes) > COPIED_ABOVE_CUDA * len(rows):
+                W_dec = W_dec.to(dtype)
+        elif dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
             W_dec, weights = W_dec.to(dtype), codes.to(dtype)
         ctx.save_for_backward(x, W_dec, latents, tokens, token_starts, by_latent, starts, ordered)
         decoded = weighted_sums(W_dec, latents, weights, token_starts).to(codes.dtype)
@@ -254,11 +260,20 @@ class _Sparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_decoded, d_total, _):
         x, W_dec, latents, tokens, token_starts, by_latent, starts, ordered = ctx.saved_tensors
-        d_codes = dots(d_decoded, W_dec, tokens, latents, token_starts) + d_total[latents]
-        d_codes, tokens = d_codes[by_latent], tokens[by_latent]
-        d_rows = weighted_sums(x, tokens, d_codes, starts)
+        by_token, tokens = tokens, tokens[by_latent]
+        if on_cuda(x):
+            from ops import kernels
+
+            pieces = kernels.in_pieces(starts, len(tokens))
+            d_decoded = d_decoded.to(x.dtype)
+            d_W_dec, d_codes = kernels.sums_and_dots(d_decoded, tokens, ordered, pieces, W_dec, d_total)
+            d_rows = kernels.weighted_sums(x, tokens, d_codes, pieces)
+        else:
+            d_codes = dots(d_decoded, W_dec, by_token, latents, token_starts) + d_total[latents]
+            d_codes = d_codes[by_latent]
+            d_rows = weighted_sums(x, tokens, d_codes, starts)
+            d_W_dec = weighted_sums(d_decoded, tokens, ordered, starts)
         d_bias = torch.segment_reduce(d_codes, "sum", offsets=starts, unsafe=True)
-        d_W_dec = weighted_sums(d_decoded, tokens, ordered, starts)
         return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None
 
 
@@ -273,19 +288,15 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, starts: Tensor) 
     if on_cuda(rows):
         from ops import kernels
 
-        return kernels.weighted_sums(rows, index, weights, starts)
+        return kernels.weighted_sums(rows, index, weights, kernels.in_pieces(starts, len(index)))
     return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def dots(a: Tensor, b: Tensor, tokens: Tensor, latents: Tensor, token_starts: Tensor) -> Tensor:
     """[active] inner product of each entry's token row of a [batch, width] and latent row of b [d_hidden, width].
 
-    Where b is bfloat16 on a CPU, all inner products are computed and those asked for picked.
+    Where b is bfloat16, all inner products are computed and those asked for picked.
     """
-    if on_cuda(a):
-        from ops import kernels
-
-        return kernels.dots(a, b, tokens, latents, token_starts[-1])
     if b.dtype == torch.bfloat16:
         found, size = [], max(1, CHUNK // len(b))
         for first in range(0, len(a), size):

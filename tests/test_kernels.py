@@ -21,6 +21,10 @@ def test_largest_keeps_what_topk_keeps_and_of_equal_scores_the_first(batch, d_hi
     pre, b_enc, weight = draw(batch, d_hidden), draw(d_hidden, seed=1), draw(d_hidden, seed=2).abs()
     if ties:
         pre, b_enc, weight = pre.round(), b_enc.round(), torch.ones_like(weight)
+    else:  # as the encoder's product comes, with rows at multiples of 16 and anything between them
+        wide = torch.full((batch, -(-d_hidden // 16) * 16), torch.nan, device=DEVICE)
+        wide[:, :d_hidden] = pre
+        pre = wide[:, :d_hidden]
     latents, codes, starts = kernels.largest(pre, b_enc, weight, count)
     f = (pre + b_enc).relu()
     order = (f * weight).flatten().sort(descending=True, stable=True).indices[:count]
@@ -30,6 +34,22 @@ def test_largest_keeps_what_topk_keeps_and_of_equal_scores_the_first(batch, d_hi
     assert torch.equal(tokens * d_hidden + latents[:used], order)
     assert torch.equal(codes[:used], f.flatten()[order])
     assert len(codes) == count and not codes[used:].any() and not latents[used:].any()
+
+
+@pytest.mark.parametrize("unlike", [1.0, 30.0, 0.1])
+def test_a_sample_of_unlike_scores_does_not_change_what_is_kept(unlike, monkeypatch):
+    """The floor comes from the first of 61 blocks; here their scores are like all others, far above or far below."""
+    batch, d_hidden, count = 64, 2000, 300  # 32 blocks
+    pre, zero, one = draw(batch, d_hidden), torch.zeros(d_hidden, device=DEVICE), torch.ones(d_hidden, device=DEVICE)
+    pre[:8, :512] *= unlike
+    floors, find_bin = [], kernels.find_bin
+    monkeypatch.setattr(kernels, "find_bin", lambda *args: floors.append(find_bin(*args)) or floors[-1])
+    latents, codes, starts = kernels.largest(pre, zero, one, count)
+    tokens = torch.arange(batch, device=DEVICE).repeat_interleave(starts.diff())
+    expected = pre.flatten().topk(count).indices.sort().values
+    assert torch.equal(tokens * d_hidden + latents, expected) and torch.equal(codes, pre.flatten()[expected])
+    floor, cut = (int(chosen) for chosen, _ in floors[:2])
+    assert (floor > cut) == (unlike == 30.0) and floor > 0
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
@@ -51,29 +71,39 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
+        def __call__(self, *args):
+            return self.kernel(*args)
+
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for name in ("_histogram", "_count", "_write", "_weighted_sums", "_dots"):
+    monkeypatch.setattr(kernels, "PIECE", 2)
+    monkeypatch.setattr(kernels, "FURTHER", 3)
+    ours = [name for name, value in vars(kernels).items() if isinstance(value, type(kernels._count))]
+    for name in ours:
         monkeypatch.setattr(kernels, name, Watched(name))
     latents, codes, starts = kernels.largest(draw(4, 9), draw(9, seed=1), draw(9, seed=2).abs(), 6)
-    rows = draw(9, 5)
-    kernels.weighted_sums(rows, latents, codes, starts)
-    kernels.dots(rows, rows, latents, latents, starts[-1])
-    assert launched == ["_histogram", "_histogram", "_count", "_write", "_weighted_sums", "_dots"]
+    kernels.weighted_sums(draw(9, 5), latents, codes, kernels.in_pieces(starts, 6))
+    assert {*ours} - {*launched} == {"_scores"}  # which the others call
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 100, 1100])  # wider rows than one program adds up
-def test_weighted_sums_and_dots(width):
-    groups, entries, used = 6, 40, 33
-    rows, a, weights = draw(9, width), draw(groups, width, seed=1), draw(entries, seed=2)
-    index = torch.randint(9, (entries,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    starts = torch.tensor([0, 0, 5, 22, 22, 30, used], device=DEVICE)  # also groups without an entry
+@pytest.mark.parametrize("piece", [3, 100])  # entries after which a group is split
+def test_weighted_sums_and_dots(width, piece, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "PIECE", piece)
+    monkeypatch.setattr(kernels, "FURTHER", 100)
+    groups, entries, used = 7, 60, 53
+    rows, others, extra = draw(9, width).to(dtype), draw(groups, width, seed=1), draw(groups, seed=4)
+    weights, index = draw(entries, seed=2), torch.randint(9, (entries,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    starts = torch.tensor([0, 0, 5, 22, 22, 23, 50, used], device=DEVICE)  # also groups without an entry
     group = torch.repeat_interleave(torch.arange(groups, device=DEVICE), starts.diff())
-    expected = torch.zeros(groups, width, device=DEVICE).index_add_(0, group, rows[index[:used]] * weights[:used, None])
-    torch.testing.assert_close(kernels.weighted_sums(rows, index, weights, starts), expected)
-    group = torch.cat([group, torch.zeros(entries - used, dtype=torch.int64, device=DEVICE)])
-    dots = kernels.dots(a, rows, group, index, starts[-1])
-    torch.testing.assert_close(dots[:used], (a[group] * rows[index]).sum(-1)[:used])
-    assert not dots[used:].any()
+    taken = rows[index[:used]].float()
+    expected = torch.zeros(groups, width, device=DEVICE).index_add_(0, group, taken * weights[:used, None])
+    pieces = kernels.in_pieces(starts, entries)
+    assert ((pieces.end - pieces.begin)[pieces.end > pieces.begin] <= piece).all()
+    torch.testing.assert_close(kernels.weighted_sums(rows, index, weights, pieces), expected)
+    sums, dots = kernels.sums_and_dots(rows, index, weights, pieces, others, extra)
+    torch.testing.assert_close(sums, expected)
+    torch.testing.assert_close(dots[:used], (taken * others[group]).sum(-1) + extra[group])
 
 
 def test_the_same_batch_gives_the_same_bits():

@@ -1,0 +1,154 @@
+"""What the compiler makes of every Triton kernel that a training step launches, for cards that need not be here.
+
+    python benchmarks/kernels.py                       # a table; exit status 1 where a kernel breaks a limit
+    python benchmarks/kernels.py --arch 90 --json OUT
+
+A step runs on tensors that have shapes and no data. Every launch is caught, typed as Triton types it on CUDA, and compiled with
+the ptxas that triton brings; registers, spills, fences and loads are read from the machine code. Nothing runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported: the kernels must compile here
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from crosscoder import CrossCoder
+from ops import sparse
+
+CARDS = {80: "A100", 90: "H100, H200", 100: "B200"}
+REGISTERS = 128  # of a thread at most, so that 16 of 64 warps of a multiprocessor can run at once
+CASES = [  # what is looked at: models' width, latents, type of the products
+    (2304, 32768, torch.bfloat16),
+    (2304, 32768, torch.float32),
+    (1150, 32753, torch.bfloat16),  # no multiples of 16
+]
+
+
+class Bare:
+    """A tensor as Triton sees it at a launch: its type, and whether its address is a multiple of 16."""
+
+    def __init__(self, x: torch.Tensor):
+        self.dtype, self.address = x.dtype, x.storage_offset() * x.element_size()
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def launches(d_model: int, d_hidden: int, dtype: torch.dtype, batch: int = 4096, k: int = 100) -> list[tuple]:
+    """(kernel, arguments, constants) of every launch of a step of batch_topk with the auxiliary loss, forward and backward."""
+    found: list[tuple] = []
+
+    def run(kernel, *args, grid, warmup, **constants):
+        found.append((kernel, args, constants))
+
+    with FakeTensorMode(), patch.object(JITFunction, "run", run), patch.object(sparse, "on_cuda", lambda x: True):
+        crosscoder = CrossCoder(d_model, d_hidden, 2, "batch_topk", k, compute_dtype=dtype)
+        x = torch.empty(batch, 2, d_model)
+        crosscoder.losses(x, 0.0, 1 / 32, torch.empty(d_hidden, dtype=torch.bool)).loss.backward()
+    return found
+
+
+def compilers(arch: int, case: tuple) -> dict:
+    """For every different kernel that the case launches on such a card: how it is typed -> (kernel, arguments, compile)."""
+    found = {}
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    for kernel, args, constants in launches(*case):
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, types, options = binder(*(Bare(a) if isinstance(a, torch.Tensor) else a for a in args), **constants)
+        options, signature, values, attributes = kernel._pack_args(backend, constants, bound, types, options)
+        source = ASTSource(kernel, signature, values, attributes)
+        compiled = partial(triton.compile, source, target=target, options=options.__dict__)
+        found[kernel, str(types), str(options)] = (kernel, args, compiled)
+    return found
+
+
+def machine_code(cubin: bytes) -> str:
+    """Resources and instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-sass", "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inspect(arch: int, case: tuple, kernel: JITFunction, args: tuple, compiled) -> dict:
+    """What the machine code of a compiled launch shows, and which limits it breaks."""
+    text = machine_code(compiled.asm["cubin"])
+    fences = re.findall(r"\bMEMBAR\b", text), re.findall(r"\bfence\.|\bmembar\b|\.acq_rel\b", compiled.asm["ptx"])
+    loads = re.findall(r"\bLDG\.E(?:\.\w+)*", text)
+    (registers,) = re.findall(r"\bREG:(\d+)", text)
+    row = {
+        "kernel": kernel.__name__ + ("" if None not in args else ", sums alone"),
+        "case": "{} wide, {} latents, {}".format(2 * case[0], *case[1:]).replace("torch.", ""),
+        "arch": arch,
+        "warps": compiled.metadata.num_warps,
+        "registers": int(registers),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "fences": max(map(len, fences)),
+        "wide": sum(load.endswith(".128") or ".128." in load for load in loads),
+        "loads": len(loads),
+        "shared": compiled.metadata.shared,
+    }
+    matrix = args[0]  # what it reads
+    aligned = matrix.stride(0) * matrix.element_size() % 16 == 0
+    broken = [
+        (row["fences"] > 0, f"{row['fences']} fences: an atomic that is not relaxed"),
+        (row["spills"] > 0, f"{row['spills']} spills"),
+        (row["registers"] > REGISTERS, f"{row['registers']} registers"),
+        (aligned and not row["wide"], "no 128-bit load"),
+    ]
+    return row | {"broken": [reason for is_broken, reason in broken if is_broken]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), help="compute capability, 90 for 9.0")
+    parser.add_argument("--first", action="store_true", help="only the first case")
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    args = parser.parse_args()
+    rows = []
+    print("| kernel | case | card | warps | registers | spills | fences | 128-bit loads | shared bytes |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for arch in args.arch:
+        done: set = set()
+        for case in CASES[: 1 if args.first else None]:
+            for key, (kernel, arguments, compiled) in compilers(arch, case).items():
+                if key in done:
+                    continue
+                done.add(key)
+                row = inspect(arch, case, kernel, arguments, compiled())
+                rows.append(row)
+                card = f"sm_{arch} ({CARDS[arch]})" if arch in CARDS else f"sm_{arch}"
+                numbers = f"{row['warps']} | {row['registers']} | {row['spills']} | {row['fences']}"
+                print(f"| `{row['kernel']}` | {row['case']} | {card} | {numbers}", end=" | ")
+                print(f"{row['wide']} of {row['loads']} | {row['shared']:,} |", flush=True)
+    print("\nCompiled, not run on a GPU.")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    broken = [f"{row['kernel']}, {row['case']}, sm_{row['arch']}: {', '.join(row['broken'])}" for row in rows if row["broken"]]
+    for line in broken:
+        print(line, file=sys.stderr)
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
