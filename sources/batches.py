@@ -105,7 +105,7 @@ def fill(source, buffer: Tensor, begin: int, end: int, shard: Shard) -> Filled:
 
 def fill_in_turn(source, buffers: list, starts: range, stop: int, device: torch.device, shard: Shard) -> Iterator[Filled]:
     """This process's part of each batch, on the device. Copies to a CUDA device run beside the training step."""
-    uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+    uploads = torch.cuda.Stream(device) if device.type != "cpu" else None
     copied: list[torch.cuda.Event | None] = [None] * len(buffers)
     for number, begin in enumerate(starts):
         i = number % len(buffers)
@@ -129,8 +129,8 @@ def read_ahead(
     A background thread reads ahead; closing the generator ends it. Outliers and rows with a non-finite value are left out of
     their batch; ValueError when the latter are more than 0.1 %.
     """
-    shape, on_cuda = (source.n_models, -(-batch_size // shard.size), source.d_model), device.type == "cuda"
-    buffers = [torch.empty(shape, dtype=source.dtype, pin_memory=on_cuda) for _ in range(BUFFERS)]
+    shape = source.n_models, -(-batch_size // shard.size), source.d_model
+    buffers = [torch.empty(shape, dtype=source.dtype, pin_memory=device.type != "cpu") for _ in range(BUFFERS)]
     starts = range(position, stop, batch_size)
     # A batch is yielded when the next one has come: if all rows of the next are left out, it takes over their position.
     held = None
@@ -155,6 +155,13 @@ def read_ahead(
                 held = held._replace(x=held.x.clone(), position=position, dropped=dropped)
         if held:
             yield held
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x, of the host, on the device. The host does not wait for the copy, which is from pinned memory."""
+    if device.type == "cpu":
+        return x
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
 
 
 def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.ndarray, int]:

@@ -17,6 +17,7 @@ from collecting.paired_dataset import PairedDataset
 from collecting.paired_rows import GatheredRows, PairedModels, Rows
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
+from sources.batches import upload
 from sources.mixing import MixingBuffer, Refill
 from sources.source import NONE_DROPPED, Batch, Dropped, Source
 
@@ -108,8 +109,12 @@ class LiveActivations(Source):
         while position < stop:
             wanted, parts = min(batch_size, stop - position), []
             while wanted:
-                slots = torch.from_numpy(self.mixing.take(position, wanted)).to(self.buffer.device)
-                parts.append(self.buffer[slots].to(device))  # [rows, 2, d_model], copied before a refill overwrites them
+                slots = torch.from_numpy(self.mixing.take(position, wanted))
+                if self.buffer.device.type == "cpu":
+                    part = torch.empty(len(slots), 2, self.d_model, dtype=self.dtype, pin_memory=device.type != "cpu")
+                    parts.append(upload(torch.index_select(self.buffer, 0, slots, out=part), device))
+                else:  # copied before a refill overwrites them
+                    parts.append(self.buffer[upload(slots, self.buffer.device)].to(device))  # [rows, 2, d_model]
                 position += len(slots)
                 wanted -= len(slots)
             x = torch.cat(parts) if len(parts) > 1 else parts[0]
