@@ -134,37 +134,33 @@ def traffic(name: str, args: tuple, options: dict, out) -> float:
     return (0 if name in WRITE_ONLY else sum(inputs.values())) + written
 
 
-def selecting(histogram: bool = False, writes: tuple[str, ...] = ()) -> Callable[[dict], dict]:
-    """A pass over all scores; a histogram's atomics pass through the cache."""
+def histogram(a: dict) -> dict:
+    """One block of scores in so many; of a latent's bias and weight 8 bytes serve TOKENS tokens. Few scores are counted."""
+    looked_at = a["pre"].numel() / a["every"]
+    counted = looked_at if a["every"] > 1 else 0  # in a sample every positive one, else those above its floor
+    return {"bytes": nbytes(a["pre"]) / a["every"], "through_l2": nbytes(a["pre"]) / a["every"] + 8 * counted}
 
-    def moves(a: dict) -> dict:
-        found = {"bytes": nbytes(a["pre"]) + sum(nbytes(a[name]) for name in writes)}
-        return found | ({"through_l2": nbytes(a["pre"]) + 8 * a["pre"].numel()} if histogram else {})
 
-    return moves
+def selecting(*writes: str) -> Callable[[dict], dict]:
+    """A pass over all scores."""
+    return lambda a: {"bytes": nbytes(a["pre"]) + sum(nbytes(a[name]) for name in writes)}
 
 
 def summing(a: dict) -> dict:
-    rows, row = a["rows"], a["width"] * a["rows"].element_size()
-    slices = max(1, a["width"] // a["TILE"])
-    gather = Gather(len(a["index"]) * row, nbytes(rows), nbytes(rows) / slices)
-    return {"bytes": nbytes(a["out"]) + 12 * len(a["index"]), "gathers": (gather,)}
-
-
-def multiplying(a: dict) -> dict:
-    row = len(a["i"]) * a["width"]
-    tokens = Gather(row * a["a"].element_size(), nbytes(a["a"]), 0)  # entries are ordered by token: its row stays in the cache
-    latents = Gather(row * a["b"].element_size(), nbytes(a["b"]), nbytes(a["b"]))
-    return {"bytes": nbytes(a["out"]) + 16 * len(a["i"]), "gathers": (tokens, latents)}
+    """Rows that are gathered; `others` are read once, and an inner product is written for every entry and tile."""
+    rows, width, entries = a["rows"], a["units"] * a["UNIT"], len(a["index"])
+    gather = Gather(entries * width * rows.element_size(), nbytes(rows), nbytes(rows) / max(1, width // a["TILE"]))
+    dots = nbytes(a["others"]) + nbytes(a["dots"]) if a["others"] is not None else 0
+    return {"bytes": nbytes(a["out"]) + 12 * entries + dots, "gathers": (gather,)}
 
 
 # What a kernel of ops/kernels.py moves, from its arguments by name.
 KERNELS: dict[str, Callable[[dict], dict]] = {
-    "_histogram": selecting(histogram=True),
-    "_count": selecting(),
-    "_write": selecting(writes=("latents", "values")),
+    "_histogram": histogram,
+    "_count": selecting("above", "equal"),
+    "_write": selecting("ties", "starts", "latents", "values"),
     "_weighted_sums": summing,
-    "_dots": multiplying,
+    "_join": lambda a: {},  # a few long groups at most
 }
 
 
@@ -196,6 +192,7 @@ class Counted(TorchDispatchMode):
 
     def launch(self, kernel, grid, *args, **constants) -> None:
         """In the place of kernels.launch."""
+        constants.pop("num_warps", None)
         named = inspect.signature(kernel.fn).bind(*args, **constants).arguments
         name = kernel.fn.__name__
         if name not in KERNELS:

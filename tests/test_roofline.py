@@ -60,13 +60,13 @@ def test_what_takes_more_is_noticed(monkeypatch):
         fault.setattr(sparse, "encode", lambda *args: kept.append(out := encode(*args)) or out)
         assert any(found.startswith("peak GB") for found in differing(row))
     with monkeypatch.context() as fault:
-        fault.setattr(sparse, "encode", lambda x, rows, dtype: encode(x, rows, torch.float32))
+        fault.setattr(sparse, "encode", lambda x, rows, *_: encode(x, rows, torch.float32))
         assert "ms" in {found.split(":")[0] for found in differing(row)}
 
 
 def test_a_kernel_of_unknown_traffic_is_named(monkeypatch):
-    monkeypatch.delitem(roofline.KERNELS, "_dots")
-    with pytest.raises(ValueError, match="say in KERNELS what the kernel _dots moves"):
+    monkeypatch.delitem(roofline.KERNELS, "_count")
+    with pytest.raises(ValueError, match="say in KERNELS what the kernel _count moves"):
         count(Case("batch_topk", 1024, d_model=64, batch=64, k=4))
 
 
