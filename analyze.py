@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from analysis import difference, findings, measure, one_model, ranking, report
+from analysis import difference, endpoint, findings, labels, measure, one_model, ranking, report
 from analysis.data import Data, open_data, open_tokenizer
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
@@ -41,6 +41,7 @@ def main(config: AnalyzeConfig) -> None:
     if config.base_model and config.ft_adapter and not config.ft_model:  # the adapter was trained on the base model
         config = dataclasses.replace(config, ft_model=config.base_model)
     check_numbers(config)
+    endpoint.check(config.label_url, config.label_model)
     folder, record = find_run(Path(config.run).expanduser())
     device = torch.device(usable_device(config.device, "--device"))
     crosscoder = CrossCoder.from_pretrained(folder, device)
@@ -52,15 +53,16 @@ def main(config: AnalyzeConfig) -> None:
     notes: list[str] = []
     data = open_data(*data_flags(config, record), crosscoder, config.num_tokens, notes)
     models = tokenizer = None
+    if data.text:
+        tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
+    labeller = labels.open_labeller(config.label_url, config.label_model, out, data, tokenizer)
     if data.text and config.base_model:
         from analysis import patching  # loads nnsight and transformers
 
         models = patching.open_models(data, vars(config), str(device))
-    if data.text:
-        tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
 
     if crosscoder.n_models == 1:
-        return analyze_difference(config, crosscoder, data, models, tokenizer, asked, out, notes)
+        return analyze_difference(config, crosscoder, data, models, tokenizer, labeller, asked, out, notes)
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
     without = difference.open_sums(data)
@@ -84,6 +86,8 @@ def main(config: AnalyzeConfig) -> None:
     if without:
         metrics["difference"], vectors = difference.describe(without, data, device, lens, tokenizer, config.seed)
     difference.add_lens(sections, crosscoder, lens, tokenizer)
+    metrics |= labels.add_labels(labeller, sections, crosscoder, data, tokenizer, config.context, config.seed, notes)
+    table |= labels.columns(sections, crosscoder.d_hidden)
 
     # --- what replacing the activation does to the models
     if models:
@@ -119,9 +123,10 @@ def main(config: AnalyzeConfig) -> None:
     print(f"\n{findings.as_markdown(found)}", end="")
 
 
-def analyze_difference(
-    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, asked: list[int], out: Path, notes: list[str]
-) -> None:
+def analyze_difference(  # noqa: PLR0913 - what `main` has opened
+    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, labeller, asked: list[int], out: Path,
+    notes: list[str],
+) -> None:  # fmt: skip
     """The same for a dictionary that was trained with --difference, without what needs two decoder rows a latent."""
     notes.append("a dictionary of the difference has no classes, no latent scaling and no patching")
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
@@ -137,13 +142,16 @@ def analyze_difference(
     lens = difference.lens_models(models, data.source.d_model, notes)
     metrics["difference"], vectors = difference.describe(without, data, crosscoder.scale.device, lens, tokenizer, config.seed)
     difference.add_lens(sections, crosscoder, lens, tokenizer)
+    metrics |= labels.add_labels(labeller, sections, crosscoder, data, tokenizer, config.context, config.seed, notes)
+    table |= labels.columns(sections, crosscoder.d_hidden)
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
     models_named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
     names = [Path(name).name for name in models_named if name]
     with put_in_place(out) as partial:
         (partial / "metrics.json").write_text(as_json(metrics, indent=2))
-        write_parquet(partial / "latents.parquet", table, one_model.COLUMNS, data.name)
+        definitions = {name: (one_model.COLUMNS | labels.COLUMNS)[name] for name in table}
+        write_parquet(partial / "latents.parquet", table, definitions, data.name)
         save_file(vectors, partial / "difference.safetensors")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
         page = one_model.render(metrics, table, sections, " and ".join(names) or data.name)
@@ -151,6 +159,7 @@ def analyze_difference(
     print(f"held out   explained variance of the difference {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}")
     best = np.argsort(table["rank"])[:5]
     print("latents    " + ", ".join(f"{i} explains {table['explained'][i]:.1%}" for i in best))
+    print(labels.told(metrics), end="")
     print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, examples.jsonl, difference.safetensors")
 
 
@@ -252,6 +261,7 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
     for how, score in metrics.get("planted", {}).items():
         found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
         print(f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}")
+    print(labels.told(metrics), end="")
     for note in notes:
         print(f"note       {note}")
     print(f"saved      {out / 'report.html'}, findings.json, latents.parquet, metrics.json, figures")

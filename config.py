@@ -357,6 +357,13 @@ class AnalyzeConfig(DatasetFlags):
     # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     device: str = "auto"
 
+    # --- latents in words
+
+    # Chat endpoint that describes latents, e.g. https://api.openai.com/v1 or a local one; its key in OPENAI_API_KEY.
+    label_url: str | None = None
+    # Model to ask there.
+    label_model: str | None = None
+
 
 def model_flags(config: ModelFlags) -> dict:
     """The flags that say which models read which text, and how, without the devices: {field: value}."""

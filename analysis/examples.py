@@ -13,6 +13,7 @@ from crosscoder import CrossCoder
 
 RANGES = (0.25, 0.5, 0.75)  # borders, as shares of a latent's maximum, of the ranges that weaker examples come from
 RANGE_NAMES = ("top", "0 to 25 %", "25 to 50 %", "50 to 75 %", "75 to 100 %")
+DRAWN = 5  # random texts for each silent one wanted
 CANDIDATES = 4  # kept for each example wanted, since neighbouring tokens of one text make only one
 
 
@@ -45,23 +46,48 @@ def find_examples(
     found = windows(rows, data.text, wanted, context)
     if not found:
         return sections
-    tokens = [data.text.tokens(w.sequence)[w.start : w.peak + context + 1] for w in found]
-    texts = {int(token): f" {token}" for token in np.unique(np.concatenate(tokens))}
-    if tokenizer is not None:
-        from collecting import language_model as lm  # loaded already, with the tokenizer
-
-        texts = lm.token_texts(tokenizer, np.array(list(texts)))
-    for w, ids, values in zip(found, tokens, window_values(part, data, found, context), strict=True):
+    texts = window_texts(data.text, found, tokenizer, context)
+    for w, tokens, values in zip(found, texts, window_values(part, data, found, context), strict=True):
         sections[w.latent]["examples"].append({
             "range": RANGE_NAMES[w.kind],
             "text": data.text.names[data.text.text_of[w.sequence]],
             "sequence": w.sequence,
             "position": w.peak,
             "peak": w.peak - w.start,
-            "tokens": [texts[int(token)] for token in ids],
-            "values": [None if np.isnan(v) else float(f"{v:.3g}") for v in values[: len(ids)]],
+            "tokens": tokens,
+            "values": [None if np.isnan(v) else float(f"{v:.3g}") for v in values[: len(tokens)]],
         })  # fmt: skip
     return sections
+
+
+@torch.no_grad()
+def silent_windows(
+    crosscoder: CrossCoder, data: Data, chosen: np.ndarray, tokenizer, *, wanted: int, context: int, seed: int
+) -> list[list[str]]:
+    """Of each chosen latent up to `wanted` texts as long as examples, drawn at random, on which it is active nowhere.
+
+    The same texts for all latents, as far as they are silent there. chosen: [n] latents.
+    """
+    rows = np.concatenate([np.arange(data.val_rows), data.first_train + np.arange(data.train_rows)])
+    rows = np.random.default_rng(seed).choice(rows, min(len(rows), DRAWN * wanted), replace=False)
+    places = [(int(data.text.sequence[row]), int(data.text.position[row])) for row in rows]
+    drawn = [Window(0, 0, sequence, peak, max(0, peak - context)) for sequence, peak in places]
+    texts = ["".join(tokens) for tokens in window_texts(data.text, drawn, tokenizer, context)]
+    every = [w._replace(latent=latent) for latent in range(len(chosen)) for w in drawn]
+    values = window_values(select(crosscoder, torch.from_numpy(chosen)), data, every, context)
+    silent = (np.nan_to_num(values) == 0).all(axis=1).reshape(len(chosen), len(drawn))  # the row drawn was measured
+    return [[texts[i] for i in np.flatnonzero(one)[:wanted]] for one in silent]
+
+
+def window_texts(text: Text, found: list[Window], tokenizer, context: int) -> list[list[str]]:
+    """The text of each token of each window; the token's number without a tokenizer."""
+    ids = [text.tokens(w.sequence)[w.start : w.peak + context + 1] for w in found]
+    texts = {int(token): f" {token}" for token in np.unique(np.concatenate(ids))}
+    if tokenizer is not None:
+        from collecting import language_model as lm  # loaded already, with the tokenizer
+
+        texts = lm.token_texts(tokenizer, np.array(list(texts)))
+    return [[texts[int(token)] for token in tokens] for tokens in ids]
 
 
 def select(crosscoder: CrossCoder, latents: Tensor) -> CrossCoder:

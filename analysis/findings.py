@@ -64,6 +64,8 @@ def describe(table: dict[str, np.ndarray], latent: int, section: dict, text_name
         **{name: number(table[name][latent]) for name in NUMBERS},
         "classes": {way: str(table[tag][latent]) for way, tag in (("norm", "tag"), ("scaling", "tag_scaling"))},
         "frequency_by_text": texts,
+        "label": table["label"][latent] if "label" in table else None,
+        "label_score": number(table["label_score"][latent]) if "label" in table else None,
         **planted,
         "tokens": strongest_tokens(top),
         "examples": [example(one) for one in top],
@@ -142,7 +144,8 @@ def sentence(one: dict) -> str:
     tokens = ", ".join(f"“{token}”" for token in one["tokens"][:4])
     text = f", as in “{said(one['examples'][0])}”" if one["examples"] else ""
     active = f"active on {percent(one['frequency'])} of the tokens" + (f", strongest on {tokens}{text}" if tokens else "")
-    return f"latent {one['latent']}, {active}; the {other} lacks {share(one)} of it."
+    label = f", “{one['label']}”" if one["label"] else ""
+    return f"latent {one['latent']}{label}, {active}; the {other} lacks {share(one)} of it."
 
 
 def of_component(one: dict) -> str:
@@ -174,11 +177,15 @@ def as_markdown(found: dict) -> str:
     listed = found["changes"][:SCREEN] or found["nearest"]
     if not found["changes"]:
         lines += ["", "Nearest, none of them beyond chance:"]
-    lines += ["", "| more in | rank | latent | the other lacks | active on | strongest tokens | example |", "|" + "---|" * 7]
+    heads = ["more in", "rank", "latent", "the other lacks", "active on", "strongest tokens", "example"]
+    labelled = any(one["label"] for one in listed)
+    heads += ["label", "its score"] * labelled
+    lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for one in listed:
         tokens = " ".join(one["tokens"]) or (f"planted: {one['planted_kind']}" if "planted_kind" in one else "")
         text = snippet(one["examples"][0]) if one["examples"] else ""
-        cells = (one["direction"], one["rank"], one["latent"], share(one), percent(one["frequency"]), tokens, text)
+        cells = [one["direction"], one["rank"], one["latent"], share(one), percent(one["frequency"]), tokens, text]
+        cells += [one["label"] or "–", "–" if one["label_score"] is None else f"{one['label_score']:.2f}"] * labelled
         lines.append("| " + " | ".join(plain(str(cell)) for cell in cells) + " |")
     if len(found["changes"]) > SCREEN:
         lines += ["", f"{len(found['changes']) - SCREEN:,} more in findings.json."]

@@ -11,6 +11,7 @@ from torch import Tensor
 from analysis import ranking
 from analysis.data import CODES_TOGETHER, Data, normalized_rows
 from analysis.difference import DifferenceSums, add_rows
+from analysis.labels import COLUMNS as LABEL_COLUMNS
 from crosscoder import CrossCoder
 from ops import latents
 from ops.variance import VarianceTotals
@@ -144,7 +145,7 @@ def merge(held: list[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:
 
 def define(table: dict[str, np.ndarray], text_names: list[str]) -> dict[str, str]:
     """What each column of `latent_table` says."""
-    known = dict(COLUMNS)
+    known = COLUMNS | LABEL_COLUMNS
     for i, text in enumerate(text_names):
         known[f"freq_text_{i}"] = f"share of the tokens of {text} at which the latent is active"
         known[f"mean_text_{i}"] = f"mean activation over all tokens of {text}, zeros included"

@@ -35,7 +35,8 @@ SET_NAMES = {  # of the sets of latents in patching
     "highest_relative_norm": "5 % of highest relative norm", "all": "all latents",
 }  # fmt: skip
 TABLE = {  # columns of the page's table: heading
-    "rank": "rank", "latent": "latent", "direction": "more in", "change_score": "the other lacks", "change_error": "± error",
+    "rank": "rank", "latent": "latent", "direction": "more in", "label": "label", "label_score": "label score",
+    "change_score": "the other lacks", "change_error": "± error",
     "changed": "changed", "frequency": "active on", "relative_norm": "relative norm", "dec_cos_sim": "decoder cosine",
     "nu_error": "ν error", "nu_reconstruction": "ν reconstruction", "mean_act": "mean active", "max_act": "max",
     "difference": "difference", "tag": "by norm", "tag_scaling": "by scaling",
