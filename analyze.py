@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from analysis import difference, endpoint, findings, labels, measure, one_model, ranking, report
+from analysis import difference, endpoint, exports, findings, labels, measure, one_model, ranking, report
 from analysis.data import Data, open_data, open_tokenizer
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
@@ -55,6 +55,7 @@ def main(config: AnalyzeConfig) -> None:
     models = tokenizer = None
     if data.text:
         tokenizer = open_tokenizer([config.ft_model, config.base_model], data, notes)
+    exports.check(config.export, data)
     labeller = labels.open_labeller(config.label_url, config.label_model, out, data, tokenizer)
     if data.text and config.base_model:
         from analysis import patching  # loads nnsight and transformers
@@ -119,6 +120,7 @@ def main(config: AnalyzeConfig) -> None:
         figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
         page = report.render(metrics, table, definitions, found, text_names, figures=figures, sections=sections, **shown)
         (partial / "report.html").write_text(page, encoding="utf-8")
+    exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print_summary(metrics, notes, out)
     print(f"\n{findings.as_markdown(found)}", end="")
 
@@ -156,6 +158,7 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
         page = one_model.render(metrics, table, sections, " and ".join(names) or data.name)
         (partial / "report.html").write_text(page, encoding="utf-8")
+    exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print(f"held out   explained variance of the difference {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}")
     best = np.argsort(table["rank"])[:5]
     print("latents    " + ", ".join(f"{i} explains {table['explained'][i]:.1%}" for i in best))

@@ -357,12 +357,14 @@ class AnalyzeConfig(DatasetFlags):
     # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     device: str = "auto"
 
-    # --- latents in words
+    # --- latents in words and for other tools
 
     # Chat endpoint that describes latents, e.g. https://api.openai.com/v1 or a local one; its key in OPENAI_API_KEY.
     label_url: str | None = None
     # Model to ask there.
     label_model: str | None = None
+    # Write RUN/analysis/export/NAME for another tool, repeatable: delphi's cache of latents, files that neuronpedia imports.
+    export: Annotated[list[Literal["delphi", "neuronpedia"]], tyro.conf.UseAppendAction] = field(default_factory=list)
 
 
 def model_flags(config: ModelFlags) -> dict:
