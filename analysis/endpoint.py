@@ -168,7 +168,9 @@ def found_json(text: str) -> object:
         try:
             value, at = decoder.raw_decode(text, begin.start())
             values.append(value)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            break
+        except ValueError:
             at = begin.end()
     if not values:
         raise ValueError("no JSON")

@@ -30,7 +30,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def run(pair, tmp_path_factory) -> Path:
     """A small crosscoder on the tiny models' activations."""
-    sizes = ["--d-hidden", 64, "--batch-size", 512, "--num-tokens", 60_000, "--l1-coeff", 1]
+    sizes = ["--d-hidden", 64, "--batch-size", 512, "--num-tokens", 60_000, "--variant", "batch_topk", "--k", 4]
     return train(tmp_path_factory.mktemp("runs"), "a", "--dataset", pair, *sizes, "--wandb", "disabled")
 
 
