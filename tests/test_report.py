@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from analysis import findings, report
+from analysis import findings, labels, report
 from analysis.measure import COLUMNS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,10 +63,14 @@ def page_of(tmp_path_factory):
     drawn = report.draw_figures(folder, with_random, made_up_metrics(table), curves=[], pair=HOSTILE[0], truth=None)
     assert {p.suffix for p in folder.iterdir()} == {".png", ".svg"}
 
-    def make(n: int, with_examples, n_examples: int = 4, changed: int = 9):
+    def make(n: int, with_examples, n_examples: int = 4, changed: int = 9, words: str | None = None):
         folder, table = tmp_path_factory.mktemp("page"), made_up_table(n, changed)
+        if words:  # the label of latent 7
+            table |= labels.columns(
+                [{"latent": 7, "label": {"description": words, "score": 0.75}}, {"latent": 1, "label": None}], n
+            )
         metrics = made_up_metrics(table)
-        definitions = COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
+        definitions = COLUMNS | labels.COLUMNS | {"freq_text_0": "how often", "mean_text_0": "how much"}
         sections = made_up_sections(with_examples, n_examples)
         null = {"center": 0.05, "spread": 0.01, "cut": 0.19, "false_discovery_rate": 0.05, "blocks": 16, "tested": n - 1}
         found = findings.find(table, null, metrics, sections, ["</script>.txt"], HOSTILE[0], "python analyze.py /home/me/run")
@@ -174,6 +178,19 @@ def test_text_of_the_data_stays_text(page_of, open_page):
     assert "<b>run<" in page.locator("header").inner_text()
     assert page.locator("table .snippet b").first.inner_text() == HOSTILE[-1] or page.locator(".snippet").count()
     assert "/home/me" not in page.content()
+
+
+def test_a_label_stands_beside_its_latent_and_is_found(page_of, open_page):
+    page = open_page(page_of(200, [7, 150], words=f"zygotes {HOSTILE[1]}"))
+    page.get_by_label("search latents").fill("zygotes </script>")
+    assert first_column(page) == [7] and page.locator("#owned").count() == 0
+    assert "0.750" in page.locator("#latents tbody tr").inner_text()
+    page.locator("#latents tbody a").click()
+    page.locator("#latent-7 h3").wait_for()
+    assert page.locator("#latent-7 h3").inner_text() == f"Latent 7: zygotes {HOSTILE[1]}"
+    page.get_by_label("search latents").fill("")
+    page.get_by_role("button", name="label score").click()
+    assert first_column(page)[0] == 7  # those without a label come last
 
 
 def test_the_page_begins_with_what_changed(page_of, open_page):
