@@ -19,16 +19,15 @@ import dataclasses
 import itertools
 import json
 import shlex
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
+from collecting.collection import Collection
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import GatheredRows, PairedModels, Rows
+from collecting.paired_rows import PairedModels
+from ops.latents import model_names
+from ops.shard import ALONE
 from run import held_out, hub
-from run.machine import progress_bar, run_entry, size_text, usable_device
+from run.machine import progress_bar, run_entry, usable_device
 
 MIN_SHARD_ROWS = 1024  # a small collection is not cut into twenty shards
 UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fields that may change between start and restart
@@ -37,82 +36,77 @@ UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fie
 def main(config: CollectConfig) -> None:
     check_numbers(config)
     out = Path(config.output).expanduser()
-    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNSAVED}
-    dataset = PairedDataset(out, recipe, "--output")
+    datasets = open_datasets(config, out)
     if config.push_to_hub:
         hub.open_repository(config.push_to_hub, "dataset")
-    if dataset.pair:
-        n_rows = dataset.pair["rows"]["train"]
-        print(f"{out} is complete ({n_rows:,} training rows); train on it: python train.py --dataset {out}")
-    else:
-        collect(config, dataset)
+    for dataset in datasets.values():
+        if dataset.pair:
+            n_rows = dataset.pair["rows"]["train"]
+            print(f"{dataset.out} is complete ({n_rows:,} training rows); train on it: python train.py --dataset {dataset.out}")
+    if unfinished := {hook: dataset for hook, dataset in datasets.items() if not dataset.pair}:
+        collect(config, unfinished)
     if config.push_to_hub:
-        hub.push_dataset(config.push_to_hub, out, dataset.pair)
+        hub.push_dataset(config.push_to_hub, out, datasets[config.hook[0]].pair)
 
 
-def collect(config: CollectConfig, dataset: PairedDataset) -> None:
-    """Run the models over the texts from where the dataset ends, and complete it."""
-    progress = dataset.progress
+def open_datasets(config: CollectConfig, out: Path) -> dict[str, PairedDataset]:
+    """The dataset of each hook: the folder itself for one, OUT/HOOK for several. Each has the recipe of its hook alone."""
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNSAVED}
+    folders = {hook: out / hook if len(config.hook) > 1 else out for hook in config.hook}
+    if len(folders) > 1 and out.is_dir() and (others := [path.name for path in out.iterdir() if path.name not in folders]):
+        raise ValueError(f"--output {out}: holds {others[0]}, no folder of these hooks; choose another folder")
+    return {hook: PairedDataset(folder, recipe | {"hook": hook}, "--output") for hook, folder in folders.items()}
+
+
+def collect(config: CollectConfig, datasets: dict[str, PairedDataset]) -> None:
+    """Run the models over the texts from where the datasets end, and complete them."""
     devices = [
         usable_device(name or config.device, flag if name else "--device")
         for name, flag in ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
     ]
     models = PairedModels(
-        **model_flags(config), batch_size=config.batch_size, dtype=config.dtype, devices=devices, seed=config.seed,
-        known=progress["fingerprints"],
+        **model_flags(config) | {"hook": list(datasets)}, batch_size=config.batch_size, dtype=config.dtype, devices=devices,
+        seed=config.seed, known=next(filter(None, (d.progress["fingerprints"] for d in datasets.values())), None),
     )  # fmt: skip
-    row_bytes = dataset.require_room(config.num_tokens - sum(progress["rows"].values()), models.d_model)
+    opened = [datasets[hook.name] for hook in models.hooks]
+    progress = [dataset.progress for dataset in opened]
+    left, widths = config.num_tokens - min(sum(p["rows"].values()) for p in progress), [h.d_model for h in models.hooks]
+    row_bytes = opened[0].require_room(left, widths, len(models.models))
 
     # --- outlier limit and scale, from the first rows
-    models.start(progress["sequences"])
-    models.calibrate(config.num_tokens, val_tokens(config), progress if progress["stored_scale"] else None)
-    dataset.begin(models)
-    base, ft = models.median
-    print(f"median norm: base {base:.4g}, ft {ft:.4g}; rows above {config.max_norm_ratio:g} times are left out")
+    models.start(min(p["sequences"] for p in progress))
+    models.calibrate(config.num_tokens, val_tokens(config), progress)
+    for dataset, hook in zip(opened, models.hooks, strict=True):
+        dataset.begin(models, hook)
+        at = f" at {hook.name}" if len(opened) > 1 else ""
+        medians = ", ".join(f"{name} {x:.4g}" for name, x in zip(model_names(len(hook.paths)), hook.median, strict=True))
+        print(f"median norm{at}: {medians}; rows above {config.max_norm_ratio:g} times are left out")
 
-    write_rows(config, models, dataset, row_bytes)
-    if not sum(progress["rows"].values()):
-        raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
-    print_summary(dataset.out, config, dataset.finish(models))
+    write_rows(config, models, opened, row_bytes)
+    for dataset, hook in zip(opened, models.hooks, strict=True):
+        if not sum(dataset.progress["rows"].values()):
+            raise ValueError("--text: not one row was left to store; give more text, or lower --skip-first")
+        print_summary(dataset.out, config, dataset.finish(models, hook))
 
 
-def write_rows(config: CollectConfig, models: PairedModels, dataset: PairedDataset, row_bytes: int) -> None:
-    """Write the held-out rows, then those to train on, while the models compute the next shard. row_bytes: of both models."""
-    progress, stored = dataset.progress, sum(dataset.progress["rows"].values())
+def write_rows(config: CollectConfig, models: PairedModels, datasets: list[PairedDataset], row_bytes: int) -> None:
+    """Write the held-out rows, then those to train on. row_bytes: of all models and hooks."""
+    progress = [dataset.progress for dataset in datasets]
     shard_rows = min(config.shard_rows, max(MIN_SHARD_ROWS, config.num_tokens // 20))  # lost when the process is killed
-    capacity = min(shard_rows + models.drawn * config.seq_len, config.num_tokens - stored)
-    shape, dtype = (capacity, 2, models.d_model), getattr(torch, config.dtype)
-    shards = itertools.cycle([GatheredRows(torch.empty(shape, dtype=dtype)) for _ in range(2)])
-    filling, writing = next(shards), None  # the shard that rows go into, and the Future of the one before
-
-    def write(split: str) -> None:
-        nonlocal filling, writing
-        if writing:
-            writing.result()  # raises what went wrong with it
-        writing, filling = writer.submit(dataset.write_shard, split, filling, models.held_out_until), next(shards)
-        filling.clear()
-
-    def write_all(split: str, batches: Iterator[Rows]) -> None:
-        nonlocal stored
-        while stored < config.num_tokens and (rows := next(batches, None)):
-            taken = filling.add(rows, most=config.num_tokens - stored)
-            stored += taken
-            bar.set_postfix_str(size_text(stored * row_bytes), refresh=False)
-            bar.update(taken)
-            if filling.n >= shard_rows:
-                write(split)
-        if split == "train":  # tokens/ holds every sequence that has rows, also held-out ones behind the last training row
-            filling.passed += itertools.takewhile(lambda s: s.index < models.held_out_until, models.stream)
-        if filling.n or filling.passed:
-            write(split)
-        if writing:
-            writing.result()
-
-    with progress_bar(None, config.num_tokens, initial=stored, leave=True, delay=0) as bar, ThreadPoolExecutor(1) as writer:
-        models.held_out_until = progress["held_out_until"]
-        if not progress["sequences"]:  # no training row is written yet
-            write_all("validation", models.held_out(val_tokens(config)))
-        write_all("train", models.training_rows())
+    stored = min(sum(p["rows"].values()) for p in progress)
+    with progress_bar(None, config.num_tokens, initial=stored, leave=True, delay=0) as bar:
+        collection = Collection(
+            models, datasets, num_tokens=config.num_tokens, shard_rows=shard_rows, row_bytes=row_bytes, shard=ALONE, bar=bar
+        )
+        models.held_out_until = min(p["held_out_until"] for p in progress)
+        if not min(p["sequences"] for p in progress):  # of some hook no training row is written yet
+            collection.write("validation", models.held_out_draws(val_tokens(config)), [])
+        models.held_out_until = max(p["held_out_until"] for p in progress)
+        front = list(itertools.takewhile(lambda s: s.index < models.held_out_until, models.ahead()))
+        collection.write("train", models.training_draws(models.stream), front)
+    for p in progress:
+        if sum(p["rows"].values()) < config.num_tokens:  # the texts are read to their end
+            p["refused"] = {str(i): source.refused for i, source in enumerate(models.sources)}
 
 
 def val_tokens(config: CollectConfig) -> int:
@@ -121,6 +115,8 @@ def val_tokens(config: CollectConfig) -> int:
 
 def check_numbers(config: CollectConfig) -> None:
     """ValueError, naming the flag, for a number that no run can have."""
+    if config.push_to_hub and len(config.hook) > 1:
+        raise ValueError("--push-to-hub: takes the dataset of one --hook; push each with a command of its own")
     for name, least in (("num_tokens", 1), ("shard_rows", 1), ("seed", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
@@ -158,10 +154,10 @@ def print_summary(out: Path, config: CollectConfig, pair: dict) -> None:
 def what_is_kept(config: CollectConfig) -> str:
     """What a collection that was stopped leaves, and what to do."""
     out = Path(config.output).expanduser()
-    if (out / "pair.json").is_file():
+    progress, pairs = ([*out.glob(name), *out.glob(f"*/{name}")] for name in ("progress.json", "pair.json"))
+    if pairs and not progress:
         return f"{out} is complete, and the same command goes on from there"
-    progress = out / "progress.json"
-    rows = sum(json.loads(progress.read_text())["rows"].values()) if progress.is_file() else 0
+    rows = min((sum(json.loads(path.read_text())["rows"].values()) for path in progress), default=0)
     if not rows:
         return "no shard was complete yet, so nothing is kept; the same command begins again"
     return f"{rows:,} of {config.num_tokens:,} rows are kept in complete shards, and the same command goes on from there"

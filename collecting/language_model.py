@@ -29,11 +29,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 class RawRows(NamedTuple):
-    """Activations of two models at the same tokens, one row a token, before any is left out or scaled."""
+    """Activations of several models at the same tokens and one hook, one row a token, before any is left out or scaled."""
 
-    base: torch.Tensor  # [rows, d_model], in the base model's precision and on its device
-    ft: torch.Tensor  # [rows, d_model], in the fine-tuned model's precision and on its device
-    norms: np.ndarray  # [rows, 2] float64, L2; not finite where a value of the row is not
+    acts: list[torch.Tensor]  # of each model [rows, d_model], in its precision and on its device
+    norms: np.ndarray  # [rows, n_models] float64, L2; not finite where a value of the row is not
     columns: np.ndarray  # [3, rows] int32: index of the row's sequence, position inside it, id of the token there
 
 
@@ -208,17 +207,46 @@ def parse_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> str:
 
 
 @torch.no_grad()
-def capture(model: nnsight.NNsight, hook: str, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Activations [batch, seq, d_model] at a hook (as `parse_hook` returns it), on the model's device, in its dtype.
+def capture(
+    model: nnsight.NNsight, hooks: list[str], input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> list[torch.Tensor]:
+    """Activations [batch, seq, d_model] at each hook (as `parse_hook` returns it), on the model's device, in its dtype.
 
-    input_ids, attention_mask: [batch, seq] int64, padded on the right. Nothing past the hook is computed.
+    hooks: in the order in which the model runs through them (`in_running_order`). input_ids, attention_mask: [batch, seq]
+    int64, padded on the right. Nothing past the last hook is computed.
     """
+    values: list[torch.Tensor] = []
     with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
-        value = model.get(hook)
-        # attention modules, and blocks of older transformers, give a tuple
-        value = nnsight.save(value[0] if isinstance(value, tuple) else value)
+        for hook in hooks:
+            value = model.get(hook)
+            # attention modules, and blocks of older transformers, give a tuple
+            values.append(nnsight.save(value[0] if isinstance(value, tuple) else value))
         tracer.stop()
-    return value
+    return values
+
+
+@torch.no_grad()
+def in_running_order(model: nnsight.NNsight, hooks: list[str]) -> list[str]:
+    """Hooks (as `parse_hook` returns them, each reached by a forward pass) in the order in which a forward pass meets them."""
+    plain, met = model._module, dict.fromkeys(hooks, 0)
+
+    def note(hook: str):
+        def noted(*_) -> None:
+            met[hook] = met[hook] or len([place for place in met.values() if place]) + 1
+
+        return noted
+
+    handles = []
+    for hook in hooks:
+        path, _, end = hook.rpartition(".")
+        module = plain.get_submodule(path)
+        register = module.register_forward_pre_hook if end == "input" else module.register_forward_hook
+        handles.append(register(note(hook)))
+    ids = torch.zeros(2, 3, dtype=torch.long, device=plain.device)
+    plain(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return sorted(hooks, key=met.__getitem__)
 
 
 @torch.no_grad()
@@ -258,14 +286,14 @@ def probe_hook(model: nnsight.NNsight, hook: str, flag: str = "--hook") -> int:
     """d_model at the hook, from a forward over two sequences. ValueError if no [batch, seq, d_model] activation is there."""
     ids = torch.zeros(2, 3, dtype=torch.long, device=model._module.device)
     with library_errors(f"{flag} {hook}: a forward pass does not reach it", "give another module"):
-        value = capture(model, hook, ids, torch.ones_like(ids))
+        (value,) = capture(model, [hook], ids, torch.ones_like(ids))
     if not (isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point() and value.shape[:2] == (2, 3)):
         what = f"{value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{flag} {hook}: holds a {what}, not activations [batch, sequence, d_model]; give another module")
     return value.shape[2]
 
 
-# --- two models over the same tokens
+# --- several models over the same tokens
 
 
 def pad_batch(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,34 +304,38 @@ def pad_batch(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def paired_activations(
-    models: list[nnsight.NNsight], hooks: list[str], d_model: int, indices: list[int], sequences: list[np.ndarray],
+    models: list[nnsight.NNsight], hooks: list[list[str]], widths: list[int], indices: list[int], sequences: list[np.ndarray],
     *, skip_first: int = 0, batch_flag: str = "--batch-size",
-) -> RawRows:  # fmt: skip
-    """Run the base and the fine-tuned model over one padded batch; the rows come in reading order.
+) -> list[RawRows]:  # fmt: skip
+    """Run every model once over one padded batch; for each hook the rows, in reading order.
 
-    indices: the number of each sequence. sequences: int32 tokens each. Kept are the positions >= skip_first without padding.
-    ValueError if a token is unknown to one of the models, an activation is not d_model wide, or the batch does not fit into
-    memory (naming `batch_flag`).
+    hooks: of each model, as `capture` takes them. widths: d_model at each hook. indices: the number of each sequence.
+    sequences: int32 tokens each. Kept are the positions >= skip_first without padding. ValueError if a token is unknown to one
+    of the models, an activation is not d_model wide, or the batch does not fit into memory (naming `batch_flag`).
     """
     ids, mask = pad_batch(sequences)
     refuse_unknown_tokens(models, ids)
     keep = mask & (torch.arange(ids.shape[1]) >= skip_first)  # [batch, seq]
-    try:  # picking rows waits for the device, so both models, which may each have their own, get their work before it
-        values = []  # [batch, seq, d_model] each
-        for model, hook in zip(models, hooks, strict=True):
+    try:  # picking rows waits for the device, so all models, which may each have their own, get their work before it
+        values = []  # [batch, seq, d_model] of each model and hook
+        for model, paths in zip(models, hooks, strict=True):
             device = model._module.device
-            values.append(capture(model, hook, ids.to(device), mask.long().to(device)))
-            if values[-1].shape != (shape := (*ids.shape, d_model)):
-                raise ValueError(
-                    f"{hook}: gives a tensor of shape {list(values[-1].shape)} for this batch and not {list(shape)}; "
-                    "give a --hook whose output is always [batch, sequence, d_model]"
-                )
-        acts = [value[keep.to(value.device)] for value in values]  # [rows, d_model] each
+            values.append(capture(model, paths, ids.to(device), mask.long().to(device)))
+            for path, value, d_model in zip(paths, values[-1], widths, strict=True):
+                if value.shape != (shape := (*ids.shape, d_model)):
+                    raise ValueError(
+                        f"{path}: gives a tensor of shape {list(value.shape)} for this batch and not {list(shape)}; "
+                        "give a --hook whose output is always [batch, sequence, d_model]"
+                    )
+        picked = [[value[keep.to(value.device)] for value in of_model] for of_model in values]  # [rows, d_model] each
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{batch_flag} {len(sequences)}: the batch does not fit into the memory of {device}; lower it or --seq-len"
         ) from None
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in acts]  # [rows] each
     sequence, position = keep.nonzero(as_tuple=True)  # [rows] each
-    columns = torch.stack([torch.tensor(indices)[sequence], position, ids[keep]])
-    return RawRows(*acts, torch.stack(norms, dim=1).numpy(), columns.int().numpy())
+    columns = torch.stack([torch.tensor(indices)[sequence], position, ids[keep]]).int().numpy()
+    rows = []
+    for acts in map(list, zip(*picked, strict=True)):  # of one hook
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu() for x in acts]  # [rows] each
+        rows.append(RawRows(acts, torch.stack(norms, dim=1).numpy(), columns))
+    return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,7 +17,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from collecting.paired_rows import REASONS, GatheredRows, PairedModels
+from collecting.paired_rows import REASONS, GatheredRows, Hook, PairedModels, Sequence
+from ops.latents import model_names
 from run.machine import first_line, free_disk, size_text, whole_file, write_text
 
 RECORD_BATCH_ROWS = 8192  # rows that a reader gets in one piece of memory
@@ -51,7 +53,7 @@ class PairedDataset:
         fresh = {
             "recipe": recipe, "fingerprints": None, "median_norm": None, "stored_scale": None, "sequences": 0,
             "shards": dict.fromkeys(SPLITS, 0), "rows": dict.fromkeys(SPLITS, 0), "left_out": dict.fromkeys(REASONS, 0),
-            "held_out_until": 0, "source_tokens": [0] * len(recipe["text"]),
+            "held_out_until": 0, "source_tokens": [0] * len(recipe["text"]), "refused": {},
         }  # fmt: skip
         if out.is_file():
             raise ValueError(f"{self.where}: is a file; choose a folder")
@@ -81,15 +83,16 @@ class PairedDataset:
             split = "validation" if path.parent.name == "validation" else "train"  # tokens/ grows with the training rows
             if path.suffix == ".partial" or int(path.stem.removeprefix("data-")) >= found["shards"][split]:
                 path.unlink()
-        return found
+        return fresh | found
 
-    def require_room(self, rows: int, d_model: int) -> int:
-        """Bytes that a row takes. ValueError if so many rows do not fit on the disk."""
-        row_bytes = 2 * (d_model * np.dtype(self.recipe["dtype"]).itemsize + 12) + 4  # 12: three columns; 4: tokens/
+    def require_room(self, rows: int, widths: list[int], n_models: int = 2) -> int:
+        """Bytes that a row takes at hooks of these widths together. ValueError if so many rows do not fit on the disk."""
+        itemsize, d_models = np.dtype(self.recipe["dtype"]).itemsize, " + ".join(map(str, widths))
+        row_bytes = sum(n_models * (d_model * itemsize + 12) + 4 for d_model in widths)  # 12: three columns; 4: tokens/
         needed, free = rows * row_bytes, free_disk(self.out)
         print(
-            f"{rows:,} rows of 2 x {d_model} {self.recipe['dtype']} values to write: "
-            f"about {size_text(needed)}, {size_text(free)} of disk are free"
+            f"{rows:,} rows of {n_models} x {d_models if len(widths) == 1 else f'({d_models})'} {self.recipe['dtype']} values "
+            f"to write: about {size_text(needed)}, {size_text(free)} of disk are free"
         )
         if needed > free:
             raise ValueError(
@@ -98,9 +101,9 @@ class PairedDataset:
             )
         return row_bytes
 
-    def begin(self, models: PairedModels) -> None:
+    def begin(self, models: PairedModels, hook: Hook) -> None:
         """Write down the calibration, or compare with it where the collection has begun before."""
-        found = {"median_norm": models.median.tolist(), "stored_scale": models.scale.tolist()}
+        found = {"median_norm": hook.median.tolist(), "stored_scale": hook.scale.tolist()}
         found["fingerprints"] = models.fingerprints
         if self.progress["stored_scale"] is None:
             self.progress |= found
@@ -131,49 +134,59 @@ class PairedDataset:
         With training rows go the sequences that the texts gave meanwhile. held_out_until: how far the texts were read for
         held-out rows.
         """
-        shard, progress = self.progress["shards"][split], self.progress
+        self.write_files(split, self.progress["shards"][split], rows, rows.passed)
+        self.count(split, [facts_of(rows, rows.passed, held_out_until)])
+        self.save_progress()
+
+    def write_files(self, split: str, shard: int, rows: GatheredRows, passed: list[Sequence]) -> None:
+        """The files of a shard: rows, shuffled, and with training rows the sequences that the texts gave to get them."""
         order = np.random.default_rng([self.recipe["seed"], SPLITS.index(split), shard]).permutation(rows.n)
-        values = rows.values[: rows.n].cpu().numpy()  # [rows, 2, d_model]
-        d_model = values.shape[2]
+        values = rows.values[: rows.n].cpu().numpy()  # [rows, n_models, d_model]
+        n_models, d_model = values.shape[1:]
         schema = row_features(d_model, self.recipe["dtype"]).arrow_schema
 
         def record_batches(model: int) -> Iterator:
             for start in range(0, rows.n, RECORD_BATCH_ROWS):
-                part = order[start : start + RECORD_BATCH_ROWS]  # the same for both models
+                part = order[start : start + RECORD_BATCH_ROWS]  # the same for all models
                 activation = pa.FixedSizeListArray.from_arrays(pa.array(values[part, model].reshape(-1)), d_model)
                 yield pa.record_batch([activation, *(pa.array(column[part]) for column in rows.columns)], schema=schema)
 
         with self.writing():
-            for i, model in enumerate(("base", "ft")):
+            for i, model in enumerate(model_names(n_models)):
                 write_arrow(self.out / model / split, shard, schema, record_batches(i))
             if split == "train":
-                ids = pa.array([s.tokens for s in rows.passed], pa.list_(pa.int32()))
-                sources = pa.array([s.source for s in rows.passed], pa.int32())
+                ids = pa.array([s.tokens for s in passed], pa.list_(pa.int32()))
+                sources = pa.array([s.source for s in passed], pa.int32())
                 batch = pa.record_batch([ids, sources], schema=TOKEN_FEATURES.arrow_schema)
                 write_arrow(self.out / "tokens", shard, batch.schema, [batch])
-            progress["shards"][split] += 1
-            progress["rows"][split] += rows.n
-            progress["sequences"] += len(rows.passed)
-            for reason in REASONS:
-                progress["left_out"][reason] += rows.left_out[reason]
-            for sequence in rows.passed:
-                progress["source_tokens"][sequence.source] += len(sequence.tokens)
-            progress["held_out_until"] = held_out_until
-            self.save_progress()
 
-    def finish(self, models: PairedModels) -> dict:
+    def count(self, split: str, shards: list[dict]) -> None:
+        """Add shards of a split, whose files are there, to the progress. shards: `facts_of` each."""
+        progress = self.progress
+        for facts in shards:
+            progress["shards"][split] += 1
+            progress["rows"][split] += facts["rows"]
+            progress["sequences"] += facts["sequences"]
+            for reason in REASONS:
+                progress["left_out"][reason] += facts["left_out"][reason]
+            for source, tokens in facts["source_tokens"].items():
+                progress["source_tokens"][int(source)] += tokens
+            progress["refused"] |= facts["refused"]
+            progress["held_out_until"] = facts["held_out_until"]
+
+    def finish(self, models: PairedModels, hook: Hook) -> dict:
         """Make the folders of shards readable by load_from_disk and write pair.json. Returns what it says."""
         with self.writing():
-            self.write_folders(models.d_model)
-            self.pair = self.summary(models)
+            self.write_folders(model_names(len(models.models)), hook.d_model)
+            self.pair = self.summary(models, hook)
             write_text(self.out / "pair.json", json.dumps(self.pair, indent=2) + "\n")
             (self.out / "progress.json").unlink()
         return self.pair
 
-    def write_folders(self, d_model: int) -> None:
+    def write_folders(self, models: list[str], d_model: int) -> None:
         """What load_from_disk needs beside the shards."""
         shards, rows = self.progress["shards"], row_features(d_model, self.recipe["dtype"])
-        folders = {self.out / model / split: (rows, shards[split]) for model in ("base", "ft") for split in SPLITS}
+        folders = {self.out / model / split: (rows, shards[split]) for model in models for split in SPLITS}
         folders[self.out / "tokens"] = (TOKEN_FEATURES, shards["train"])
         for folder, (features, n_shards) in folders.items():
             if not n_shards:  # nothing was held out
@@ -187,29 +200,42 @@ class PairedDataset:
                 "_format_type": None, "_format_kwargs": {}, "_format_columns": None, "_output_all_columns": False,
             }  # fmt: skip
             write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
-        for model in ("base", "ft"):
+        for model in models:
             write_text(self.out / model / "dataset_dict.json", json.dumps({"splits": SPLITS}, indent=2) + "\n")
 
-    def summary(self, models: PairedModels) -> dict:
+    def summary(self, models: PairedModels, hook: Hook) -> dict:
         """What pair.json says."""
         recipe, progress = self.recipe, self.progress
         facts = recipe | progress | {"ft_model": recipe["ft_model"] or recipe["base_model"]}
-        texts = zip(models.sources, progress["source_tokens"], strict=True)
+        refused = [progress["refused"].get(str(i), 0) for i in range(len(models.sources))]
+        texts = zip(models.sources, progress["source_tokens"], refused, strict=True)
         return {
             **{name: facts[name] for name in FACTS},
             "text": [
-                {"source": s.name, "weight": s.weight, "tokens": tokens, "refused": s.refused, "template_bos": s.template_bos}
-                for s, tokens in texts
+                {"source": s.name, "weight": s.weight, "tokens": tokens, "refused": refused, "template_bos": s.template_bos}
+                for s, tokens, refused in texts
             ],
             "revisions": models.revisions,
             "tokenizer": models.tokenizer.name_or_path,
-            "ft_hook": models.ft_hook,
-            "d_model": models.d_model,
+            "ft_hook": models.ft_hook or hook.name,
+            "d_model": hook.d_model,
             # small shards hold few sequences each, so that reading mixes them as it does unshuffled rows
             "shuffled": progress["rows"]["train"] >= SHUFFLED_ROWS * (progress["shards"]["train"] - 1),
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "nnsight")},
             "recipe": recipe,
         }
+
+
+def facts_of(rows: GatheredRows, passed: list[Sequence], held_out_until: int) -> dict:
+    """What `PairedDataset.count` adds up of a shard, in JSON's types."""
+    tokens = Counter()
+    for sequence in passed:
+        tokens[sequence.source] += len(sequence.tokens)
+    return {
+        "rows": rows.n, "sequences": len(passed), "left_out": {name: rows.left_out[name] for name in REASONS},
+        "source_tokens": {str(source): n for source, n in tokens.items()},
+        "refused": {str(s.source): s.refused for s in passed}, "held_out_until": held_out_until,
+    }  # fmt: skip
 
 
 def row_features(d_model: int, dtype: str):

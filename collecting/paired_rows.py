@@ -1,14 +1,14 @@
-"""Text -> two models -> rows: what `collect.py` stores and `live.py` trains on, so that both get the same.
+"""Text -> several models -> rows: what `collect.py` stores and `live.py` trains on, so that both get the same.
 
-Use: `start`, then `calibrate` and `held_out`, which read the stream without moving it, then `training_rows`. Everything is a
-function of the texts, the models and the seed, so that a restart gives the same rows again.
+Use: `start`, then `calibrate` and `held_out_draws`, which read the stream without moving it, then `training_draws`, and `rows`
+of each draw. Everything is a function of the texts, the models and the seed, so that a restart gives the same rows again.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,21 +32,43 @@ class Sequence(NamedTuple):
     index: int  # number of the sequence in the texts
     source: int  # number of the --text it comes from
     tokens: np.ndarray  # [<= seq_len] int32
+    refused: int = 0  # conversations of its source that the chat template could not format so far
+
+
+class Draw(NamedTuple):
+    """Sequences that give their rows together: a part of the texts that no shard divides."""
+
+    batches: list[list[Sequence]]  # forward batches
+    passed: list[Sequence]  # sequences read from the texts to get training rows, held-out ones included
+
+    def most_rows(self, skip_first: int) -> int:
+        """The rows that it gives if none is left out for its norm: known from the texts alone."""
+        return sum(max(0, len(s.tokens) - skip_first) for batch in self.batches for s in batch)
 
 
 class Rows(NamedTuple):
-    """The rows that one forward batch gives: filtered, scaled and in the type they are stored in."""
+    """The rows that a draw gives at one hook: filtered, scaled and in the type they are stored in."""
 
-    base: Tensor  # [rows, d_model], on the base model's device
-    ft: Tensor  # [rows, d_model], on the fine-tuned model's device
+    acts: list[Tensor]  # of each model [rows, d_model], on its device
     columns: np.ndarray  # [3, rows] int32: sequence, position, token
-    passed: list[Sequence]  # sequences read from the texts to get these rows, held-out ones included
+    passed: list[Sequence]  # of the draw
     left_out: Counter  # positions without a row, by reason
+
+
+@dataclass(eq=False)
+class Hook:
+    """A place where all models are read, and what was found there about the first rows."""
+
+    name: str  # as the user gave it
+    paths: list[str]  # of each model, as `lm.parse_hook` gives it
+    d_model: int
+    median: np.ndarray | None = None  # [n_models] float64: median norm
+    scale: np.ndarray | None = None  # [n_models] float64: stored_scale
 
 
 @dataclass(kw_only=True, eq=False)
 class PairedModels:
-    """Two models at one hook over one stream of texts.
+    """Two models at one hook or more over one stream of texts.
 
     The first settings are the flags of `config.ModelFlags`, which explains them. ValueError, naming the flag, for what cannot
     be opened or paired, or is no longer what it was when the run or collection began.
@@ -57,8 +79,8 @@ class PairedModels:
     ft_model: str | None = None  # None: the base model, with ft_adapter
     ft_revision: str | None = None
     ft_adapter: str | None = None
-    hook: str
-    ft_hook: str | None = None  # None: the same as hook
+    hook: list[str]
+    ft_hook: str | None = None  # None: the same as hook, of which there is one
     text: list[str]
     text_column: list[str]
     chat_template: bool
@@ -82,10 +104,9 @@ class PairedModels:
         self.drawn = drawn_together(self.batch_size, self.pack)
         self.open_texts()
         self.open_models()
-        self.median = self.scale = None  # [2] each, float64: median norm and stored_scale
         self.held_out_until = 0  # index of the first sequence from which on none is held out
         self.stream: Iterator[Sequence] | None = None
-        self.kept: dict[tuple[int, ...], lm.RawRows] = {}  # forward passes of the calibration, by their sequences
+        self.kept: dict[tuple[int, ...], list[lm.RawRows]] = {}  # forward passes of the calibration, by their sequences
 
     def check_settings(self) -> None:
         length, skip, ratio = self.seq_len, self.skip_first, self.max_norm_ratio
@@ -96,6 +117,8 @@ class PairedModels:
             # JSON cannot hold inf
             f"--max-norm-ratio {ratio:g}: must be above 1 and finite; 1e9 keeps rows of every norm": 1 < ratio < float("inf"),
             "--text is missing: give at least one source of text": self.text,
+            "--hook: the same module is given twice; leave one out": len({*map(output_of, self.hook)}) == len(self.hook),
+            "--ft-hook: goes with one --hook; collect these one after the other": len(self.hook) == 1 or not self.ft_hook,
             "--ft-model is missing: give the fine-tuned model, or its --ft-adapter alone": self.ft_model or self.ft_adapter,
         }
         for message, fine in wanted.items():
@@ -127,26 +150,32 @@ class PairedModels:
 
     def open_models(self) -> None:
         """Load both models and check that the texts and each other's activations fit them."""
-        ft_hook_flag, self.ft_hook = "--ft-hook" if self.ft_hook else "--hook", self.ft_hook or self.hook
         given = (
             ("--base-model", self.base_model, self.base_revision, None, "--hook", self.hook),
-            ("--ft-model", self.ft_model, self.ft_revision, self.ft_adapter, ft_hook_flag, self.ft_hook),
-        )
-        self.models, self.hooks, self.revisions, widths = [], [], [], []
-        for device, (flag, name, revision, adapter, hook_flag, hook) in zip(self.devices, given, strict=True):
+            ("--ft-model", self.ft_model, self.ft_revision, self.ft_adapter, *(
+                ("--ft-hook", [self.ft_hook]) if self.ft_hook else ("--hook", self.hook)
+            )),
+        )  # fmt: skip
+        self.models, paths, self.revisions, widths = [], [], [], []
+        for device, (flag, name, revision, adapter, hook_flag, hooks) in zip(self.devices, given, strict=True):
             model = lm.load_model(name, self.model_dtype, device, flag, revision, adapter)
             longest = getattr(model._module.config.get_text_config(), "max_position_embeddings", None)
             if longest and self.seq_len > longest:
                 raise ValueError(f"--seq-len {self.seq_len}: {flag} was made for {longest} positions at most; lower it")
             self.models.append(model)
-            self.hooks.append(lm.parse_hook(model, hook, hook_flag))
-            widths.append(lm.probe_hook(model, self.hooks[-1], hook_flag))
+            paths.append([lm.parse_hook(model, hook, hook_flag) for hook in hooks])
+            widths.append([lm.probe_hook(model, path, hook_flag) for path in paths[-1]])
             self.revisions.append(lm.cached_commit(name, revision))
-        self.d_model, d_ft = widths
-        if self.d_model != d_ft:
-            raise ValueError(
-                f"--hook: base activations have {self.d_model} values and fine-tuned ones {d_ft}; they cannot be paired"
-            )
+        self.hooks = [Hook(name, list(at), d) for name, d, *at in zip(self.hook, widths[0], *paths, strict=True)]
+        for d_ft, hook in zip(widths[1], self.hooks, strict=True):
+            if hook.d_model != d_ft:
+                raise ValueError(
+                    f"--hook: base activations have {hook.d_model} values and fine-tuned ones {d_ft}; they cannot be paired"
+                )
+        orders = [lm.in_running_order(model, of_model) for model, of_model in zip(self.models, paths, strict=True)]
+        self.hooks.sort(key=lambda hook: orders[0].index(hook.paths[0]))
+        if any([hook.paths[m] for hook in self.hooks] != order for m, order in enumerate(orders)):
+            raise ValueError("--hook: the models run through these modules in different orders; collect one after the other")
         commits = [*self.revisions, lm.cached_commit(self.ft_adapter) if self.ft_adapter else None]
         flags = ("--base-model", "--ft-model", "--ft-adapter")
         self.fingerprints |= {flag: commit for flag, commit in zip(flags, commits, strict=True) if commit}
@@ -167,7 +196,8 @@ class PairedModels:
         """Go to the given sequence of the texts, which are read from their beginning."""
         if self.stream is not None:
             self.sources = self.open_sources()
-        stream = (Sequence(i, *drawn) for i, drawn in enumerate(texts.mix(self.sources)))
+        sources = self.sources
+        stream = (Sequence(i, of, ids, sources[of].refused) for i, (of, ids) in enumerate(texts.mix(sources)))
         self.stream = itertools.islice(stream, sequence, None)
 
     def ahead(self) -> Iterator[Sequence]:
@@ -177,67 +207,55 @@ class PairedModels:
 
     # --- rows
 
-    def calibrate(self, n_rows: int, val_rows: int, known: dict | None = None) -> None:
+    def calibrate(self, n_rows: int, val_rows: int, known: list[dict]) -> None:
         """Fix the median norm and the scale from the first rows ahead, or as an earlier calibration found them.
 
-        n_rows: rows of the run or collection. val_rows: what `held_out` will be asked for. The forward batches are those that
-        it and `training_rows` need; their activations are kept for them in host memory. known: what a run or
-        collection that goes on has written down.
+        n_rows: rows of the run or collection. val_rows: what `held_out_draws` will be asked for. The forward batches are those
+        that it and `training_draws` need; their activations are kept for them in host memory. known: what a run or collection
+        that goes on has written down of each hook; without "stored_scale" if it has not come so far.
         """
-        if known:
-            self.median, self.scale = (np.array(known[name]) for name in ("median_norm", "stored_scale"))
+        if all(one.get("stored_scale") for one in known):
+            for hook, one in zip(self.hooks, known, strict=True):
+                hook.median, hook.scale = (np.array(one[name]) for name in ("median_norm", "stored_scale"))
             return
         rows, last, n_rows = 0, 0, min(n_rows, CALIBRATION_ROWS)
         for sequence in self.ahead():
             rows, last = rows + len(sequence.tokens) - self.skip_first, sequence.index
             if rows >= n_rows:
                 break
-        batches = self.held_out_batches(val_rows)
-        self.held_out_until = batches[-1][-1].index + 1 if batches else 0
-        batches = [batch for batch in batches if batch[0].index <= last]
-        for drawn, _ in itertools.takewhile(lambda draw: draw[1][0].index <= last, self.training_draws(self.ahead())):
-            batches += drawn
+        draws = self.held_out_draws(val_rows)
+        self.held_out_until = draws[-1].batches[-1][-1].index + 1 if draws else 0
+        draws = [draw for draw in draws if draw.batches[0][0].index <= last]
+        draws += itertools.takewhile(lambda draw: draw.passed[0].index <= last, self.training_draws(self.ahead()))
         self.held_out_until = 0
         norms, columns = [], []
         with progress_bar("norms of the first rows", rows, delay=0) as bar:
-            for batch in batches:
-                acts = self.activations(batch)
-                norms.append(acts.norms)
-                columns.append(acts.columns)
-                bar.update(int((acts.columns[0] <= last).sum()))
+            for batch in itertools.chain.from_iterable(draw.batches for draw in draws):
+                indices = tuple(s.index for s in batch)
+                found = self.activations(batch)
+                self.kept[indices] = [raw._replace(acts=[x.cpu() for x in raw.acts]) for raw in found]
+                norms.append([raw.norms for raw in found])
+                columns.append(found[0].columns)
+                bar.update(int((columns[-1][0] <= last).sum()))
         sequence, position, _ = np.concatenate(columns, axis=1)
         first = np.lexsort((position, sequence))[:n_rows]  # in reading order
-        self.median, self.scale = median_and_scale(np.concatenate(norms)[first], self.d_model, self.max_norm_ratio)
+        for hook, of_hook in zip(self.hooks, zip(*norms, strict=True), strict=True):
+            hook.median, hook.scale = median_and_scale(np.concatenate(of_hook)[first], hook, self.max_norm_ratio)
 
-    def held_out(self, wanted: int) -> Iterator[Rows]:
-        """The rows of `held_out_batches`, behind each of which `held_out_until` then lies."""
-        for batch in self.held_out_batches(wanted):
-            self.held_out_until = batch[-1].index + 1
-            yield self.rows(batch)
-
-    def held_out_batches(self, wanted: int) -> list[list[Sequence]]:
-        """Forward batches of the sequences to hold out from `held_out_until` on.
+    def held_out_draws(self, wanted: int) -> list[Draw]:
+        """The sequences to hold out from `held_out_until` on, a forward batch each.
 
         They are one of every four from the beginning of the texts, where the stream must be, until they have the wanted rows,
         outliers included, as closely as whole sequences allow.
         """
         candidates = (s for s in self.ahead() if held_out.is_candidate(s.index, self.seed))
         taken = held_out.choose(candidates, wanted, lambda s: len(s.tokens) - self.skip_first)
-        return self.batches([s for s in taken if s.index >= self.held_out_until])
+        return [Draw([batch], []) for batch in self.batches([s for s in taken if s.index >= self.held_out_until])]
 
-    def training_rows(self) -> Iterator[Rows]:
-        """The rows of all sequences that are not held out, in reading order, `drawn` sequences at a time."""
-        nothing = Rows(*torch.empty(2, 0, self.d_model), np.empty((3, 0), np.int32), [], Counter())
-        for batches, passed in self.training_draws(self.stream):
-            parts = [self.rows(batch) for batch in batches] or [nothing]  # the texts may end with held-out sequences
-            base, ft = torch.cat([part.base for part in parts]), torch.cat([part.ft for part in parts])
-            columns = np.concatenate([part.columns for part in parts], axis=1)
-            yield Rows(base, ft, columns, passed, sum((part.left_out for part in parts), Counter()))
+    def training_draws(self, stream: Iterator[Sequence]) -> Iterator[Draw]:
+        """All sequences that are not held out, in reading order, `drawn` of them at a time.
 
-    def training_draws(self, stream: Iterator[Sequence]) -> Iterator[tuple[list[list[Sequence]], list[Sequence]]]:
-        """Forward batches of `drawn` sequences that are not held out, and all sequences read from the stream to find them.
-
-        The longest sequences come first: those of similar length share a batch.
+        The longest sequences of a draw come first: those of similar length share a batch.
         """
         while True:
             drawn, passed = [], []
@@ -249,31 +267,49 @@ class PairedModels:
                     break
             if not passed:
                 return
-            yield self.batches(sorted(drawn, key=lambda s: -len(s.tokens))), passed
+            yield Draw(self.batches(sorted(drawn, key=lambda s: -len(s.tokens))), passed)
 
     def batches(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
 
-    def activations(self, batch: list[Sequence]) -> lm.RawRows:
-        """Run both models over a forward batch, unless the calibration did so already and kept the activations."""
+    def activations(self, batch: list[Sequence]) -> list[lm.RawRows]:
+        """Run all models over a forward batch, unless the calibration did so and kept the activations: those of each hook."""
         indices = tuple(s.index for s in batch)
-        if indices in self.kept:
-            acts = self.kept.pop(indices)
-            base, ft = (x.to(model._module.device) for x, model in zip((acts.base, acts.ft), self.models, strict=True))
-            return acts._replace(base=base, ft=ft)
-        sequences = [s.tokens for s in batch]
-        acts = lm.paired_activations(
-            self.models, self.hooks, self.d_model, indices, sequences, skip_first=self.skip_first, batch_flag=self.batch_flag
-        )
-        if self.median is None:  # in the calibration
-            self.kept[indices] = acts._replace(base=acts.base.cpu(), ft=acts.ft.cpu())
-        return acts
+        if kept := self.kept.pop(indices, None):
+            devices = [model._module.device for model in self.models]
+            return [raw._replace(acts=[x.to(device) for x, device in zip(raw.acts, devices, strict=True)]) for raw in kept]
+        return lm.paired_activations(
+            self.models, [[hook.paths[m] for hook in self.hooks] for m in range(len(self.models))],
+            [hook.d_model for hook in self.hooks], indices, [s.tokens for s in batch],
+            skip_first=self.skip_first, batch_flag=self.batch_flag,
+        )  # fmt: skip
 
-    def rows(self, batch: list[Sequence]) -> Rows:
-        """The rows of a batch: those within the norm limit, scaled, in float16 or float32."""
-        acts = self.activations(batch)
+    def forget(self, draws: Iterable[Draw]) -> None:
+        """Free what the calibration kept of these draws."""
+        for batch in itertools.chain.from_iterable(draw.batches for draw in draws):
+            self.kept.pop(tuple(s.index for s in batch), None)
+
+    def rows(self, draw: Draw, hooks: list[Hook]) -> list[Rows]:
+        """The rows of a draw at each of these hooks: those within the norm limit, scaled, in float16 or float32."""
+        parts: list[list[Rows]] = [[] for _ in hooks]
+        for batch in draw.batches:
+            found = dict(zip(self.hooks, self.activations(batch), strict=True))
+            for of_hook, hook in zip(parts, hooks, strict=True):
+                of_hook.append(self.rows_of_batch(batch, hook, found[hook]))
+        made = []
+        for of_hook, hook in zip(parts, hooks, strict=True):
+            if not of_hook:  # the texts may end with held-out sequences
+                nothing = [torch.empty(0, hook.d_model)] * len(self.models)
+                of_hook.append(Rows(nothing, np.empty((3, 0), np.int32), [], Counter()))
+            acts = [torch.cat(of_model) for of_model in zip(*(part.acts for part in of_hook), strict=True)]
+            columns = np.concatenate([part.columns for part in of_hook], axis=1)
+            made.append(Rows(acts, columns, draw.passed, sum((part.left_out for part in of_hook), Counter())))
+        return made
+
+    def rows_of_batch(self, batch: list[Sequence], hook: Hook, raw: lm.RawRows) -> Rows:
+        """The rows that `lm.paired_activations` gave of a batch at a hook, filtered and scaled."""
         lengths = np.array([len(s.tokens) for s in batch])  # [sequences]
-        good, finite = survivors(acts.norms, self.median, self.max_norm_ratio)
+        good, finite = survivors(raw.norms, hook.median, self.max_norm_ratio)
         keep = np.flatnonzero(good)
         left_out = Counter(
             padding=int((lengths.max() - lengths).sum()),
@@ -282,20 +318,21 @@ class PairedModels:
             non_finite=int((~finite).sum()),
         )
         stored = []  # [kept, d_model] each
-        for x, scale in zip((acts.base, acts.ft), self.scale, strict=True):
+        for x, scale in zip(raw.acts, hook.scale, strict=True):
             stored.append((x[torch.from_numpy(keep).to(x.device)].float() * float(scale)).to(getattr(torch, self.dtype)))
             if stored[-1].isinf().any():
                 raise ValueError(
                     "--max-norm-ratio: an activation is too large for the float16 of the buffer; lower it" if self.live else
-                    "--dtype float16: an activation is too large for it; give --dtype float32, or lower --max-norm-ratio"
+                    f"--dtype float16: an activation is too large for it at {hook.name}; give --dtype float32, or lower "
+                    "--max-norm-ratio"
                 )  # fmt: skip
-        return Rows(*stored, acts.columns[:, keep], [], left_out)
+        return Rows(stored, raw.columns[:, keep], [], left_out)
 
 
 class GatheredRows:
-    """Rows of whole forward batches, gathered until they fill a shard of a dataset or half of the live buffer.
+    """Rows of whole draws, gathered until they fill a shard of a dataset or half of the live buffer.
 
-    values: [capacity, 2, d_model] memory for them, on any device.
+    values: [capacity, n_models, d_model] memory for them, on any device.
     """
 
     def __init__(self, values: Tensor):
@@ -304,34 +341,51 @@ class GatheredRows:
         self.clear()
 
     def clear(self) -> None:
-        self.n, self.passed, self.left_out = 0, [], Counter()
+        self.n, self.beyond = 0, 0  # rows; those that `cut` left out of the last draw
+        self.draws: list[tuple[int, list[Sequence], Counter]] = []  # rows, passed and left_out of each draw
 
-    def add(self, rows: Rows, most: int | None = None) -> int:
-        """Take the rows in, at most `most`. Returns how many."""
-        n = len(rows.base) if most is None else min(most, len(rows.base))
+    def add(self, rows: Rows) -> int:
+        """Take the rows in. Returns how many."""
+        n = rows.columns.shape[1]
         place = slice(self.n, self.n + n)
-        self.values[place, 0], self.values[place, 1] = rows.base[:n], rows.ft[:n]
-        self.columns[:, place] = rows.columns[:, :n]
+        for m, x in enumerate(rows.acts):
+            self.values[place, m] = x
+        self.columns[:, place] = rows.columns
         self.n += n
-        self.passed += rows.passed
-        self.left_out.update(rows.left_out)
-        self.left_out["beyond_num_tokens"] += len(rows.base) - n
+        self.draws.append((n, rows.passed, rows.left_out))
         return n
+
+    def cut(self, most: int) -> None:
+        """Keep the first `most` rows, and nothing of draws behind the one that has the last of them."""
+        while self.draws and self.n - self.draws[-1][0] >= most:
+            self.n -= self.draws.pop()[0]
+        self.beyond = max(0, self.n - most)
+        self.n -= self.beyond
+
+    @property
+    def passed(self) -> list[Sequence]:
+        """The sequences read from the texts to get these rows."""
+        return [sequence for _, passed, _ in self.draws for sequence in passed]
+
+    @property
+    def left_out(self) -> Counter:
+        """Positions without a row, by reason."""
+        return sum((left_out for *_, left_out in self.draws), Counter(beyond_num_tokens=self.beyond))
 
 
 def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Which rows to store, and which are finite: two [rows] bool arrays.
 
-    norms [rows, 2], median [2]. A row is stored if in both models it is finite and its norm <= max_ratio * median.
+    norms [rows, n_models], median [n_models]. A row is stored if in all models it is finite and its norm <= max_ratio * median.
     """
     finite = np.isfinite(norms).all(1)
     return finite & (norms <= max_ratio * median).all(1), finite
 
 
-def median_and_scale(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Median norm [2] and stored_scale [2] of the first rows: sqrt(d_model) / mean norm of the survivors, per model.
+def median_and_scale(norms: np.ndarray, hook: Hook, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Median norm and stored_scale of the first rows: sqrt(d_model) / mean norm of the survivors; [n_models] each.
 
-    norms: [rows, 2] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
+    norms: [rows, n_models] float64. The median comes first, so that activation sinks move neither the limit nor the scale.
     """
     finite = norms[np.isfinite(norms).all(1)]
     if not len(finite):
@@ -342,13 +396,18 @@ def median_and_scale(norms: np.ndarray, d_model: int, max_ratio: float) -> tuple
         )
     median = np.median(finite, axis=0)
     if not (median > 0).all():
-        raise ValueError("--hook: most of the first activations there are zero; give another module")
+        raise ValueError(f"--hook {hook.name}: most of the first activations there are zero; give another module")
     stored, _ = survivors(norms, median, max_ratio)
     if not stored.any():
         raise ValueError(f"--max-norm-ratio {max_ratio:g}: leaves out every one of the first {len(norms)} rows; raise it")
-    return median, np.sqrt(d_model) / norms[stored].mean(0)
+    return median, np.sqrt(hook.d_model) / norms[stored].mean(0)
 
 
 def drawn_together(batch_size: int, pack: bool) -> int:
     """Sequences whose rows come at once. Packed ones are of one length, so there is nothing to sort."""
     return batch_size * (1 if pack else BUCKET)
+
+
+def output_of(hook: str) -> str:
+    """The hook with the end that says what of the module is read."""
+    return hook if hook.endswith((".input", ".output")) else f"{hook}.output"

@@ -62,6 +62,11 @@ def list_classes(kind_of: Tensor, dead: Tensor) -> dict[str, list[int]]:
     return {name: mask.nonzero()[:, 0].tolist() for name, mask in masks.items()}
 
 
+def model_names(n_models: int) -> list[str]:
+    """What the models are called in files and in what is printed: base, ft, C, D, ..."""
+    return ["base", "ft", *map(chr, range(ord("C"), ord("A") + n_models))][:n_models]
+
+
 def count_owners(norms: Tensor, dead: Tensor) -> dict[str, int]:
     """Of more than two models: how many live latents have over 0.8 of their decoder norm in one (A: the base model).
 

@@ -132,6 +132,14 @@ class Shard:
                 dist.broadcast_object_list(values, group=self._patient)
         return values[0]
 
+    def gather_objects(self, value) -> list:
+        """Every process's value, in the order of the processes. One of them may work for up to an hour first."""
+        values = [value] * self.size
+        if self.size > 1:
+            with lost_process_errors():
+                dist.all_gather_object(values, value, group=self._patient)
+        return values
+
     def whole(self, x: Tensor, n: int) -> Tensor | None:
         """All n rows in process 0, of which each process has its `part`: [part, ...] -> [n, ...] on the host; None elsewhere.
 

@@ -44,13 +44,14 @@ class LiveActivations(Source):
         buffer_device: torch.device, known: dict | None = None, keep: PairedDataset | None = None,
     ):  # fmt: skip
         self.name, self.models, self.keep = name, models, keep
-        self.d_model = models.d_model
+        (self.hook,) = models.hooks
+        self.d_model = self.hook.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = self.reported_seconds = 0.0  # of filling the buffer; until the last `metrics`
         models.start()
-        models.calibrate(num_tokens, val_tokens, known)
+        models.calibrate(num_tokens, val_tokens, [known or {}])
         if keep:
-            keep.begin(models)
+            keep.begin(models, self.hook)
         self.mixing = MixingBuffer(self, seed=models.seed, buffer_rows=buffer_tokens, flag="--text", contents="the texts")
         self.resumed, half = None, self.mixing.capacity
         shape = (2 * half, 2, self.d_model)
@@ -59,14 +60,14 @@ class LiveActivations(Source):
         self.fills = [GatheredRows(self.buffer[:half]), GatheredRows(self.buffer[half:])]
         self.validation = self.hold_out(val_tokens)  # [val_rows, 2, d_model], on the host
         self.val_rows = len(self.validation)
-        self.stored_scale = torch.from_numpy(models.scale)
-        self.record = {"median_norm": models.median.tolist(), "fingerprints": models.fingerprints}
+        self.stored_scale = torch.from_numpy(self.hook.scale)
+        self.record = {"median_norm": self.hook.median.tolist(), "fingerprints": models.fingerprints}
         self.record |= {"held_out_until": models.held_out_until}
-        self.ahead = models.training_rows()  # as seek(None), without starting the texts again
+        self.ahead = self.training_rows()  # as seek(None), without starting the texts again
 
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
-        rows, kept, fill = self.models.held_out(wanted), [], self.fills[0]
+        rows, kept, fill = self.held_out_rows(wanted), [], self.fills[0]
         with progress_bar("held-out rows", wanted) as bar:
             while self.fill(fill, rows, bar):
                 self.store("validation", len(kept), fill)
@@ -74,6 +75,17 @@ class LiveActivations(Source):
         if not kept:
             raise ValueError("--text: gives too few sequences to hold one out; give more text, or lower --seq-len")
         return torch.cat(kept)
+
+    def held_out_rows(self, wanted: int) -> Iterator[Rows]:
+        """The rows of the held-out sequences, behind each of which `held_out_until` then lies."""
+        for draw in self.models.held_out_draws(wanted):
+            self.models.held_out_until = draw.batches[-1][-1].index + 1
+            yield from self.models.rows(draw, [self.hook])
+
+    def training_rows(self) -> Iterator[Rows]:
+        """The rows of all other sequences from where the stream is, in reading order."""
+        for draw in self.models.training_draws(self.models.stream):
+            yield from self.models.rows(draw, [self.hook])
 
     def fill(self, fill: GatheredRows, rows: Iterator[Rows], bar: tqdm) -> int:
         """Replace what a half of the buffer holds by the next rows. Returns how many."""
@@ -123,7 +135,7 @@ class LiveActivations(Source):
     def seek(self, start: int | None) -> None:
         """Go to the given sequence of the texts."""
         self.models.start(start or 0)
-        self.ahead = self.models.training_rows()
+        self.ahead = self.training_rows()
 
     def read(self, number: int) -> Refill:
         """Let the models read fill `number` of the epoch into its half. It ends with the number of the sequence after it."""
@@ -165,7 +177,7 @@ class LiveActivations(Source):
     def close(self) -> None:
         """Make what was kept a complete dataset."""
         if self.keep:
-            rows = self.keep.finish(self.models)["rows"]
+            rows = self.keep.finish(self.models, self.hook)["rows"]
             tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
             self.keep = None
 
@@ -184,9 +196,10 @@ def place_buffer(
     models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int
 ) -> torch.device:
     """Print what the run takes and return where the buffer fits: the training's device, or the host. ValueError if neither."""
-    buffer, held_out = (4 * models.d_model * rows for rows in (buffer_tokens, val_tokens))  # bytes: two models, float16
+    d_model = models.hooks[0].d_model
+    buffer, held_out = (4 * d_model * rows for rows in (buffer_tokens, val_tokens))  # bytes: two models, float16
     # crosscoder, gradient and two moments, then the codes; float32
-    training = 4 * (16 * models.d_model * d_hidden + 6 * batch_size * d_hidden)
+    training = 4 * (16 * d_model * d_hidden + 6 * batch_size * d_hidden)
     cpu, host, on_cpu = torch.device("cpu"), free_memory(), device.type == "cpu"
     free = host if on_cpu else torch.cuda.mem_get_info(device)[0]
     place = device if training + buffer <= (1 - FORWARD_ROOM) * free else cpu

@@ -96,12 +96,14 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
             keep = None
     names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
-        **model_flags(config), batch_size=config.model_batch_size, dtype="float16", seed=config.seed, live=True,
+        **model_flags(config) | {"hook": [config.hook]}, batch_size=config.model_batch_size, dtype="float16", live=True,
+        seed=config.seed,
         devices=[usable_device(name or str(device), flag) for name, flag in names],
         known=known and known.get("fingerprints", {}),
     )  # fmt: skip
     if keep:
-        keep.require_room(config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values()), models.d_model)
+        left = config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values())
+        keep.require_room(left, [models.hooks[0].d_model])
     lengths = {"buffer_tokens": config.buffer_tokens, "val_tokens": config.val_tokens}
     where = place_buffer(models, device, **lengths, d_hidden=config.d_hidden, batch_size=config.batch_size)
     name = f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}"

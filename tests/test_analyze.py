@@ -283,7 +283,7 @@ def test_a_splice_replaces_the_activation_and_nothing_else(tiny, hook):
     ids, mask = torch.randint(3, 900, (2, 12), generator=torch.Generator().manual_seed(0)), torch.ones(2, 12, dtype=torch.long)
     activation, logits = lm.read_logits(model, hook, ids, mask)
     assert torch.equal(logits, model._module(input_ids=ids).logits)
-    assert torch.equal(activation, lm.capture(model, hook, ids, mask))
+    assert torch.equal(activation, lm.capture(model, [hook], ids, mask)[0])
     assert torch.equal(lm.read_logits(model, hook, ids, mask, activation.clone())[1], logits)
     other = activation.clone()
     other[:, 6:] *= 2

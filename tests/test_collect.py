@@ -272,31 +272,38 @@ def test_stopped_before_the_first_shard_says_that_nothing_is_kept(tiny, tmp_path
 def test_calibration_runs_no_sequence_a_second_time(tiny, monkeypatch, pack, val_rows):
     """Few held-out rows end among the rows of the calibration, many behind them."""
     models = PairedModels(
-        base_model=tiny["base"], ft_model=tiny["ft"], hook="model.layers.0.mlp", ft_hook=None, text=[tiny["prose"]],
+        base_model=tiny["base"], ft_model=tiny["ft"], hook=["model.layers.0.mlp"], ft_hook=None, text=[tiny["prose"]],
         text_column=[], chat_template=False, seq_len=128, pack=pack, model_dtype="float32", skip_first=1, max_norm_ratio=10.0,
         batch_size=8, dtype="float16", devices=["cpu", "cpu"], seed=0,
     )  # fmt: skip
     sequences, run = [Sequence(i, 0, np.arange(100 - i % 7)) for i in range(1000)], []
     forward = language_model.paired_activations
 
-    def counted(models, hooks, d_model, indices, *args, **settings):
+    def counted(models, hooks, widths, indices, *args, **settings):
         run.extend(indices)
-        return forward(models, hooks, d_model, indices, *args, **settings)
+        return forward(models, hooks, widths, indices, *args, **settings)
+
+    def all_rows(models) -> list:
+        (hook,), rows = models.hooks, []
+        for draw in models.held_out_draws(val_rows):
+            models.held_out_until = draw.batches[-1][-1].index + 1
+            rows += models.rows(draw, [hook])
+        return rows + [of for draw in models.training_draws(models.stream) for of in models.rows(draw, [hook])]
 
     monkeypatch.setattr(language_model, "paired_activations", counted)
     models.stream = iter(sequences)
-    models.calibrate(32_768, val_rows)
+    models.calibrate(32_768, val_rows, [{}])
     calibrated = len(run)
     assert 32_768 / 99 < calibrated < 32_768 / 93 + 8 + 64
-    rows = [*models.held_out(val_rows), *models.training_rows()]
-    assert sum(len(r.base) for r in rows) == sum(len(s.tokens) - 1 for s in sequences)
+    rows = all_rows(models)
+    assert sum(r.columns.shape[1] for r in rows) == sum(len(s.tokens) - 1 for s in sequences)
     assert sorted(run) == list(range(len(sequences))) and not models.kept
     monkeypatch.undo()
     # and the rows are those of a restart, which does not calibrate
     again = PairedModels.__new__(PairedModels)
     again.__dict__ |= models.__dict__ | {"stream": iter(sequences), "held_out_until": 0}
-    for a, b in zip(rows, [*again.held_out(val_rows), *again.training_rows()], strict=True):
-        assert torch.equal(a.base, b.base) and torch.equal(a.ft, b.ft) and np.array_equal(a.columns, b.columns)
+    for a, b in zip(rows, all_rows(again), strict=True):
+        assert all(map(torch.equal, a.acts, b.acts)) and np.array_equal(a.columns, b.columns)
 
 
 def test_a_restart_over_another_model_or_text_is_refused_by_name(tiny, tmp_path):
@@ -477,4 +484,4 @@ def test_an_activation_of_another_width_is_refused(tiny):
     hook = language_model.parse_hook(model, "model.layers.1.mlp")
     assert language_model.probe_hook(model, hook) == 64
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.output: gives a tensor of shape \[1, 128, 32\] for this batch"):
-        language_model.paired_activations([model] * 2, [hook] * 2, 64, [0], [np.arange(128)])
+        language_model.paired_activations([model] * 2, [[hook]] * 2, [64], [0], [np.arange(128)])
