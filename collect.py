@@ -115,6 +115,8 @@ def val_tokens(config: CollectConfig) -> int:
 
 def check_numbers(config: CollectConfig) -> None:
     """ValueError, naming the flag, for a number that no run can have."""
+    if not config.hook:
+        raise ValueError("--hook is missing: name a module to read, e.g. --hook model.layers.13")
     if config.push_to_hub and len(config.hook) > 1:
         raise ValueError("--push-to-hub: takes the dataset of one --hook; push each with a command of its own")
     for name, least in (("num_tokens", 1), ("shard_rows", 1), ("seed", 0)):

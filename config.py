@@ -259,9 +259,9 @@ class CollectConfig(ModelFlags):
 
     # Base model: a Hugging Face id or a folder.
     base_model: str = field()
-    # Where to read: dotted path of a module, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Repeatable: the models
-    # run once for all hooks, and each gives the dataset OUTPUT/HOOK that it gives alone.
-    hook: Annotated[list[str], tyro.conf.UseAppendAction] = field()  # type: ignore[assignment]
+    # Where to read: dotted path of a module, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Of several, each given
+    # with --hook, the models run once for all, and OUTPUT/HOOK is the dataset that each gives alone.
+    hook: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)  # type: ignore[assignment]
     # Folder to write. The same command goes on with an unfinished collection there.
     output: str
     # Rows (tokens) to store, held-out rows included.
