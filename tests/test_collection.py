@@ -79,4 +79,4 @@ def test_hooks_that_cannot_be_read_together_are_refused(tiny, alone, tmp_path):
     ):
         assert want in failure(command(tiny, tmp_path / "never", *flags, hooks=hooks))
     assert not (tmp_path / "never").exists()
-    assert "holds base, no folder of these hooks" in failure(command(tiny, alone[HOOKS[0]]))
+    assert "no folder of these hooks; choose another folder" in failure(command(tiny, alone[HOOKS[0]]))
