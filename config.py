@@ -259,8 +259,8 @@ class CollectConfig(ModelFlags):
 
     # Base model: a Hugging Face id or a folder.
     base_model: str = field()
-    # Where to read: dotted path of a module, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Repeatable: the
-    # models run once for all hooks, and OUTPUT/HOOK is the dataset that each gives alone.
+    # Module to read, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Several hooks take one pass; each gives its
+    # dataset OUTPUT/HOOK.
     hook: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)  # type: ignore[assignment]
     # Folder to write. The same command goes on with an unfinished collection there.
     output: str
