@@ -33,7 +33,7 @@ from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
 from crosscoder import CrossCoder
 from ops import latents
-from run.machine import as_json, run_entry, say, usable_device
+from run.machine import as_json, run_entry, say, usable_device, working
 from sources.planted import PlantedConcepts
 
 
@@ -44,7 +44,8 @@ def main(config: AnalyzeConfig) -> None:
     endpoint.check(config.label_url, config.label_model)
     folder, record = find_run(Path(config.run).expanduser())
     device = torch.device(usable_device(config.device, "--device"))
-    crosscoder = CrossCoder.from_pretrained(folder, device)
+    with working("opening the crosscoder and the activations"):
+        crosscoder = CrossCoder.from_pretrained(folder, device)
     if crosscoder.n_models > 2:
         raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
     asked = parse_latents(config.latents, crosscoder.d_hidden)
@@ -122,7 +123,7 @@ def main(config: AnalyzeConfig) -> None:
         (partial / "report.html").write_text(page, encoding="utf-8")
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print_summary(metrics, notes, out)
-    print(f"\n{findings.as_markdown(found)}", end="")
+    print(f"\n{findings.as_markdown(found)}\n{open_page(out)}")
 
 
 def analyze_difference(  # noqa: PLR0913 - what `main` has opened
@@ -164,6 +165,7 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
     print("latents    " + ", ".join(f"{i} explains {table['explained'][i]:.1%}" for i in best))
     print(labels.told(metrics), end="")
     print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, examples.jsonl, difference.safetensors")
+    print(open_page(out))
 
 
 # --- what is to be read
@@ -241,6 +243,10 @@ def training_curves(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
+
+
+def open_page(out: Path) -> str:
+    return f"next       python -m webbrowser {(out.absolute() / 'report.html').as_uri()}"
 
 
 def print_summary(metrics: dict, notes: list[str], out: Path) -> None:

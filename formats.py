@@ -22,6 +22,7 @@ if __name__ == "__main__":
     CONFIG = parse(FormatsConfig)  # before torch is imported, so that --help and a wrong flag answer at once
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def main(config: FormatsConfig) -> None:
     write_crosscoder(crosscoder, dst, config.to)
     kind = f"{crosscoder.variant}, {crosscoder.n_models} models of width {crosscoder.d_model}, {crosscoder.d_hidden:,} latents"
     print(f"{dst}: {kind}, as {config.to}")
+    if config.to == "crosscoder":
+        print(f"next: python analyze.py {shlex.quote(str(dst))} --dataset DATA")
 
 
 def write_crosscoder(crosscoder: CrossCoder, folder: Path, to: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from crosscoder import CrossCoder, Losses
 from ops import latents
 from ops.shard import Shard
-from ops.sparse import fast_dtype
+from ops.sparse import fast_dtype, sparse_share
 from ops.variance import VarianceTotals, explained_variance
 from run import checkpoint, flags, hub, limits, machine, monitor, resume
 from run.checkpoint import Progress, TrainingState
@@ -55,7 +55,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     config = flags.resolve_sizes(given, begun.resolved, warm, fast_dtype(device), shard.size)
     if begun.checkpoint:
         resume.refuse_changes(dataclasses.asdict(config), begun.resolved)
-    source, config = open_source(given, config, device, begun.data)
+    with machine.working("opening the activations"):
+        source, config = open_source(given, config, device, begun.data)
     config = flags.resolve_lengths(given, config, source.train_rows, source.d_model)
     if warm:
         config = dataclasses.replace(config, k=warm.settle_k(raw_sample(source), given.k))
@@ -114,7 +115,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     # --- the loop
     signals = catch_signals()
     recent: deque = deque(maxlen=1000)  # (step, first row, last row) of the latest batches, to name the rows of a bad one
-    watched = monitor.Watched(steps, progress, quiet=shard.rank > 0)
+    few = sparse_share(device, crosscoder.compute_dtype) * config.d_hidden
+    watched = monitor.Watched(steps, progress, few, quiet=shard.rank > 0)
     stream = source.batches(config.batch_size, stop, device, progress.position, Dropped(*progress.dropped), shard)
     with closing(stream), limits.memory_errors(run):
         for batch in watched.timed(stream):
@@ -155,6 +157,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
                 require_finite_loss(bad_step, recent, run)
                 if stopping:  # said at once: whoever sent the signal may not wait for the save
                     kept = checkpoint.newest(run)
+                    watched.bar.clear()
                     say(f"{name_of(signals)}: saving step {step} ({watched.last_save}), then leaving; killed before that, the "
                         f"run goes on from {kept.name if isinstance(kept, Path) else 'its beginning'}")  # fmt: skip
                 progress.seconds = watched.seconds()
@@ -220,7 +223,8 @@ def finish(config: TrainConfig, state: TrainingState, run: Path, tracker, dead_a
     with checkpoint.write_errors("summary.json", run):
         machine.write_text(run / "summary.json", machine.as_json(summary, indent=2))
     monitor.finish_wandb(tracker, {name: value for name, value in summary.items() if not isinstance(value, dict)})
-    monitor.print_summary(summary, config, source.val_rows, run)
+    following = flags.analyze_command(config, source.pair, source.n_models, run)
+    monitor.print_summary(summary, config, source.val_rows, run, following)
     if config.push_to_hub:
         hub.push_crosscoder(config.push_to_hub, run, W_dec.norm(dim=-1), source.pair)
 

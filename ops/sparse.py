@@ -185,7 +185,14 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
 
 def most_sparse(x: Tensor, rows: Tensor, dtype: torch.dtype) -> int:
     """Active entries up to which the sparse form is the faster one on a CPU."""
-    return int((DENSE_ABOVE_BF16 if dtype == torch.bfloat16 else DENSE_ABOVE) * len(x) * len(rows))
+    return int(sparse_share(x.device, dtype) * len(x) * len(rows))
+
+
+def sparse_share(device: torch.device, dtype: torch.dtype) -> float:
+    """Share of active entries up to which the sparse form is the faster one."""
+    if device.type == "cuda":
+        return DENSE_ABOVE_CUDA
+    return DENSE_ABOVE_BF16 if dtype == torch.bfloat16 else DENSE_ABOVE
 
 
 class _Dense(torch.autograd.Function):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import typing
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from config import FIRST, LR_FACTOR, PLANTED, REAL, TOPK, WARM, WARM_TOPK, TrainConfig
+from config import FIRST, LR_FACTOR, PLANTED, REAL, TOPK, WARM, WARM_TOPK, ModelFlags, TrainConfig
 
 # A heading, or a comment and the field that it is of, in the source of a config.
 FIELD = re.compile(r"    # --- (.+)\n|((?:    # .+\n)+)    (\w+): ")
+MODELS = ("base_model", "ft_model", "ft_adapter", "model_dtype")  # flags of analyze.py too
 QUOTES = str.maketrans("", "", "[]',")  # around values in the messages of tyro
 ABOVE_0 = (
     "d_hidden", "k", "k_aux", "micro_batch_size", "num_tokens", "epochs", "val_tokens", "log_every", "val_every", "save_every",
@@ -36,7 +38,10 @@ BETWEEN = {
 
 
 def parse(cls: type, argv: list[str] | None = None):
-    """Command line -> config. For a TrainConfig, `--config FILE` and the config.json of a resumed run supply the defaults."""
+    """Command line -> config. For a TrainConfig, `--config FILE` and the config.json of a resumed run supply the defaults.
+
+    An entry calls this before it imports torch, which takes seconds, and that is said.
+    """
     for name in ("stdin", "stdout", "stderr"):  # closed by the caller (`2>&-`): the next opened file would get its number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - open to the end
@@ -45,14 +50,22 @@ def parse(cls: type, argv: list[str] | None = None):
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left as it ends
         sys.exit(0)
-    if cls is not TrainConfig:
-        return config
+    if cls is TrainConfig:
+        config = with_files(config, argv)
+    if argv is None and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # in torchrun's first process
+        with contextlib.suppress(OSError):
+            print("loading torch ...", file=sys.stderr, flush=True)
+    return config
+
+
+def with_files(config: TrainConfig, argv: list[str] | None) -> TrainConfig:
+    """The config with what its --config FILE, or the run that it resumes, says beside the command line."""
     lists = {name: given for name in ("text", "model_dataset") if (given := getattr(config, name))}
     try:
         if config.config is not None:
-            config = read_flags(cls, argv, read_given(Path(config.config).expanduser(), flag="--config"))
+            config = read_flags(TrainConfig, argv, read_given(Path(config.config).expanduser(), flag="--config"))
         if saved := resumed_config_file(config):
-            config = read_flags(cls, argv, read_given(saved, flag="--resume"))
+            config = read_flags(TrainConfig, argv, read_given(saved, flag="--resume"))
         return with_full_paths(dataclasses.replace(config, **lists))  # alone: tyro appends them to those of a file
     except ValueError as error:
         sys.exit(f"train.py: error: {error}")
@@ -214,6 +227,43 @@ def _fits(value, hint) -> bool:
     if options:  # of a union
         return any(_fits(value, option) for option in options)
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
+# --- commands to type next
+
+
+def as_typed(config, names) -> list[str]:
+    """These of a config's flags as one would type them, defaults left out."""
+    words: list[str] = []
+    for field in (f for f in dataclasses.fields(config) if f.name in names):
+        value, flag = getattr(config, field.name), flag_of(field.name)
+        if value in (field.default, None, []):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif field.name == "text":
+            words += [word for text in value for word in (flag, text)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def analyze_command(config: TrainConfig, pair: dict | None, n_models: int, run: Path) -> str:
+    """The command that reads a finished run, with the models where they are known. pair: what a dataset says of itself."""
+    named = pair.get("recipe", {}) | pair if pair else vars(config)
+    if n_models > 2:
+        return ""
+    models = TrainConfig(**{name: named[name] for name in MODELS if named.get(name)})
+    command = ["python", "analyze.py", str(run), *as_typed(models, MODELS)]
+    if not config.base_model or config.keep_activations:
+        return shlex.join(command)
+    data = str(Path("data") / run.name)  # a live run keeps no activations to look at
+    names = {f.name for f in dataclasses.fields(ModelFlags)}
+    return (
+        shlex.join(["python", "collect.py", *as_typed(config, names), "--output", data])
+        + " && "
+        + shlex.join([*command, "--dataset", data])
+    )
 
 
 # --- checks before anything is opened

@@ -97,11 +97,24 @@ def progress_bar(what: str | None, total: int, **options) -> tqdm:
     return tqdm(total=total, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)
 
 
-def say(text: str, file=None) -> None:
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """On a terminal the line `what ...`, until the block has done it."""
+    shown = sys.stderr.isatty()
+    if shown:
+        say(f"{what} ...", sys.stderr, end="\r")
+    try:
+        yield
+    finally:
+        if shown:
+            say(f"{' ' * len(what)}    ", sys.stderr, end="\r")
+
+
+def say(text: str, file=None, end: str = "\n") -> None:
     """Print at once. When nobody reads any more (`| head`, a full disk under a log file) the run goes on in silence."""
     file = file or sys.stdout
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, flush=True, end=end)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,8 @@ from run.machine import as_json, first_line, library_errors, say
 if TYPE_CHECKING:
     from sources.source import Source
 
+RECENT = 8  # logged steps from which the speed is taken that the rest of the run is expected to have
+SPARSE_COST = 0.45  # of a step with few active codes against one with many: .3 to .7, the larger it is the less, on a CPU
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
@@ -67,10 +70,17 @@ def log(run: Path, tracker, step: int, metrics: dict[str, float]):
 class Watched:
     """What is remembered of a run to show how far and how fast it is, and to warn once of each trouble."""
 
-    def __init__(self, steps: int, progress: Progress, quiet: bool = False):
-        hidden = quiet or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden)
+    def __init__(self, steps: int, progress: Progress, few: float = 1.0, quiet: bool = False):
+        """few: active codes a token up to which a step is of the faster form."""
+        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
+        self.bar = tqdm(
+            total=steps, initial=progress.step, dynamic_ncols=True, mininterval=0.5, bar_format=layout,
+            disable=quiet or not sys.stderr.isatty(),
+        )  # fmt: skip
         self.steps, self.began, self.shown = steps, time.perf_counter(), -math.inf
+        self.recent = deque([(progress.step, self.began)], RECENT)  # (step, when)
+        self.few, self.dense_until = few, math.inf
+        self.first: tuple[int, float] | None = None  # (step, codes)
         self.steps_before, self.seconds_before = progress.step, progress.seconds  # done before this process began
         self.begin_interval(progress)
         self.last_save = "a first save"
@@ -89,6 +99,27 @@ class Watched:
     def seconds(self) -> float:
         """Of training, in all processes that went on with the run."""
         return self.seconds_before + time.perf_counter() - self.began
+
+    def seconds_left(self, step: int, codes: float) -> float:
+        """Of the run, after this logged step with so many active codes a token, at the speed of the last ones.
+
+        Steps with few codes are faster. How many there are is taken to fall on by equal factors, as it does under a rising
+        penalty or a falling k.
+        """
+        begin, most = self.first = self.first or (step, codes)
+        if codes <= self.few:
+            self.dense_until = min(self.dense_until, step)
+        elif codes < most:
+            self.dense_until = step + (step - begin) * math.log(codes / self.few) / math.log(most / codes)
+
+        def work(done: int) -> float:
+            return SPARSE_COST * done + (1 - SPARSE_COST) * min(done, self.dense_until)
+
+        (before, since), now = self.recent[0], time.perf_counter()
+        if before == self.steps_before:
+            self.recent.clear()  # the first step takes longer than the others
+        self.recent.append((step, now))
+        return (now - since) * (work(self.steps) - work(step)) / (work(step) - work(before))
 
     def rates(self, progress: Progress, source: Source) -> dict[str, float]:
         """Speed and waiting since the last logged step, with the source's own metrics."""
@@ -114,13 +145,12 @@ def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
     text += f", {metrics['tokens_per_second']:,.0f} tokens/s"
     if "model_fraction" in metrics:
         text += f", models {metrics['model_fraction']:.0%} of the time"
-    now = time.perf_counter()
+    now, left = time.perf_counter(), f"{timedelta(seconds=round(watched.seconds_left(step, metrics['l0_loss'])))} left"
     if not watched.bar.disable:
-        watched.bar.set_postfix_str(text, refresh=False)
+        watched.bar.set_postfix_str(f"{left}, {text}", refresh=False)
     elif now - watched.shown >= LINE_EVERY or step == watched.steps:
-        left = (watched.steps - step) * (now - watched.began) / (step - watched.steps_before)
         done = f"step {step:,} of {watched.steps:,}, loss {metrics['loss']:.4g}"
-        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {done}, {text}, {timedelta(seconds=int(left))} left", sys.stderr)
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {done}, {text}, {left}", sys.stderr)
         watched.shown = now
 
 
@@ -191,8 +221,8 @@ def finish_wandb(tracker, summary: dict[str, float]) -> None:
         tracker.finish()
 
 
-def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
-    """The end of a run: held-out metrics, what was found, where it lies."""
+def print_summary(summary: dict, config, val_rows: int, run: Path, following: str) -> None:
+    """The end of a run: held-out metrics, what was found, where it lies, the command that follows."""
     names = {"explained_variance_A": "base", "explained_variance_B": "ft"}  # and C, D, ... of more models
     each = [f"{names.get(k, k[-1])} {v:.3f}" for k, v in summary.items() if k.startswith("explained_variance_")]
     variance = f"explained variance {summary['explained_variance']:.3f}" + f" ({', '.join(each)})" * (len(each) > 1)
@@ -216,3 +246,5 @@ def print_summary(summary: dict, config, val_rows: int, run: Path) -> None:
         say(f"  exclusive latents that are no exclusive concept: {planted['false_exclusive']:.2f}\n")
     say(f"time       {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
     say(f"saved      {run / 'crosscoder'}, {run / 'summary.json'}")
+    if following:
+        say(f"next       {following}")

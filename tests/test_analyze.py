@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,20 +39,21 @@ def capitals(tiny, tmp_path_factory) -> dict[str, Path]:
     folder = Path(tiny["base"]).parent
     made = tiny_models.fine_tune_on_capitals(folder, steps=150)
     out = tmp_path_factory.mktemp("capitals")
-    run_script(
+    collected = run_script(
         "collect.py", "--base-model", tiny["base"], "--ft-model", made["caps"], "--hook", HOOK, "--seq-len", 128, "--output",
         out / "data", "--text", tiny["code"], "--text", made["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
         check=True,
-    )  # fmt: skip
-    run_script(
+    ).stdout  # fmt: skip
+    trained = run_script(
         "train.py", "--dataset", out / "data", "--d-hidden", 256, "--batch-size", 512, "--epochs", 4, "--l1-coeff", 2,
         "--run-name", "caps", "--output-dir", out, "--wandb", "disabled", check=True,
-    )  # fmt: skip
+    ).stdout  # fmt: skip
     models = ["--base-model", tiny["base"], "--ft-model", made["caps"], "--model-dtype", "float32"]
     printed = run_script(
         "analyze.py", out / "caps", *models, "--patch-tokens", 4000, "--latents", "5", "--sections-per-class", 10, check=True
     ).stdout
-    return {"out": out, "run": out / "caps", "data": out / "data", "models": models, "printed": printed,
+    return {"out": out, "run": out / "caps", "data": out / "data", "models": models,
+            "printed": printed, "collected": collected, "trained": trained,
             "analysis": out / "caps" / "analysis", "base": Path(tiny["base"]), "ft": Path(made["caps"])}  # fmt: skip
 
 
@@ -74,6 +76,14 @@ def read_examples(folder: Path) -> dict[int, list[dict]]:
 
 
 # --- a fine-tune whose text is known
+
+
+def test_each_command_ends_with_the_next_one(capitals):
+    words = [shlex.split(capitals[name].splitlines()[-1])[1:] for name in ("collected", "trained", "printed")]
+    assert words[0] == ["python", "train.py", "--dataset", str(capitals["data"])]
+    assert words[1] == ["python", "analyze.py", str(capitals["run"]), *capitals["models"]]
+    assert words[2][:-1] == ["python", "-m", "webbrowser"]
+    assert Path(words[2][-1].removeprefix("file://")) == capitals["analysis"] / "report.html"
 
 
 def test_fine_tuned_only_latents_fire_on_the_fine_tuning_text(capitals):
