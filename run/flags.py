@@ -78,7 +78,7 @@ def read_flags(cls: type, argv: list[str] | None, default=tyro.MISSING_NONPROP):
         default = regrouped(default, shown)
     try:
         with contextlib.redirect_stderr(box):
-            given = tyro.cli(shown, args=argv, default=default, description=inspect.getdoc(cls))
+            given = tyro.cli(shown, prog=Path(sys.argv[0]).name, args=argv, default=default, description=inspect.getdoc(cls))
     except SystemExit as stop:
         if stop.code:  # not --help
             print(f"{Path(sys.argv[0]).name}: error: {one_line(box.getvalue())} (--help explains all flags)", file=sys.stderr)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sources.source import Source
 
 RECENT = 8  # logged steps from which the speed is taken that the rest of the run is expected to have
-SPARSE_COST = 0.45  # of a step with few active codes against one with many: .3 to .7, the larger it is the less, on a CPU
+SPARSE_COST = 0.42  # of a step with few active codes against one with many, on a CPU: .3 to .9, the larger it is the less
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents

@@ -132,6 +132,18 @@ def test_every_file_that_a_page_names_exists(page):
         assert any((place / name).is_file() for place in places), f"{name} does not exist"
 
 
+def test_the_package_says_what_the_other_files_say():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    version = project["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    wanted = [line.split("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines()[1:]]
+    assert project["project"]["optional-dependencies"]["dev"] == [line.replace('"', "'") for line in wanted if line]
+    packed = project["tool"]["setuptools"]
+    assert {*packed["packages"]} == {*FOLDERS} and {*packed["py-modules"]} == {*ENTRIES, "config", "crosscoder"}
+
+
 def test_the_architecture_page_names_every_file():
     tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1].split()
     assert [file.name for file in product_files() if file.name not in ("__init__.py", *tree)] == []
