@@ -42,7 +42,7 @@ def main(config: CollectConfig) -> None:
     for dataset in datasets.values():
         if dataset.pair:
             n_rows = dataset.pair["rows"]["train"]
-            print(f"{dataset.out} is complete: {n_rows:,} training rows\nnext: python train.py --dataset {shlex.quote(str(dataset.out))}")
+            print(f"{dataset.out} is complete: {n_rows:,} training rows\n{train_command(dataset.out)}")
     if unfinished := {hook: dataset for hook, dataset in datasets.items() if not dataset.pair}:
         collect(config, unfinished)
     if config.push_to_hub:
@@ -150,7 +150,11 @@ def print_summary(out: Path, config: CollectConfig, pair: dict) -> None:
     print("left out: " + (", ".join(f"{left_out[k]:,} {why}" for k, why in reasons.items() if left_out[k]) or "nothing"))
     if left_out["norm"] + left_out["non_finite"] > 0.01 * n_rows:
         print("more than one row in a hundred was an outlier: look at --skip-first, --max-norm-ratio and --model-dtype")
-    print(f"next: python train.py --dataset {shlex.quote(str(out))}")
+    print(train_command(out))
+
+
+def train_command(out: Path) -> str:
+    return f"next: python train.py --dataset {shlex.quote(str(out))}"
 
 
 def what_is_kept(config: CollectConfig) -> str:
