@@ -133,5 +133,5 @@ def test_the_next_command_of_a_run():
     words = shlex.split(collect)
     assert words[:2] == ["python", "collect.py"]
     config = parse(CollectConfig, words[2:])
-    assert (config.text, config.chat_template, config.pack, config.hook) == (["web=1", "my chats"], True, False, "h")
+    assert (config.text, config.chat_template, config.pack, config.hook) == (["web=1", "my chats"], True, False, ["h"])
     assert analyze == f"python analyze.py 'runs/a b' --base-model b --ft-model f --dataset {shlex.quote(config.output)}"
