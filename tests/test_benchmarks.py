@@ -1,4 +1,4 @@
-"""The benchmarks run as their documentation says, on sizes of seconds. What they measure is in the README."""
+"""The benchmarks run as their documentation says, on sizes of seconds. What they measure is in docs/."""
 
 import csv
 import re
@@ -33,15 +33,15 @@ def test_frontier_reads_finished_runs(tmp_path):
 
 
 def test_the_tables_name_the_flags_of_their_rows():
-    """Every row of a recipe in README and docs has the flags with which the benchmark trains it."""
+    """Every row of a recipe has the flags with which the benchmark trains it."""
     known = {
         " ".join(train_flags(world, dials, recipe, lr, WORLDS[world].tokens))
         for world, dials, recipe in [*grid("full", list(RECIPES)), *((w, {}, r) for w in WORLDS for r in RECIPES)]
         for lr in (None, "1e-3", "3e-3")
     }
-    for page in ("README.md", "docs/recipes.md"):
-        rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and "`--num-tokens" in line]
-        assert rows and all(any(part in known for part in row.split("`")) for row in rows)
+    page = (ROOT / "docs/recipes.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|") and "`--num-tokens" in line]
+    assert rows and all(any(part in known for part in row.split("`")) for row in rows)
 
 
 def test_recipes_scores_once_and_goes_on(tmp_path):

@@ -132,6 +132,16 @@ def test_every_file_that_a_page_names_exists(page):
         assert any((place / name).is_file() for place in places), f"{name} does not exist"
 
 
+def test_links_between_pages_lead_to_a_heading():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+    heads = {page.resolve(): re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE) for page in pages}
+    anchors = {page: {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in of} for page, of in heads.items()}
+    for page in pages:
+        for path, anchor in re.findall(r"(?<!!)\[[^\]]*\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+            target = (page.parent / path).resolve() if path else page.resolve()
+            assert target.exists() and (not anchor or anchor in anchors[target]), f"{page.name}: {path}#{anchor}"
+
+
 def test_the_package_says_what_the_other_files_say():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
