@@ -7,6 +7,8 @@ difference.safetensors   the directions of metrics.json's `difference`: means an
 figures/           PNG and SVG
 findings.json      the ranked changes with scores, errors, examples, the null and this command; findings.md: one screen of it
 report.html        all of it on one page that needs no network
+label_cache.jsonl  with --label-url: the endpoint's answers, which are not asked for twice
+export/            with --export: files for other tools
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Endpoint:
                 continue
             with self.lock, self.cache.open("a", encoding="utf-8") as file:
                 self.known[self.key_of(messages)] = answer
-                file.write(json.dumps({"key": self.key_of(messages), "model": self.model, "answer": answer}) + "\n")
+                line = json.dumps({"key": self.key_of(messages), "model": self.model, "answer": answer})
+                file.write(f"\n{line}")  # on a line of its own, also after one that was cut off
             return value
         raise Unanswered("three answers were not the JSON asked for")
 
@@ -142,8 +143,8 @@ class Endpoint:
             said = response.json()["error"]
             said = said["message"] if isinstance(said, dict) else said
         except (ValueError, KeyError, TypeError):
-            said = response.reason or ""
-        return f"answers with status {status} ({self.hidden(first_line(ValueError(said)))})"
+            said = None
+        return f"answers with status {status} ({self.hidden(first_line(ValueError(said or response.reason or 'no reason')))})"
 
     def hidden(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text

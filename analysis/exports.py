@@ -149,8 +149,9 @@ def write_neuronpedia(folder: Path, sections: list[dict], table: dict, data: Dat
     place, by = folder / model / source, {"creatorId": CREATOR}
     place.mkdir(parents=True)
     about = f"Crosscoder of {Path(data.pair['base_model']).name} and {model}, {data.pair['hook']}"
+    instruct, unknown = bool(data.pair.get("chat_template")), {"layers": 0, "neuronsPerLayer": 0, "owner": ""}
     tables = {
-        "model": {"id": model, "displayName": model, "displayNameShort": model, "layers": 0, "neuronsPerLayer": 0, "owner": ""},
+        "model": {"id": model, "displayName": model, "displayNameShort": model, "instruct": instruct} | unknown,
         "release": {"name": set_name, "description": about, "creatorName": run},
         "sourceset": {"modelId": model, "name": set_name, "description": about, "creatorName": run, "releaseName": set_name},
         "source": {"id": source, "modelId": model, "setName": set_name, "dataset": Path(data.name).name},

@@ -1,5 +1,6 @@
 """analyze.py --label-url against a chat endpoint on this machine: what is asked, what becomes of the answers, what breaks."""
 
+import gzip
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ from processes import Started
 
 from analysis import examples, labels
 from analysis.data import Data, open_text
-from analysis.endpoint import GIVE_UP, KEY, Endpoint, Unanswered, found_json
+from analysis.endpoint import GIVE_UP, KEY, Endpoint, Unanswered, found_json, read_cache
 from crosscoder import CrossCoder
 from sources.batches import read_kept
 
@@ -74,7 +75,7 @@ def labelled(run, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv(KEY, SECRET)
     with chat_server.serve(answers) as (url, asked):
-        printed = analyze(run, url, "--output", out)
+        printed = analyze(run, url, "--output", out, "--export", "neuronpedia")
         yield out, printed, list(asked), answers
         patch.undo()
 
@@ -139,6 +140,29 @@ def test_labels_stand_in_findings_screen_and_page(labelled):
     assert f"{metrics['described']} of {metrics['of']} latents by stand-in" in printed.stdout
 
 
+def test_neuronpedia_gets_the_labels(labelled):
+    out, *_ = labelled
+    (batch,) = (out / "export" / "neuronpedia").glob("*/*/explanations/batch-0.jsonl.gz")
+    lines = [json.loads(line) for line in gzip.decompress(batch.read_bytes()).decode().splitlines()]
+    table = pq.read_table(out / "latents.parquet").to_pydict()
+    assert len(lines) == len({line["id"] for line in lines}) == len(read_sections(out))
+    assert all(line["description"] == table["label"][int(line["index"])] for line in lines)
+    assert {(line["modelId"], line["layer"]) for line in lines} == {("ft", batch.parent.parent.name)}
+
+
+def test_a_dictionary_of_the_difference_is_labelled_and_exported_too(pair, tmp_path):
+    sizes = ["--d-hidden", 64, "--batch-size", 512, "--num-tokens", 30_000, "--variant", "batch_topk", "--k", 4]
+    run = train(tmp_path, "d", "--difference", "--dataset", pair, *sizes, "--wandb", "disabled")
+    with chat_server.serve(Answers()) as (url, _):
+        printed = analyze(run, url, "--export", "delphi", "--export", "neuronpedia").stdout
+    out, sections = run / "analysis", read_sections(run / "analysis")
+    table = pq.read_table(out / "latents.parquet")
+    assert sections and all(table["label"][one["latent"]].as_py() == one["label"]["description"] for one in sections)
+    assert list(json.loads(table.schema.metadata[b"definitions"])) == table.column_names
+    assert f"“{sections[0]['label']['description']}”" in (out / "report.html").read_text(encoding="utf-8")
+    assert f"{len(sections)} of {len(sections)} latents by stand-in" in printed and printed.count("exported   ") == 2
+
+
 def test_the_key_is_sent_and_written_nowhere(labelled):
     out, printed, asked, _ = labelled
     assert {one.key for one in asked} == {f"Bearer {SECRET}"} and {one.model for one in asked} == {"stand-in"}
@@ -151,7 +175,7 @@ def test_an_answer_is_paid_for_once(labelled, run):
     out, printed, asked, answers = labelled
     before = pq.read_table(out / "latents.parquet").to_pydict()
     with (out / "label_cache.jsonl").open("a") as cache:
-        cache.write('{"key": "cut o')  # as a kill leaves it
+        cache.write('\n{"key": "cut o')  # as a kill leaves it
     with chat_server.serve(answers) as (url, again):
         printed = analyze(run, url, "--output", out).stdout
         assert [one.kind for one in again] == ["probe"] and "labels: 0 requests to stand-in" in printed
@@ -295,6 +319,10 @@ def test_silence_is_waited_for_and_then_given_up(tmp_path):
         calm.set()
         endpoint = Endpoint(url, "m", tmp_path / "cache.jsonl", timeout=5, wait=0.001)
         assert endpoint.ask([{"role": "user", "content": "0"}], str) == "late"
+        with endpoint.cache.open("a") as cache:
+            cache.write('\n{"key": "cut o')  # as a kill leaves it
+        endpoint.ask([{"role": "user", "content": "1"}], str)
+        assert len(read_cache(endpoint.cache)) == 2
 
 
 @pytest.mark.parametrize(
@@ -363,10 +391,32 @@ def test_held_out_examples_share_no_text_with_those_shown():
     assert shown == [first, other, last] and held_out == [apart]
 
 
+@pytest.mark.parametrize(("active", "silent", "score"), [(6, 3, 0.5), (6, 2, None), (2, 6, None)])
+def test_who_says_yes_to_all_scores_one_half_whatever_the_counts(active, silent, score):
+    class Yes:
+        def ask(self, messages, read):
+            system, user = (message["content"] for message in messages)
+            return "all" if "<<" in system else [1] * sum(line[0].isdecimal() for line in user.splitlines())
+
+    section = {"examples": [{"peak": 0, "values": [1.0]}], "latent": 0}
+    job = labels.Job(section, [], [f"{i}" for i in range(active + silent)], [1] * active + [0] * silent)
+    found = labels.label(Yes(), job)
+    assert found["score"] == score and (found["recognised"], found["rejected"]) == (active, 0)
+
+
 def test_the_active_tokens_are_marked():
     e = {"peak": 2, "tokens": ["a", "b", "c", "\n", "e"], "values": [0.0, 0.4, 1.0, 0.2, None]}
     assert labels.marked(e, 2.0) == '(strength 5) "a<<bc>>\\ne"'
     assert labels.marked(e | {"values": [None, 0.0, 0.01, 0.01, 0.01]}, 2.0) == '(strength 1) "ab<<c\\ne>>"'
+
+
+def test_what_the_lens_says_is_told():
+    e = {"peak": 0, "tokens": ["a"], "values": [1.0]}
+    lens = {"base": {"more": [[" one", 4.0]]}, "ft": {"more": [[" two", 5.0], ["\n", 4.0]]}}
+    job = labels.make_job({"latent": 3, "examples": [e | {"sequence": 0, "position": 0}], "lens": lens}, [], 0)
+    said = labels.description_messages(job)[1]["content"].splitlines()
+    assert said[1] == 'In the base model it raises the next tokens [" one"]'
+    assert said[2] == 'In its fine-tuned version it raises the next tokens [" two", "\\n"]'
 
 
 @pytest.mark.parametrize(
