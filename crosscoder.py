@@ -160,8 +160,9 @@ class CrossCoder(nn.Module):
     # --- training: normalised activations in
 
     def losses(
-        self, x_n: Tensor, l1_coeff: float, aux_coeff: float = 0.0, dead: Tensor | None = None, k: int | None = None
-    ) -> Losses:
+        self, x_n: Tensor, l1_coeff: float, aux_coeff: float = 0.0, dead: Tensor | None = None, k: int | None = None,
+        most_dead: int | None = None,
+    ) -> Losses:  # fmt: skip
         """Losses of a training batch of normalised activations [batch, n_models, d_model].
 
         Squared errors and L1 are sums over models, latents and d_model, and means over the batch. The L1 weight of a code
@@ -173,13 +174,22 @@ class CrossCoder(nn.Module):
             aux_coeff: weight of the auxiliary loss.
             dead: [d_hidden] bool, the latents the auxiliary loss may use; None leaves the auxiliary loss out.
             k: batch_topk: active latents per token at this step; None: the final number.
+            most_dead: CUDA: no process has more dead latents than that (ops/dead.py); None: all may be dead.
         """
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
         norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
         count = (k or self.k or 0) * len(x_n) if self.variant == "batch_topk" else None
-        decoded, total, times, smallest, product = sparse.reconstruct(
-            x_n, self.enc_rows, self.b_enc, self.W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard
+        rows: Tensor = self.enc_rows
+        b_enc: Tensor = self.b_enc
+        W_dec: Tensor = self.W_dec
+        of_dead = None
+        if dead is not None and aux_coeff:
+            some = sparse.places(dead, most_dead)
+            (rows, dead_rows), (b_enc, dead_bias), (W_dec, dead_W_dec) = (sparse.take(t, some) for t in (rows, b_enc, W_dec))
+            of_dead = dead_rows, dead_bias, dead_W_dec, (norm_sum.detach() * dead)[some]
+        decoded, total, times, smallest = sparse.reconstruct(
+            x_n, rows, b_enc, W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard
         )
         l1_loss = (total * norm_sum).sum() / len(x_n)
         l0_loss = times.sum() / len(x_n)
@@ -191,35 +201,31 @@ class CrossCoder(nn.Module):
         l2_loss = error.pow(2).sum((1, 2)).mean()
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
         aux_loss = torch.zeros_like(l2_loss)
-        if dead is not None and aux_coeff:
-            aux_loss = self._aux_loss(x_n, norm_sum.detach(), error.detach(), dead, product)
+        if of_dead is not None:
+            aux_loss = self._aux_loss(x_n, error.detach(), *of_dead, most_dead)
             loss = loss + aux_coeff * aux_loss
         return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, times > 0, x_hat)
 
-    def _aux_loss(self, x_n: Tensor, norm_sum: Tensor, residual: Tensor, dead: Tensor, product: Tensor | None) -> Tensor:
+    def _aux_loss(self, x_n, residual, rows, bias, W_dec, weight, most_dead) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone (Gao et al., arXiv 2406.04093).
 
         In the units of l2_loss, not over the residual's variance: Adam remembers the gradients of l2_loss that a latent had
         while it was alive, and against those a quotient of order 1 moves nothing (docs/recipes.md). The batch's k_aux * batch
         largest dead scores are used. No decoder bias and no live latent takes part, and winners are positive, so gradient
         reaches the dead latents only. 0 when no latent is dead.
-        product: on CUDA, what sparse.reconstruct returned for these rows.
+        rows, bias, W_dec: those of the dead latents. weight: of their scores; on CUDA 0 for latents that only fill up places.
         """
-        count = self.k_aux * len(x_n)
-        # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
-        # which still gets its gradient.
-        bias = self.b_enc - self.b_enc.detach() if self.variant == "vanilla" else self.b_enc
-        rows: Tensor = self.enc_rows  # [d_hidden, n_models, d_model], as W_dec
-        W_dec: Tensor = self.W_dec
-        weight = norm_sum * dead
-        few = True if sparse.on_cuda(x_n) else None
-        if not few:  # on CUDA asking which latents are dead would wait for the device; there the scores of live ones are 0
-            some = dead.nonzero()[:, 0]
-            rows, bias, W_dec, weight = rows[some], bias[some], W_dec[some], weight[some]
-        predicted = sparse.reconstruct(
-            x_n, rows, bias, W_dec, self.compute_dtype, weight, count, product=product, few=few, shard=self.shard
-        ).decoded
-        predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum(dead.sum()) > 0
+        count: int | None = self.k_aux * len(x_n)
+        if self.variant == "vanilla":
+            # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
+            # which still gets its gradient.
+            bias = bias - bias.detach()
+        if sparse.on_cuda(x_n):
+            bias = bias.where(weight > 0, -LARGEST)  # a place that is filled up is positive at no token
+            if most_dead is not None and most_dead * self.shard.size <= self.k_aux:
+                count = None  # there is nothing to select
+        predicted = sparse.reconstruct(x_n, rows, bias, W_dec, self.compute_dtype, weight, count, shard=self.shard).decoded
+        predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum((weight > 0).sum()) > 0
         squared = (residual - predicted).pow(2).sum((1, 2)).mean()
         return torch.where(some_dead, squared, 0.0)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from crosscoder import CrossCoder, Losses
 from ops import latents
+from ops.dead import DeadLatents
 from ops.shard import Shard
 from ops.sparse import fast_dtype, sparse_share
 from ops.variance import VarianceTotals, explained_variance
@@ -104,6 +105,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
         checkpoint.load(begun.checkpoint, state)
         for group in optimizer.param_groups:  # as the schedule has it now: the run may be longer than it was
             group["lr"] = config.lr * schedule(progress.step)
+    dead_latents = DeadLatents(tokens_since_fired, dead_after, config.batch_size, shard)
     if shard.rank == 0:
         checkpoint.cut_metrics(run, progress.step)
     monitor.print_plan(config, source, run, begun.checkpoint, device, steps)
@@ -127,10 +129,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
             x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, n_models, d_model]
             l1_coeff = l1_weight(step, steps, config)
             k = annealed_k(step, steps, config) if config.variant == "batch_topk" else None
-            dead = tokens_since_fired >= dead_after if progress.tokens >= dead_after else None  # none can be before
-            if device.type == "cpu" and dead is not None and not shard.any_process(bool(dead.any())):
-                dead = None  # costs nothing to ask here; on CUDA it would wait for the device
-            out = losses_and_gradients(crosscoder, x, config.micro_batch_size, l1_coeff, config.aux_coeff, dead, k)
+            dead, most_dead = dead_latents.now(progress.tokens) if config.aux_coeff else (None, None)
+            out = losses_and_gradients(crosscoder, x, config.micro_batch_size, l1_coeff, config.aux_coeff, dead, k, most_dead)
 
             lr = optimizer.param_groups[0]["lr"]
             grad_norm = update(crosscoder, optimizer, config.grad_clip)
@@ -163,6 +163,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
                 progress.seconds = watched.seconds()
                 with watched.saving():
                     checkpoint.save(run, state, config.keep_checkpoints)
+                dead_latents.forget()
             watched.bar.update()
             if last or (save and shard.any_process(bool(signals))):
                 break  # a signal that came in after a save is saved by the next step

@@ -32,12 +32,13 @@ sys.path.insert(0, str(ROOT))
 import train
 from benchmarks.step import floor
 from crosscoder import CrossCoder
-from ops import kernels, sparse
+from ops import dead, kernels, sparse
 
 META = torch.device("meta")
 SHORTEST = 2e-6  # seconds that a launch takes at least; an assumption
 BATCH, K, N_MODELS = 4096, 100, 2
-AUX = ("off", "all used")
+AUX = ("off", "none dead", "all used")
+DEAD = 4096  # latents, where all are used: of each token the d_model / 2 largest
 
 
 class Card(NamedTuple):
@@ -122,6 +123,7 @@ def traffic(name: str, args: tuple, options: dict, out) -> float:
         return 2 * nbytes(out) + sum(nbytes(t) for t in tensors_of(args[1:]))
     if name == "copy_":
         return nbytes(args[0]) + nbytes(args[1])
+    options = {key: value for key, value in options.items() if key != "out"}  # written, not read
     inputs = {(t.untyped_storage()._cdata, t.storage_offset()): nbytes(t) for t in tensors_of((args, options))}
     in_place = name.endswith("_") and not name.startswith("_")
     written = nbytes(args[0]) if in_place else sum(nbytes(t) for t in tensors_of(out))
@@ -135,32 +137,30 @@ def traffic(name: str, args: tuple, options: dict, out) -> float:
 
 
 def histogram(a: dict) -> dict:
-    """One block of scores in so many; of a latent's bias and weight 8 bytes serve TOKENS tokens. Few scores are counted."""
-    looked_at = a["pre"].numel() / a["every"]
-    counted = looked_at if a["every"] > 1 else 0  # in a sample every positive one, else those above its floor
-    return {"bytes": nbytes(a["pre"]) / a["every"], "through_l2": nbytes(a["pre"]) / a["every"] + 8 * counted}
+    """Scores of which few are counted; of all positive ones where they are a sample, by atomics in the cache.
+
+    The sample's bound is 0. A second look from 0 on ends at once: it is for a sample that led astray.
+    """
+    if a["every"] > 1:
+        a["low"].is_zero = True
+        return {"bytes": nbytes(a["pre"]) / a["every"], "through_l2": 8 * a["pre"].numel() / a["every"]}
+    return {"bytes": 0 if hasattr(a["low"], "is_zero") else nbytes(a["pre"])}
 
 
-def selecting(*writes: str) -> Callable[[dict], dict]:
-    """A pass over all scores."""
-    return lambda a: {"bytes": nbytes(a["pre"]) + sum(nbytes(a[name]) for name in writes)}
-
-
-def summing(a: dict) -> dict:
-    """Rows that are gathered; `others` are read once, and an inner product is written for every entry and tile."""
-    rows, width, entries = a["rows"], a["units"] * a["UNIT"], len(a["index"])
-    gather = Gather(entries * width * rows.element_size(), nbytes(rows), nbytes(rows) / max(1, width // a["TILE"]))
-    dots = nbytes(a["others"]) + nbytes(a["dots"]) if a["others"] is not None else 0
-    return {"bytes": nbytes(a["out"]) + 12 * entries + dots, "gathers": (gather,)}
+def weighted_sums(a: dict) -> dict:
+    rows, width = a["rows"], a["units"] * a["UNIT"]
+    gather = Gather(a["entries"] * width * rows.element_size(), nbytes(rows), nbytes(rows) * min(1, a["TILE"] / width))
+    once = [a[name] for name in ("index", "weights", "out", "others", "dots") if a[name] is not None]
+    return {"bytes": sum(nbytes(t) for t in once), "gathers": (gather,)}
 
 
 # What a kernel of ops/kernels.py moves, from its arguments by name.
 KERNELS: dict[str, Callable[[dict], dict]] = {
     "_histogram": histogram,
-    "_count": selecting("above", "equal"),
-    "_write": selecting("ties", "starts", "latents", "values"),
-    "_weighted_sums": summing,
-    "_join": lambda a: {},  # a few long groups at most
+    "_count": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["above"]) + nbytes(a["equal"])},
+    "_write": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["latents"]) + nbytes(a["values"])},
+    "_weighted_sums": weighted_sums,
+    "_join": lambda a: {},  # where no latent is active at many times as many tokens as others
 }
 
 
@@ -192,8 +192,8 @@ class Counted(TorchDispatchMode):
 
     def launch(self, kernel, grid, *args, **constants) -> None:
         """In the place of kernels.launch."""
-        constants.pop("num_warps", None)
-        named = inspect.signature(kernel.fn).bind(*args, **constants).arguments
+        known = inspect.signature(kernel.fn)
+        named = known.bind(*args, **{name: n for name, n in constants.items() if name in known.parameters}).arguments
         name = kernel.fn.__name__
         if name not in KERNELS:
             raise ValueError(f"benchmarks/roofline.py: say in KERNELS what the kernel {name} moves")
@@ -238,6 +238,20 @@ def as_on_cuda(launch: Callable) -> Iterator[None]:
         yield
 
 
+class KnownDead(dead.DeadLatents):
+    """So many latents are dead. The question how many is in every step."""
+
+    def __init__(self, since: Tensor, many: int):
+        super().__init__(since, 10**6, BATCH)
+        self.many, self.every = many, 1
+
+    def ask(self):
+        return (self.since >= self.soon).sum(), None
+
+    def answer(self, asked) -> int:
+        return self.many
+
+
 class Case(NamedTuple):
     """What a step is counted for."""
 
@@ -279,15 +293,16 @@ def count(case: Case) -> Step:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
         since, bad = (torch.zeros(n, dtype=torch.int64, device=META) for n in ((case.d_hidden,), ()))
         unscale = torch.ones(N_MODELS, 1, device=META)
-        counted.hold([*model.parameters(), *model.buffers()])
+        dead_latents = KnownDead(since, DEAD if case.aux == "all used" else 0)
+        counted.hold([*model.parameters(), *model.buffers(), since, bad])
         with counted:
             for _ in range(2):
                 counted.operations, counted.peak = [], counted.now
                 rows = torch.empty(N_MODELS, case.batch, case.d_model, dtype=torch.float16, device=META).transpose(0, 1)
                 x = model.normalize(rows.float() * unscale)
-                dead = None if case.aux == "off" else since >= 10**6
+                are_dead = dead_latents.now(10**6) if case.aux != "off" else (None, None)
                 l1_coeff = 1.0 if case.variant == "vanilla" else 0.0
-                out = train.losses_and_gradients(model, x, case.batch, l1_coeff, 1 / 32, dead, None)
+                out = train.losses_and_gradients(model, x, case.batch, l1_coeff, 1 / 32, are_dead[0], None, are_dead[1])
                 train.update(model, optimizer, 1.0)
                 since.add_(len(x)).masked_fill_(out.fired, 0)
                 bad = torch.where((bad == 0) & ~out.loss.isfinite(), 1, bad)

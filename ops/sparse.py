@@ -135,7 +135,6 @@ class Reconstruction(NamedTuple):
     total: Tensor  # [d_hidden] sum of each latent's codes over the batch
     times: Tensor  # [d_hidden] number of tokens at which it is active
     smallest: Tensor  # [] smallest score that was kept; inf where none was or all positive codes are
-    product: Tensor | None  # [batch, d_hidden] on CUDA what `encode` gives, from which another selection can be made
 
 
 def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given by name
@@ -146,7 +145,6 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
     dtype: torch.dtype,
     weight: Tensor,
     count: int | None = None,
-    product: Tensor | None = None,
     few: bool | None = None,
     shard: Shard = ALONE,
 ) -> Reconstruction:
@@ -158,12 +156,12 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
         weight: [d_hidden] detached, not negative. A score is a code times its latent's weight.
         count: how many to keep over the whole batch and all processes (BatchTopK, arXiv 2412.06410: k * batch), fewer if
             fewer scores are positive; of equal ones at the cut the first by token, then latent. None: all positive ones.
-        product: CUDA only: what an earlier call returned for the same x and rows.
         few: whether to use the sparse form. None: where it is the faster one.
         shard: of the latents, where rows, b_enc and W_dec are those of this process alone.
     """
     with torch.no_grad():
-        if on_cuda(x) and product is None:
+        product = None
+        if on_cuda(x):
             from ops import kernels
 
             product = encode(x, rows, dtype, kernels.rows_of_16(len(x), len(rows), dtype, x.device))
@@ -180,7 +178,31 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
         decoded, total, times = _Sparse.apply(x, rows, b_enc, W_dec, dtype, found)
     else:
         decoded, total, times = _Dense.apply(x, rows, b_enc, W_dec, dtype, product, found)
-    return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), total, times, smallest, product)
+    return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), total, times, smallest)
+
+
+def places(dead: Tensor, most: int | None) -> Tensor:
+    """Which of [d_hidden] latents are dead, ascending. On CUDA `most` of them (None: all), filled up with live ones."""
+    return dead.to(torch.uint8).sort(descending=True, stable=True).indices[:most] if on_cuda(dead) else dead.nonzero()[:, 0]
+
+
+def take(t: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """t [d_hidden, ...] itself, and its rows `some`, all different, whose gradient is added to that of t where it lies.
+
+    t itself must go to one operation alone.
+    """
+    return _Take.apply(t, some)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, some):
+        ctx.save_for_backward(some)
+        return t.view_as(t), t[some]
+
+    @staticmethod
+    def backward(ctx, d_t, d_some):
+        return d_t.contiguous().index_add_(0, ctx.saved_tensors[0], d_some), None
 
 
 def most_sparse(x: Tensor, rows: Tensor, dtype: torch.dtype) -> int:

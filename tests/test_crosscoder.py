@@ -97,6 +97,22 @@ def test_losses_and_gradients_equal_float64_autograd(form, variant, with_aux, l1
         torch.testing.assert_close(getattr(crosscoder, name).grad.double().cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("k_aux, most_dead", [(2, 14), (2, 33), (14, 14), (20, 17), (1, 0)])
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_auxiliary_loss_of_as_many_places_as_there_may_be_dead_latents(variant, k_aux, most_dead, monkeypatch):
+    """On CUDA live latents fill the places up, and where every dead one may be used nothing is selected."""
+    device = choose_form("kernels", monkeypatch)
+    crosscoder, x, dead = make(variant, k_aux=k_aux), rows(), torch.arange(F) % 3 == 0
+    dead &= most_dead > 0  # 14 latents or none
+    losses, gradients = reference_losses(crosscoder, x, 0.7, 0.5, dead)
+    out = crosscoder.to(device).losses(x.to(device), 0.7, 0.5, dead.to(device), most_dead=most_dead)
+    out.loss.backward()
+    expected = losses[3] if most_dead else torch.zeros(())
+    torch.testing.assert_close(out.aux_loss.double().cpu(), expected.double(), rtol=1e-5, atol=1e-6)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(getattr(crosscoder, name).grad.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ops import sparse
+from ops.dead import DeadLatents
 from ops.selection import find_cut
 
 
@@ -102,3 +103,37 @@ def test_a_sample_of_unlike_tokens_does_not_change_what_is_kept(monkeypatch):
         found = sparse.find(unlike, rows, b_enc, torch.float32, weight, 5_000)
         expected = score.flatten().sort(descending=True).values[:5_000]
         torch.testing.assert_close((found.codes * weight[found.latents]).sort(descending=True).values, expected)
+
+
+def test_rows_taken_get_their_gradient_in_that_of_the_whole():
+    t = torch.randn(5, 2, requires_grad=True)
+    whole, rows = sparse.take(t, torch.tensor([3, 1]))
+    (whole.sum() + (rows * torch.tensor([[2.0], [5.0]])).sum()).backward()
+    assert torch.equal(rows, t[[3, 1]]) and torch.equal(t.grad, torch.tensor([1.0, 6, 1, 3, 1])[:, None].expand(5, 2))
+
+
+def test_the_number_of_dead_latents_is_never_above_what_the_host_knows():
+    """As on CUDA, where the host knows an old number: latents die and live again, and a run goes on from a checkpoint."""
+    batch, after, draw = 10, 1000, torch.Generator().manual_seed(0)
+    since = torch.randint(0, 300, (700,), generator=draw)
+    latents, now = DeadLatents(since, after, batch), DeadLatents(since, after, batch)
+    latents.asks = True
+    latents.ask = lambda: (int((since >= latents.soon).sum()), None)
+    latents.answer = lambda asked: asked[0]
+    seen = set()
+    for step in range(400):
+        (dead, most), (expected, _) = latents.now(10**6), now.now(10**6)
+        assert (dead is None and expected is None) or (torch.equal(dead, since >= after) and dead.sum() <= most)
+        seen.add((dead is not None, bool((since >= after).any())))
+        since += batch
+        since[torch.rand(700, generator=draw) < (0.05 if 100 < step < 200 else 0.004)] = 0
+        if step == 137:
+            latents.forget()
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_places_hold_the_dead_latents_first(monkeypatch):
+    dead = torch.tensor([False, True, False, True, False])
+    assert sparse.places(dead, None).tolist() == [1, 3]
+    monkeypatch.setattr(sparse, "on_cuda", lambda x: True)
+    assert sparse.places(dead, 3).tolist() == [1, 3, 0] and sorted(sparse.places(dead, None).tolist()) == list(range(5))
