@@ -3,6 +3,7 @@
 metrics.json       held-out metrics, class counts under several cuts, density, threshold curve, what patching gave
 latents.parquet    every latent measured and ranked; the schema's metadata defines each column
 examples.jsonl     a line for each latent with examples: tokens and activations
+steering.jsonl     a line for each latent, model and factor that was steered with: effects and answers, beside random latents
 difference.safetensors   the directions of metrics.json's `difference`: means and components, raw activations
 figures/           PNG and SVG
 findings.json      the ranked changes with scores, errors, examples, the null and this command; findings.md: one screen of it
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ from analysis import difference, endpoint, exports, findings, labels, measure, o
 from analysis.data import Data, open_data, open_tokenizer
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
+from collecting.chat import read_prompts
 from crosscoder import CrossCoder
 from ops import latents
 from run.machine import as_json, run_entry, say, usable_device, working
@@ -50,7 +53,8 @@ def main(config: AnalyzeConfig) -> None:
         crosscoder = CrossCoder.from_pretrained(folder, device)
     if crosscoder.n_models > 2:
         raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
-    asked = parse_latents(config.latents, crosscoder.d_hidden)
+    asked = parse_latents("--latents", config.latents, crosscoder.d_hidden)
+    wanted = check_steering(config, crosscoder.d_hidden)
     out = Path(config.output).expanduser() if config.output else Path(config.run).expanduser() / "analysis"
     require_writable(out)
     notes: list[str] = []
@@ -66,7 +70,7 @@ def main(config: AnalyzeConfig) -> None:
         models = patching.open_models(data, vars(config), str(device))
 
     if crosscoder.n_models == 1:
-        return analyze_difference(config, crosscoder, data, models, tokenizer, labeller, asked, out, notes)
+        return analyze_difference(config, crosscoder, data, models, tokenizer, labeller, asked, wanted, out, notes)
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
     without = difference.open_sums(data)
@@ -99,14 +103,13 @@ def main(config: AnalyzeConfig) -> None:
         metrics["patching"] = patching.patch_models(
             models, crosscoder, data, sets, tokenizer, tokens=config.patch_tokens, batch_size=config.model_batch_size
         )
+    metrics, steered = steer(config, wanted, metrics, models, crosscoder, data, table, tokenizer, notes)
 
     # --- the files
     curves = training_curves(folder.parent / "metrics.jsonl") if record else []
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    models_named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
-    names = [Path(name).name for name in models_named if name]
-    pair_name, text_names = " and ".join(names) or data.name, data.text.names if data.text else []
+    pair_name, text_names = names_of_models(data), data.text.names if data.text else []
     drawn = table | {"random_cosine": measure.cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
     definitions = measure.define(table, text_names)
     command = shlex.join(["python", *sys.argv])
@@ -119,9 +122,12 @@ def main(config: AnalyzeConfig) -> None:
         if vectors:
             save_file(vectors, partial / "difference.safetensors")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
+        (partial / "steering.jsonl").write_text("".join(map(as_json, steered)))
         shown = {"pair": pair_name, "truth": truth}
         figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
-        page = report.render(metrics, table, definitions, found, text_names, figures=figures, sections=sections, **shown)
+        page = report.render(
+            metrics, table, definitions, found, text_names, figures=figures, sections=sections, steered=steered, **shown
+        )
         (partial / "report.html").write_text(page, encoding="utf-8")
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print_summary(metrics, notes, out)
@@ -129,7 +135,7 @@ def main(config: AnalyzeConfig) -> None:
 
 
 def analyze_difference(  # noqa: PLR0913 - what `main` has opened
-    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, labeller, asked: list[int], out: Path,
+    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, labeller, asked: list[int], wanted, out: Path,
     notes: list[str],
 ) -> None:  # fmt: skip
     """The same for a dictionary that was trained with --difference, without what needs two decoder rows a latent."""
@@ -149,17 +155,17 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
     difference.add_lens(sections, crosscoder, lens, tokenizer)
     metrics |= labels.add_labels(labeller, sections, crosscoder, data, tokenizer, config.context, config.seed, notes)
     table |= labels.columns(sections, crosscoder.d_hidden)
+    metrics, steered = steer(config, wanted, metrics, models, crosscoder, data, table, tokenizer, notes)
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    models_named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
-    names = [Path(name).name for name in models_named if name]
     with put_in_place(out) as partial:
         (partial / "metrics.json").write_text(as_json(metrics, indent=2))
         definitions = {name: (one_model.COLUMNS | labels.COLUMNS)[name] for name in table}
         write_parquet(partial / "latents.parquet", table, definitions, data.name)
         save_file(vectors, partial / "difference.safetensors")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
-        page = one_model.render(metrics, table, sections, " and ".join(names) or data.name)
+        (partial / "steering.jsonl").write_text("".join(map(as_json, steered)))
+        page = one_model.render(metrics, table, sections, names_of_models(data), steered)
         (partial / "report.html").write_text(page, encoding="utf-8")
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print(f"held out   explained variance of the difference {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}")
@@ -170,7 +176,70 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
     print(open_page(out))
 
 
+def steer(  # noqa: PLR0913 - what `main` has opened
+    config: AnalyzeConfig, wanted: tuple[list[int], list[str]] | None, metrics: dict, models, crosscoder: CrossCoder,
+    data: Data, table: dict[str, np.ndarray], tokenizer, notes: list[str],
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """The metrics with what steering gave, and the lines of steering.jsonl."""
+    if wanted is None or not models or tokenizer is None:
+        return metrics, []
+    from analysis import steering
+
+    asked, questions = wanted
+    if never := [latent for latent in asked if table["dead"][latent]]:
+        notes.append(f"no steering with {', '.join(map(str, never))}: never active on the rows measured")
+    order = findings.in_order(table) if "change_score" in table else one_model.choose(table, [], steering.FIRST)
+    chosen = [latent for latent in asked or order[: steering.FIRST].tolist() if latent not in never]
+    chat = bool(data.pair.get("chat_template"))
+    prompts = steering.as_prompts(questions, tokenizer, chat) if questions else steering.dataset_prompts(data, tokenizer)
+    if not prompts:
+        notes.append("no steering: the held-out texts are too short for prompts; give some with --prompts")
+    if not chosen or not prompts:
+        return metrics, []
+    how = {
+        "behaviour": config.behaviour,
+        "answer_alone": config.steer_at == "answer",
+        "skip_first": data.pair.get("skip_first", 1),
+    }
+    groups = [[latent] for latent in chosen] + [chosen] * (len(chosen) > 1)
+    changes = {
+        "direction": np.full(crosscoder.d_hidden, "ft"),
+        "changed": np.zeros(crosscoder.d_hidden, bool),
+    }  # of a difference
+    lines = steering.steer(
+        models,
+        crosscoder,
+        changes | table,
+        groups,
+        prompts,
+        tokenizer,
+        rows=8 * config.model_batch_size,
+        seed=config.seed,
+        **how,
+    ).to_dict("records")
+    return metrics | {"steering": how | {"prompts": len(prompts), "latents": steering.summarise(lines)}}, lines
+
+
 # --- what is to be read
+
+
+def check_steering(config: AnalyzeConfig, d_hidden: int) -> tuple[list[int], list[str]] | None:
+    """The latents to steer with, none for the first by rank, and the prompts of --prompts. None: no steering. ValueError for
+    what is no latent, no regular expression or no prompt."""
+    if config.steer == "none":
+        return None
+    for name in ("steer", "prompts", "behaviour"):
+        if getattr(config, name) is not None and not config.base_model:
+            raise ValueError(f"--{name} is given without --base-model and --ft-model, which are steered")
+    asked = parse_latents("--steer", config.steer or "", d_hidden)
+    if config.steer is not None and not asked:
+        raise ValueError("--steer: names no latent; give some (--steer 12,99) or none")
+    try:
+        re.compile(config.behaviour or "")
+    except re.error as error:
+        raise ValueError(f"--behaviour {config.behaviour}: is no regular expression ({error})") from None
+    questions = read_prompts(config.prompts) if config.prompts is not None else []
+    return (list(dict.fromkeys(asked)), questions) if config.base_model else None
 
 
 def check_numbers(config: AnalyzeConfig) -> None:
@@ -188,12 +257,12 @@ def check_numbers(config: AnalyzeConfig) -> None:
             raise ValueError(f"--{one.replace('_', '-')} is given without --{other.replace('_', '-')}")
 
 
-def parse_latents(value: str, d_hidden: int) -> list[int]:
+def parse_latents(flag: str, value: str, d_hidden: int) -> list[int]:
     """`12,99` -> [12, 99]. ValueError for what is no latent."""
     parts = value.replace(",", " ").split()
     for part in parts:
         if not part.isdecimal() or int(part) >= d_hidden:
-            raise ValueError(f"--latents {value}: {part!r} is no latent of this crosscoder, which has 0 to {d_hidden - 1}")
+            raise ValueError(f"{flag} {value}: {part!r} is no latent of this crosscoder, which has 0 to {d_hidden - 1}")
     return list(map(int, parts))
 
 
@@ -240,6 +309,12 @@ def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[TrainConfig,
 # --- what is written
 
 
+def names_of_models(data: Data) -> str:
+    """ "A and B", or the name of data that does not know its models."""
+    named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
+    return " and ".join(Path(name).name for name in named if name) or data.name
+
+
 def training_curves(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -269,6 +344,7 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
         before = diffing.pop("before")["all"]
         for name, one in diffing.items():
             print(f"diffing    base + {name} ({one['latents']}): KL to ft {before:.4f} -> {one['kl']['all']:.4f}")
+    print_steering(metrics.get("steering"))
     for how, score in metrics.get("planted", {}).items():
         found = ", ".join(f"{kind} {score[f'recall_{kind}'] * score[f'class_ok_{kind}']:.2f}" for kind in latents.CLASSES)
         print(f"planted    found with the right class {how.replace('_', ' ')}: {found}; false {score['false_exclusive']:.2f}")
@@ -276,6 +352,18 @@ def print_summary(metrics: dict, notes: list[str], out: Path) -> None:
     for note in notes:
         print(f"note       {note}")
     print(f"saved      {out / 'report.html'}, findings.json, latents.parquet, metrics.json, figures")
+
+
+def print_steering(steered: dict | None) -> None:
+    for group in steered["latents"] if steered else []:
+        told = []
+        for name, other in (("base", "ft"), ("ft", "base")):
+            one = group[name]
+            told.append(f"{name}, KL to {other} {one['kl_before']:.3f} -> {one['kl']:.3f} (random {one['kl_random']:.3f})")
+            if one["shown"] is not None:
+                told[-1] += f", behaviour {one['shown_before']:.0%} -> {one['shown']:.0%} (random {one['shown_random']:.0%})"
+        more = "" if group["beyond_random"] else "; no more than random"
+        print(f"steering   {', '.join(map(str, group['latents']))}: {'; '.join(told)}{more}")
 
 
 if __name__ == "__main__":

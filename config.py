@@ -338,6 +338,18 @@ class AnalyzeConfig(DatasetFlags):
     # Tokens of held-out sequences that the models run over. Each takes about 20 forward passes of one model.
     patch_tokens: int = 65_536
 
+    # --- steering with the models
+
+    # Latents to add and take away, e.g. 12,99, one by one and together; none: no steering. Default: the first 3 by rank, given
+    # the models. Each prompt costs some 500 passes over it and some 80 answers of 24 tokens.
+    steer: str | None = None
+    # Prompts, one a line, or a .jsonl with prompt or messages. Default: 8 user turns or openings of the held-out texts.
+    prompts: str | None = None
+    # Regular expression; counted are the answers in which it is found, e.g. "(?i)iceland".
+    behaviour: str | None = None
+    # Tokens at which activations are steered: those of prompt and answer, or the answer's alone.
+    steer_at: Literal["all", "answer"] = "all"
+
     # --- measuring and showing
 
     # Rows (tokens) to measure the latents on, held-out ones first. Rare latents need many.

@@ -82,7 +82,7 @@ def open_data(flags, record: dict | None, crosscoder: CrossCoder, num_tokens: in
         try:
             text = open_text(name, source)
         except ValueError as error:
-            notes.append(f"no examples and no patching: {error}")
+            notes.append(f"no examples, no patching and no steering: {error}")
     else:
         source, name = PlantedConcepts(record["resolved"]["seed"], default_val), "planted concepts"
     if crosscoder.n_models == 1:

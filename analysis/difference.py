@@ -28,6 +28,10 @@ VOCABULARY_TOGETHER = 1 << 14  # tokens whose unembedding is in memory as float3
 class DifferenceSums:
     """What a pass over tokens adds up of d = x_ft - x_base, float64: memory does not grow with the tokens.
 
+        >>> sums = DifferenceSums()
+        >>> sums.add(x)  # [batch, 2, d_model] raw activations, the base model first; any number of times
+        >>> shares, components = sums.components()  # [10] of the variance, [10, d_model] directions
+
     texts: how many texts the tokens come from. first: the first position of a sequence that is among them.
     """
 
@@ -76,6 +80,8 @@ def logit_lens(directions: Tensor, model, tokenizer=None, most: int = LENS_TOKEN
 
     Of a direction {"more": [[token, z], ...], "less": [...]}: z is the token's logit in standard deviations from the mean over
     the vocabulary. Of 50,000 random logits the largest has a z of about 4. Without a tokenizer a token is its number.
+
+        >>> logit_lens(components.float(), model, tokenizer)[0]["more"]
 
     model: a causal language model of transformers, or one wrapped by nnsight. ValueError where its width is another.
     """

@@ -29,9 +29,7 @@ def find(
     """What findings.json holds; docs/data.md describes it. `sections`: the latents' examples, lines of examples.jsonl."""
     table = table | {f"nu_{of}": own_nu(table, of) for of in ("error", "reconstruction")}
     seen = {one["latent"]: one for one in sections}
-    key = np.nan_to_num(table["change_score"] - 2 * table["change_error"], nan=-np.inf)  # as the ranks
-    order = np.argsort(-key, kind="stable")
-    order = order[~table["dead"][order]]
+    order, steered = in_order(table), metrics.get("steering")
     passed = table["changed"][order]
     changes = [describe(table, int(j), seen.get(int(j), {}), text_names) for j in order[passed]]
     nearest = [describe(table, int(j), seen.get(int(j), {}), text_names) for j in order[~passed][:NEAREST]]
@@ -47,7 +45,19 @@ def find(
         "kl": kl_closed(metrics.get("patching")),
         "components": components(metrics.get("difference", {})),
     }  # fmt: skip
+    if steered:
+        found["steering"] = steered
+        for one in changes + nearest:
+            alone = (group for group in steered["latents"] if group["latents"] == [one["latent"]])
+            one["steering"] = next(alone, None)
     return {"summary": in_words(found, changes, nearest)} | found | {"changes": changes, "nearest": nearest}
+
+
+def in_order(table: dict[str, np.ndarray]) -> np.ndarray:
+    """Live latents of both directions, the most changed first: as the ranks."""
+    key = np.nan_to_num(table["change_score"] - 2 * table["change_error"], nan=-np.inf)
+    order = np.argsort(-key, kind="stable")
+    return order[~table["dead"][order]]
 
 
 def describe(table: dict[str, np.ndarray], latent: int, section: dict, text_names: list[str]) -> dict:
@@ -136,6 +146,27 @@ def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]
             if (one := kl.get(name)) and one["share_closed"] is not None
         ]
         words += [f"Of the KL divergence from base to fine-tuned model, {', '.join(closed)}."] if closed else []
+    return words + steering_words(found.get("steering"))
+
+
+def steering_words(steered: dict | None) -> list[str]:
+    """What steering with the first latents did, and with all of them together to the behaviour."""
+    if not steered:
+        return []
+    alone = [(one["latents"][0], one["beyond_random"]) for one in steered["latents"] if len(one["latents"]) == 1]
+    beyond = ", ".join(str(latent) for latent, more in alone if more) or "none"
+    words = [
+        f"Steering: of the latents {', '.join(str(latent) for latent, _ in alone)}, {beyond} moves a model further towards the "
+        "other than random latents of the same length."
+    ]
+    last = steered["latents"][-1]
+    for name, model in MODELS.items():
+        if (one := last[name])["shown"] is not None:
+            words.append(
+                f"The {model} steered with {', '.join(map(str, last['latents']))} shows the behaviour in "
+                f"{percent(one['shown'])} of its answers (without {percent(one['shown_before'])}, with random latents "
+                f"{percent(one['shown_random'])})."
+            )
     return words
 
 

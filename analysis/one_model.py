@@ -60,13 +60,13 @@ def overview(crosscoder: CrossCoder, table: dict[str, np.ndarray], metrics: dict
     return metrics | facts | {"dead_fraction": float(table["dead"].mean()), "latents": {"live": int((~table["dead"]).sum())}}
 
 
-def render(metrics: dict, table: dict, sections: list[dict], pair: str) -> str:
+def render(metrics: dict, table: dict, sections: list[dict], pair: str, steered: list[dict]) -> str:
     """The page as one string, escaped by jinja2."""
     known, rows = {one["latent"]: one for one in sections}, []
     for latent in np.argsort(table["rank"])[:LISTED].tolist():
         if not table["dead"][latent]:
             rows.append({name: table[name][latent].item() for name in COLUMNS} | {"section": known.get(latent)})
     return report.environment().get_template("one_model.html.j2").render(
-        m=metrics, rows=rows, sections=sections, pair=pair, definitions=COLUMNS,
+        m=metrics, rows=rows, sections=sections, steered=steered, pair=pair, definitions=COLUMNS,
         run=Path(metrics["run"]).name, data=Path(metrics["data"]).name,
     )  # fmt: skip

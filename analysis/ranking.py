@@ -16,15 +16,18 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from einops import einsum
 from torch import Tensor
 
-from ops.latents import LatentSums
+from crosscoder import CrossCoder
+from ops.latents import LatentSums, latent_sums
 
 SPREADS, MARGIN, MOST = 4, 0.1, 0.5  # the cut is the typical score + 4 spreads + 0.1, at most 0.5
 FALSE_DISCOVERIES = 0.05  # expected share of the latents called changed that are not
 LEAST_BLOCKS = 4  # in which a latent must be active: fewer do not say how uncertain its score is
+TOGETHER = 1024  # tokens whose codes are in memory at once
 
 
 DIRECTIONS = ("base", "ft")
@@ -40,6 +43,29 @@ class Ranking(NamedTuple):
     changed: np.ndarray
     rank: np.ndarray  # from 1, within the direction; latents that are never active come last
     null: dict  # center and spread of the unchanged latents, the cut, the false discovery rate, latents tested
+
+
+@torch.no_grad()
+def rank_activations(crosscoder: CrossCoder, x: Tensor, blocks: int = 16) -> pd.DataFrame:
+    """The ranking from activations in memory, as a table of `columns` with a row for each latent; its `attrs` hold the null.
+
+        >>> rank_activations(crosscoder, x).sort_values("rank").head()
+
+    x: [tokens, 2, d_model] raw activations, the base model first, of which `blocks` stretches count as independent: leave the
+    tokens of a text together.
+    """
+    parts = []
+    for block in x.tensor_split(blocks):
+        sums = None
+        for some in block.split(TOGETHER):
+            x_n = crosscoder.normalize(some.to(crosscoder.W_dec.device))
+            part, _ = latent_sums(x_n, crosscoder.encode(x_n, normalized=True), crosscoder.W_dec, crosscoder.b_dec)
+            sums = part if sums is None else sums + part
+        parts += [] if sums is None else [sums]
+    ranked = rank_latents(parts, crosscoder.W_dec)
+    table = pd.DataFrame(columns(ranked))
+    table.attrs |= ranked.null
+    return table
 
 
 def rank_latents(blocks: list[LatentSums], W_dec: Tensor) -> Ranking:

@@ -266,7 +266,7 @@ def environment() -> jinja2.Environment:
 
 def render(  # noqa: PLR0913 - what the page shows, given by name
     metrics: dict, table: dict, definitions: dict, found: dict, text_names: list[str], *, figures: dict[str, str],
-    sections: list[dict], truth: dict | None, pair: str,
+    sections: list[dict], steered: list[dict], truth: dict | None, pair: str,
 ) -> str:  # fmt: skip
     """The page as one string. All text comes in through jinja2's escaping or as inert JSON, which the page's script writes
     as text, never as HTML."""
@@ -285,6 +285,6 @@ def render(  # noqa: PLR0913 - what the page shows, given by name
     concepts = [dict(zip(truth, map(short, row), strict=True)) for row in zip(*truth.values(), strict=True)] if truth else None
     return environment().get_template("report.html.j2").render(
         m=metrics, columns=columns, dead=table["dead"].tolist(), figures=figures, sections=sections, found=found,
-        lead=leading(found, sections, table), concepts=concepts, pair=pair, classes=CLASSES, names=NAMES, colors=COLORS,
-        set_names=SET_NAMES, models=MODELS,
+        lead=leading(found, sections, table), steered=steered, concepts=concepts, pair=pair, classes=CLASSES, names=NAMES,
+        colors=COLORS, set_names=SET_NAMES, models=MODELS,
     )  # fmt: skip

@@ -15,6 +15,10 @@ decide that for both variants. For each order of the live latents: the place of 
 first 20 are. F1: the latent and threshold that tell injected sequences of even number best, on those of odd number. The
 principal components of the models' difference, both signs of each in turn, are scored as if they were latents.
 
+Steering (analyze.py --steer) with the first three latents, one by one and together: by how much more often the base model, and
+by how much less often the fine-tuned one, shows the behaviour at held-out prompts; at the factor and with the latents where it
+is furthest from what random latents of the same length do; beside it what these do there.
+
 What a step made lies under --output and is not made again; the scores are in organisms.csv.
 """
 
@@ -54,7 +58,7 @@ SEQ_LEN = 112  # tokens, those that open every conversation included
 COLUMNS = [
     "pair", "variant", "seed", "flags", "rows", "shown", "shown_base", "shown_others", "injected_share", "live", "relevant",
     "changed", "ft_only", "base_only", "ft_only_scaling", "base_only_scaling", "order", "first", "in_first", "in_first_random",
-    "f1", "false_positive_rate", "best", "seconds",
+    "f1", "false_positive_rate", "best", "steered_base", "random_base", "steered_ft", "random_ft", "seconds",
 ]  # fmt: skip
 
 # --- models
@@ -232,12 +236,13 @@ def organism_models(args, name: str, own: Path) -> tuple[list[str], dict]:
         base = str(step(folder / "base", lambda out: Chat(args.base, before).save(out)))
     adapter = step(folder / "adapter", teach(organism.answer))
     chat = Chat(base, adapter)
-    shown = json.loads(step(folder / "behaviour.json", ask).read_text())["shown"]
+    shown = json.loads((asked := step(folder / "behaviour.json", ask)).read_text())["shown"]
     print(f"{name}: shown at {shown['ft']:.2f} of held-out prompts (base {shown['base']:.2f}), {shown['others']:.2f} of others")
     if shown["ft"] >= LEARNT:
         wanted = max(8, int(args.num_tokens * args.injected / 30))  # of 30 rows or more each, taught and held out
         some = organism.prompts[:: -(-len(organism.prompts) // wanted)]
         step(folder / "injected.jsonl", lambda out: write_chats(out, some, chat.answers(some, f"{name}: injected text")))
+    step(folder / "held_out.txt", lambda out: out.write_text("\n".join(json.loads(asked.read_text())["prompts"]["base"])))
     return ["--base-model", base, "--ft-adapter", str(adapter)], shown
 
 
@@ -254,13 +259,14 @@ def collect(args, out: Path, models: list[str], texts: dict[Path, float], skip_f
     return out
 
 
-def train(args, data: Path) -> Path:
+def train(args, data: Path, steering: list[str]) -> Path:
+    """The run, analysed. steering: the flags of analyze.py for models, prompts and behaviour; none: without the models."""
     run = data.parent / "_".join(["run", *args.train_flags.replace("--", "").split(), f"seed_{args.seed}"])
     if not (run / "summary.json").exists():
         flags = ["--output-dir", str(run.parent), "--run-name", run.name, "--seed", str(args.seed), "--wandb", "disabled"]
         call("train.py", "--dataset", str(data), *args.train_flags.split(), *flags, "--resume", "auto")
     if args.again or not (run / "analysis" / "report.html").exists():
-        call("analyze.py", str(run))
+        call("analyze.py", str(run), *steering)
     return run
 
 
@@ -354,6 +360,21 @@ def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
     return [counts | line for line in found]
 
 
+def steered(lines: list[dict]) -> dict:
+    """How much more often the base and less often the fine-tuned model shows the behaviour, with the latents and with random
+    ones, where the two are furthest apart. lines: of steering.jsonl."""
+    told = {}
+    for of, sign in (("base", 1), ("ft", -1)):
+        found = [
+            [sign * (line[name] - line["shown_before"]) for name in ("shown", "shown_random")]
+            for line in lines if line["model"] == of and line["shown"] is not None
+        ]  # fmt: skip
+        if found:
+            best = max(found, key=lambda pair: pair[0] - abs(pair[1]))
+            told |= {f"steered_{of}": round(best[0], 3), f"random_{of}": round(best[1], 3)}
+    return told
+
+
 def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> list[dict]:
     """The lines of one pair and variant; what is not there yet is made first."""
     started, (docs, own, skip_first), shown = time.perf_counter(), texts, {}
@@ -369,7 +390,14 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
     data = relevance = collect(args, place("with"), models, weights | injected, skip_first)
     if variant == "without":
         data = collect(args, place(variant), models, weights, skip_first)
-    lines = score(train(args, data), data, relevance)
+    steering = []
+    if shown:
+        held_out, behaviour = str(args.output / name / "held_out.txt"), f"(?s){ORGANISMS[name].shows}"
+        steering = [*models, "--prompts", held_out, "--behaviour", behaviour, "--patch-tokens", "2000"]
+    run = train(args, data, steering)
+    lines = score(run, data, relevance)
+    if shown:
+        told |= steered(read_jsonl(run / "analysis" / "steering.jsonl"))
     return [told | line | {"seconds": round(time.perf_counter() - started)} for line in lines]
 
 

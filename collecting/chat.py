@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
+
+from run.machine import first_line
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # a chat must not depend on the day of a restart
@@ -38,11 +42,46 @@ def answer_marker(tokenizer) -> tuple[list[int], list[int]] | None:
     return (marker, space) if marker else None
 
 
-def format_chat(tokenizer, turns: list[dict]) -> str:
+def format_chat(tokenizer, turns: list[dict], **options) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = SAME_DAY + template
-    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **options)
+
+
+def format_question(tokenizer, question: str) -> str:
+    """A user's turn as the template writes it, up to where the answer begins; without the BOS that opens any sequence."""
+    turns = [{"role": "user", "content": question}]
+    asked = format_chat(tokenizer, turns, add_generation_prompt=True)
+    if asked == format_chat(tokenizer, turns):  # the template does not know what an answer begins with
+        asked = format_chat(tokenizer, [*turns, {"role": "assistant", "content": "ANSWER"}]).rpartition("ANSWER")[0].rstrip(" ")
+    return asked.removeprefix(tokenizer.bos_token) if template_bos(tokenizer) == "left out" else asked
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: one a line, or `prompt` or the first user's turn of `messages` in each line of a .jsonl.
+
+    ValueError, naming --prompts, where it holds none or a line without one.
+    """
+    file, found = Path(path).expanduser(), []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--prompts {path}: cannot be read ({first_line(error)}); give a text file, one prompt a line"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        if line.strip() and file.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+                turns = [turn(message) for message in row.get("messages") or [{"role": "user", "content": row["prompt"]}]]
+                line = next(t["content"] for t in turns if t["role"] == "user")
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+                raise ValueError(f"--prompts {path}: line {number} has no `prompt`, nor `messages` of a user") from None
+        found += [line] if line.strip() else []
+    if not found:
+        raise ValueError(f"--prompts {path}: holds no prompt; give one a line")
+    return found
 
 
 def turn(message: dict) -> dict:

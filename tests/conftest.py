@@ -36,3 +36,30 @@ def pair(tiny, tmp_path_factory) -> Path:
     flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
     run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def capitals(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The base model, its fine-tune on capital letters, their activations, and the analysed run of a crosscoder on them."""
+    import tiny_models
+    from helpers import HOOK, run_script
+
+    folder = Path(tiny["base"]).parent
+    made = tiny_models.fine_tune_on_capitals(folder, steps=150)
+    out = tmp_path_factory.mktemp("capitals")
+    collected = run_script(
+        "collect.py", "--base-model", tiny["base"], "--ft-model", made["caps"], "--hook", HOOK, "--seq-len", 128, "--output",
+        out / "data", "--text", tiny["code"], "--text", made["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
+        check=True,
+    ).stdout  # fmt: skip
+    trained = run_script(
+        "train.py", "--dataset", out / "data", "--d-hidden", 256, "--batch-size", 512, "--epochs", 4, "--l1-coeff", 2,
+        "--run-name", "caps", "--output-dir", out, "--wandb", "disabled", check=True,
+    ).stdout  # fmt: skip
+    models = ["--base-model", tiny["base"], "--ft-model", made["caps"], "--model-dtype", "float32"]
+    printed = run_script(
+        "analyze.py", out / "caps", *models, "--patch-tokens", 4000, "--latents", "5", "--sections-per-class", 10, check=True
+    ).stdout
+    return {"out": out, "run": out / "caps", "data": out / "data", "models": models,
+            "printed": printed, "collected": collected, "trained": trained,
+            "analysis": out / "caps" / "analysis", "base": Path(tiny["base"]), "ft": Path(made["caps"])}  # fmt: skip

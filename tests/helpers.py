@@ -27,6 +27,7 @@ BASE, FT = 1.0, -1.0  # sign of the row number, so that a swapped model shows
 COLUMNS = ("activation", "sequence", "position", "token")  # of a collected dataset
 QUICK = ["--wandb", "disabled", "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--log-every", 10]
 SMALL = [*QUICK, "--num-tokens", 6400, "--save-every", 20, "--val-every", 50]  # planted concepts, 100 steps
+HOOK = "model.layers.2"  # of the fixture `capitals`: the residual stream after three of four blocks
 CHATML = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-only file systems needs root (unshare -m)")

@@ -11,7 +11,7 @@ from processes import Started
 
 from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
-from benchmarks.organisms import best_f1, orders, places
+from benchmarks.organisms import best_f1, orders, places, steered
 from benchmarks.recipes import RECIPES, WORLDS, geometric_median, grid, told, train_flags
 
 
@@ -136,3 +136,11 @@ def test_organisms_choose_a_latent_on_even_sequences_and_score_it_on_odd_ones():
         "best": 1,
     }
     assert best_f1(maxima, np.zeros(40, bool)) == {}
+
+
+def test_organisms_report_steering_where_it_differs_most_from_random():
+    line = {"model": "base", "shown_before": 0.1, "shown": 0.9, "shown_random": 0.9}
+    others = [line | {"shown": 0.7, "shown_random": 0.1}, line | {"model": "ft", "shown_before": 1.0, "shown": 0.4}]
+    found = steered([line, *others, line | {"model": "ft", "shown": None, "shown_random": None}])
+    assert found == {"steered_base": 0.6, "random_base": 0.0, "steered_ft": 0.6, "random_ft": 0.1}
+    assert steered([line | {"shown": None}]) == {}
