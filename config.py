@@ -341,7 +341,7 @@ class AnalyzeConfig(DatasetFlags):
     # --- steering with the models
 
     # Latents to add and take away, e.g. 12,99, one by one and together; none: no steering. Default: the first 3 by rank, given
-    # the models. Each prompt costs some 500 passes over it and some 80 answers of 24 tokens.
+    # the models. A prompt costs some 480 passes over it and an answer, and 74 answers of 24 tokens.
     steer: str | None = None
     # Prompts, one a line, or a .jsonl with prompt or messages. Default: 8 user turns or openings of the held-out texts.
     prompts: str | None = None

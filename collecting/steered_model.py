@@ -62,8 +62,8 @@ def added(model, hook: str, vectors: Tensor, where: Tensor) -> Iterator[None]:
 
 
 def steered(length: int, answer_from: int, skip_first: int, answer_alone: bool) -> Tensor:
-    """[length] bool, the positions that get the vector: those that predict the answer, or all from `skip_first` on."""
-    return torch.arange(length) >= (answer_from - 1 if answer_alone else skip_first)
+    """[length] bool, the positions that get the vector: those that predict the answer, and those from `skip_first` on."""
+    return torch.arange(length) >= (answer_from - 1 if answer_alone else min(skip_first, answer_from - 1))
 
 
 @torch.no_grad()
