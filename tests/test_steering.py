@@ -134,6 +134,48 @@ def test_the_direction_is_the_longer_row_in_raw_activations_with_its_typical_len
     assert len({tuple(one) for one in steering.draw_controls(table, [ft], 19, seed=0)}) == 19
 
 
+def test_a_planted_cause_is_found(capitals, tokenizer):
+    """The fine-tuned model is the base model with a vector towards capitals added: a factor of 2 of latent 0 is that vector."""
+    base, ft = (plain_model(capitals["base"]) for _ in range(2))
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    upper = torch.tensor([text.strip().isalpha() and text.isupper() for text in texts])
+    towards = (base.lm_head.weight[upper].mean(0) - base.lm_head.weight.mean(0)).detach()
+    crosscoder = CrossCoder(64, 40, seed=1)  # rows of random directions
+    with torch.no_grad():
+        crosscoder.scale.copy_(torch.tensor([2.0, 4.0]))
+        crosscoder.W_dec[0, 1] = towards / towards.norm()
+    table = {
+        "mean_act": np.full(40, 10.0),
+        "direction": np.full(40, "ft"),
+        "dead": np.zeros(40, bool),
+        "changed": np.arange(40) == 0,
+    }
+    vector = 2 * 10.0 * crosscoder.W_dec[0, 1].detach() / 4
+    ft.get_submodule(HOOK).register_forward_hook(lambda module, args, out: out + vector)
+    asked = ["def main(self, name", "import os", "for line in lines:", "return self", "    if not", "class A", "while", "x = ["]
+    prompts = steering.as_prompts([*asked, "def __init__(self, file", "try:\n    import", "raise", "assert len(x)"], tokenizer)
+    lines = steering.steer(
+        [(base, HOOK), (ft, HOOK)],
+        crosscoder,
+        table,
+        [[0], [1]],
+        prompts,
+        tokenizer,
+        behaviour=CAPITALS,
+        tokens=8,
+        skip_first=0,
+    ).to_dict("records")
+    for line in lines[1:2] + lines[7:8]:  # factor 2 in either model
+        assert line["latents"] == [0] and line["factor"] == 2 and line["kl"] < 1e-4 < 0.5 < line["kl_before"]
+        assert [one["steered"] for one in line["answers"]] == [one["other"] for one in line["answers"]]
+    planted, other = steering.summarise(lines)
+    for one in (planted["base"], planted["ft"]):
+        assert one["beyond_random_kl"] and one["beyond_random_shown"] and one["random_as_much"] == 0
+        assert one["shown"] == one["shown_other"] and abs(one["shown"] - one["shown_before"]) > 0.5
+        assert abs(one["shown_random"] - one["shown_before"]) < 0.2
+    assert planted["beyond_random"] and not other["beyond_random"]
+
+
 # --- through the command line
 
 
@@ -192,13 +234,11 @@ def test_latents_of_capitals_cause_capitals(capitals, tmp_path):
     run_script("analyze.py", capitals["run"], *capitals["models"], *flags, check=True)
     found = json.loads((tmp_path / "out" / "findings.json").read_text())["steering"]["latents"]
     assert [group["latents"] for group in found] == [*([latent] for latent in chosen), chosen]
-    print(json.dumps(found, indent=1))
     base, ft = ([group[name] for group in found] for name in ("base", "ft"))
-    assert max(one["shown"] - one["shown_before"] for one in base) > 0.1  # more capitals in the base model
-    assert max(one["shown"] - one["shown_random"] for one in base) > 0.5
-    assert min(one["shown"] - one["shown_before"] for one in ft) < -0.4  # fewer in the fine-tuned one
-    assert any(one["beyond_random_kl"] and one["kl"] < one["kl_before"] < one["kl_random"] for one in base)
-    assert found[0]["beyond_random"] or found[1]["beyond_random"]
+    assert any(one["kl"] < one["kl_before"] < one["kl_random"] for one in base)  # 2.007 < 2.035 < 2.070
+    fewer = min(ft[:3], key=lambda one: one["shown"] - one["shown_random"])
+    assert fewer["shown_before"] > 0.8 and fewer["shown"] < fewer["shown_random"] - 0.5  # 1 of 6 answers, random latents 6 of 6
+    assert fewer["beyond_random_shown"] and any(group["beyond_random"] for group in found[:3])
 
 
 def test_the_same_model_twice_is_moved_by_nothing(capitals, tmp_path):
