@@ -172,7 +172,7 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
     for one in (planted["base"], planted["ft"]):
         assert one["beyond_random_kl"] and one["beyond_random_shown"] and one["random_as_much"] == 0
         assert one["shown"] == one["shown_other"] and abs(one["shown"] - one["shown_before"]) > 0.5
-        assert abs(one["shown_random"] - one["shown_before"]) < 0.2
+        assert abs(one["shown_random"] - one["shown"]) > 0.5
     assert planted["beyond_random"] and not other["beyond_random"]
 
 
@@ -299,8 +299,8 @@ def test_chats_give_user_turns_and_texts_give_openings(tiny, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(300)))
     flags = ["--text", tiny["code"], "--text", tmp_path / "chats.jsonl", "--no-pack", "--seq-len", 64, "--chat-template"]
     run_script(
-        "collect.py", "--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", HOOK, *flags, "--num-tokens", 3000,
-        "--model-dtype", "float32", "--output", tmp_path / "data", check=True,
+        "collect.py", "--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", HOOK, *flags, "--num-tokens", 4000,
+        "--val-tokens", 1000, "--model-dtype", "float32", "--output", tmp_path / "data", check=True,
     )  # fmt: skip
     from analysis.data import open_data
     from config import TrainConfig
