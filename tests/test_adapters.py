@@ -76,7 +76,7 @@ def test_lora_fine_tune_goes_through_collect_and_train(tiny, lora, tmp_path):
     small = ["--d-hidden", 64, "--batch-size", 256, "--wandb", "disabled", "--output-dir", tmp_path]
     run_script("train.py", "--dataset", out, *small, "--run-name", "stored", check=True)
     models = ["--base-model", tiny["base"], "--ft-adapter", lora, "--model-dtype", "float32"]
-    few = ["--patch-tokens", 500, "--num-tokens", 2000, "--sections-per-class", 0]
+    few = ["--patch-tokens", 500, "--num-tokens", 2000, "--sections-per-class", 0, "--steer", "none"]
     shown = run_script("analyze.py", tmp_path / "stored", *models, *few, check=True).stdout
     assert f"# {Path(tiny['base']).name} and adapter: what changed" in shown
     measured = json.loads((tmp_path / "stored" / "analysis" / "metrics.json").read_text())

@@ -75,7 +75,8 @@ def page_of(tmp_path_factory):
         null = {"center": 0.05, "spread": 0.01, "cut": 0.19, "false_discovery_rate": 0.05, "blocks": 16, "tested": n - 1}
         found = findings.find(table, null, metrics, sections, ["</script>.txt"], HOSTILE[0], "python analyze.py /home/me/run")
         html = report.render(
-            metrics, table, definitions, found, ["</script>.txt"], figures=drawn, sections=sections, truth=None, pair=HOSTILE[0]
+            metrics, table, definitions, found, ["</script>.txt"], figures=drawn, sections=sections, steered=[], truth=None,
+            pair=HOSTILE[0],
         )  # fmt: skip
         (folder / "report.html").write_text(html, encoding="utf-8")
         return folder / "report.html"
