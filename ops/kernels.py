@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 from ops.selection import SAMPLED, find_bin, some_more
 from ops.shard import ALONE, Shard
 
-# Scores that a program looks at together, a latent's bias and weight serving several tokens, and its warps: 16 scores a thread.
-# With 32 a thread `_write` needs 220 registers or more, with 16 about 100, which lets two programs run at once.
-TOKENS, SCAN, WARPS = 8, 512, 8
+# Scores that a program looks at together, a latent's bias and weight serving several tokens, and its warps: 16 scores a thread,
+# with which no kernel needs more than 128 registers. A program does so many blocks one after the other.
+TOKENS, SCAN, WARPS, BLOCKS = 8, 512, 8, 8
 TILE = 512  # columns of a wide row that a program adds up, 16 bytes of a row a thread: a sum over rows stays in the thread
 ENTRIES = 8  # rows that it loads together; half as many with inner products, which in bfloat16 else need over 128 registers
 PIECE, FURTHER = 256, 1024  # entries that a program adds up at least before a group is split; further programs for split groups
@@ -43,54 +43,58 @@ def _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS: tl.constexp
     return token, latent, code, tl.where(inside & (code > 0) & (score > 0), score, 0.0).to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["every"])
+@triton.jit(do_not_specialize=["n", "every"])
 def _histogram(  # noqa: PLR0913 - pointers
-    pre, b_enc, weight, low, high, bins, shift, every, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+    pre, b_enc, weight, low, high, bins, shift, n, every, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
 ):  # fmt: skip
     """Count the scores with bits from `low` on and below `high` by their upper 16 bits (shift 16) or lower ones (shift 0).
 
-    Only one block in `every` is looked at.
+    Only one block in `every` is looked at, n in all.
     """
     least, most = tl.load(low), tl.load(high)
     if least < most:
-        block = tl.program_id(0) * every
-        _, _, _, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
-        wanted = (bits > 0) & (bits >= least) & (bits < most)
-        tl.atomic_add(bins + ((bits >> shift) & 0xFFFF), 1, mask=wanted, sem="relaxed")  # the default waits for all of memory
+        for number in range(tl.program_id(0), n, tl.num_programs(0)):
+            _, _, _, bits = _scores(pre, b_enc, weight, number * every, batch, width, blocks, TOKENS, SCAN)
+            wanted = (bits > 0) & (bits >= least) & (bits < most)
+            tl.atomic_add(bins + ((bits >> shift) & 0xFFFF), 1, mask=wanted, sem="relaxed")  # else each waits for all memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _count(  # noqa: PLR0913 - pointers
-    pre, b_enc, weight, cut, above, equal, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+    pre, b_enc, weight, cut, above, equal, n, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
 ):  # fmt: skip
     """How many of a block's scores of each token lie above the cut, and how many on it."""
-    block = tl.program_id(0)
-    token, _, _, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
     at = tl.load(cut)
-    both = (bits > at).to(tl.int32) + (((bits == at) & (bits > 0)).to(tl.int32) << 16)  # one sum for two numbers
-    both = tl.sum(both, 1)
-    place = token * blocks + block % blocks
-    tl.store(above + place, both & 0xFFFF, mask=token < batch)
-    tl.store(equal + place, both >> 16, mask=token < batch)
+    for block in range(tl.program_id(0), n, tl.num_programs(0)):
+        token, _, _, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
+        both = (bits > at).to(tl.int32) + (((bits == at) & (bits > 0)).to(tl.int32) << 16)  # one sum for two numbers
+        both = tl.sum(both, 1)
+        place = token * blocks + block % blocks
+        tl.store(above + place, both & 0xFFFF, mask=token < batch)
+        tl.store(equal + place, both >> 16, mask=token < batch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _write(  # noqa: PLR0913 - pointers
-    pre, b_enc, weight, cut, ties, starts, latents, values, batch, width, blocks, TOKENS: tl.constexpr, SCAN: tl.constexpr
+    pre, b_enc, weight, cut, ties, starts, latents, values, n, batch, width, blocks,
+    SCAN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the latents and codes that are kept: all above the cut and of each token and block the first `ties` on it."""
-    block = tl.program_id(0)
-    token, latent, code, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, TOKENS, SCAN)
-    place = token * blocks + block % blocks
-    at = tl.load(cut)
-    left = tl.load(ties + place, mask=token < batch, other=0).to(tl.int32)[:, None]
-    start = tl.load(starts + place, mask=token < batch, other=0).to(tl.int32)[:, None]
-    above, tied = bits > at, (bits == at) & (bits > 0)
-    both = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 1)  # one sum for two numbers
-    kept = above | (tied & (both >> 16 <= left))
-    to = start + (both & 0xFFFF) + tl.minimum(both >> 16, left) - 1
-    tl.store(latents + to, (latent[None, :] + tl.zeros_like(bits)).to(tl.int64), mask=kept)
-    tl.store(values + to, code, mask=kept)
+    """Write the latents and codes that are kept: all above the cut and of each token and block the first `ties` on it.
+
+    A block here is of one token, and passed over if nothing of it is kept.
+    """
+    at, first = tl.load(cut), tl.program_id(0) * BLOCKS
+    for block in range(first, tl.minimum(first + BLOCKS, n)):
+        start = tl.load(starts + block)
+        if start < tl.load(starts + block + 1):
+            left = tl.load(ties + block).to(tl.int32)
+            _, latent, code, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, 1, SCAN)
+            above, tied = bits > at, (bits == at) & (bits > 0)
+            both = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 1)  # one sum for two numbers
+            kept = above | (tied & (both >> 16 <= left))
+            place = (both & 0xFFFF) + tl.minimum(both >> 16, left) - 1
+            tl.store(latents + start + place, (latent[None, :] + tl.zeros_like(bits)).to(tl.int64), mask=kept)
+            tl.store(values + start + place, code, mask=kept)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -170,13 +174,14 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
         pre = rows_of_16(batch, d_hidden, pre.dtype, pre.device).copy_(pre)
     b_enc, weight = (pad(t, (0, width - d_hidden)) for t in (b_enc, weight))  # a weight of 0 leaves a latent out
     blocks = max(1, triton.cdiv(width, SCAN))
-    programs, sizes = triton.cdiv(batch, TOKENS) * blocks, (batch, width, blocks)
+    n, sizes = triton.cdiv(batch, TOKENS) * blocks, (batch, width, blocks)
     constants = {"TOKENS": TOKENS, "SCAN": SCAN, "num_warps": WARPS}
 
     def histogram(low, high, shift=16, every=1):
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
-        args = (pre, b_enc, weight, low, high, bins, shift, every, *sizes)
-        launch(_histogram, (triton.cdiv(programs, every),), *args, **constants)
+        some = triton.cdiv(n, every)
+        args = (pre, b_enc, weight, low, high, bins, shift, some, every, *sizes)
+        launch(_histogram, (triton.cdiv(some, BLOCKS),), *args, **constants)
         return bins
 
     zero, most = (torch.full((), n, dtype=torch.int32, device=pre.device) for n in (0, (1 << 31) - 1))
@@ -189,14 +194,15 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
     chosen, left = find_bin(shard.all_sum(histogram(upper, upper + (1 << 16), shift=0)), left)
     cut = upper | chosen.int()
     above, equal = (torch.empty(batch * blocks, dtype=torch.int32, device=pre.device) for _ in range(2))
-    launch(_count, (programs,), pre, b_enc, weight, cut, above, equal, *sizes, **constants)
+    launch(_count, (triton.cdiv(n, BLOCKS),), pre, b_enc, weight, cut, above, equal, n, *sizes, **constants)
     before = shard.gather(equal.sum(0, keepdim=True))[: shard.rank].sum()  # on the cut in the processes before
     ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # how many each token and block may keep there
     starts = torch.zeros(batch * blocks + 1, dtype=torch.int64, device=pre.device)
     torch.cumsum(above + ties, 0, out=starts[1:])
     latents = torch.zeros(count, dtype=torch.int64, device=pre.device)
     codes = torch.zeros(count, device=pre.device)
-    launch(_write, (programs,), pre, b_enc, weight, cut, ties, starts, latents, codes, *sizes, **constants)
+    args = (pre, b_enc, weight, cut, ties, starts, latents, codes, batch * blocks, *sizes)
+    launch(_write, (triton.cdiv(batch * blocks, BLOCKS),), *args, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2)
     return latents, codes, starts[::blocks].contiguous()
 
 

@@ -164,9 +164,10 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
         if on_cuda(x):
             from ops import kernels
 
+            x = x.flatten(1).to(dtype)  # one copy for the encoder and the backward pass
             product = encode(x, rows, dtype, kernels.rows_of_16(len(x), len(rows), dtype, x.device))
         found = find(x, rows, b_enc, dtype, weight, count, product, shard)
-        smallest = x.new_full((), torch.inf)
+        smallest = b_enc.new_full((), torch.inf)
         if found is not None and count is not None:
             scores = (found.codes * weight[found.latents]).where(found.codes > 0, torch.inf)
             smallest = pad(scores, (0, 1), value=torch.inf).amin().float()
@@ -274,11 +275,9 @@ class _Sparse(torch.autograd.Function):
         starts = torch.searchsorted(key, torch.arange(len(rows) + 1, device=x.device))  # [d_hidden + 1] of latents' entries
         tokens = tokens.clamp_max(len(x) - 1)
         x, W_dec, weights, ordered = x.flatten(1), W_dec.flatten(1), codes, codes[by_latent]
-        if on_cuda(x):
-            x = x.to(dtype)
-            if len(codes) > COPIED_ABOVE_CUDA * len(rows):
-                W_dec = W_dec.to(dtype)
-        elif dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
+        if on_cuda(x) and len(codes) > COPIED_ABOVE_CUDA * len(rows):
+            W_dec = W_dec.to(dtype)
+        elif not on_cuda(x) and dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
             W_dec, weights = W_dec.to(dtype), codes.to(dtype)
         ctx.save_for_backward(x, W_dec, latents, tokens, token_starts, by_latent, starts, ordered)
         decoded = weighted_sums(W_dec, latents, weights, token_starts).to(codes.dtype)
