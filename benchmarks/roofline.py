@@ -159,6 +159,7 @@ KERNELS: dict[str, Callable[[dict], dict]] = {
     "_histogram": histogram,
     "_count": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["above"]) + nbytes(a["equal"])},
     "_write": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["latents"]) + nbytes(a["values"])},
+    "_find": lambda a: {"bytes": nbytes(a["bins"])},
     "_weighted_sums": weighted_sums,
     "_join": lambda a: {},  # where no latent is active at many times as many tokens as others
 }

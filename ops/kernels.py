@@ -17,15 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ops.selection import SAMPLED, find_bin, some_more
+from ops.selection import SAMPLED, some_more
 from ops.shard import ALONE, Shard
 
 # Scores that a program looks at together, a latent's bias and weight serving several tokens, and its warps: 16 scores a thread,
 # with which no kernel needs more than 128 registers. A program does so many blocks one after the other.
 TOKENS, SCAN, WARPS, BLOCKS = 8, 512, 8, 8
+HARDLY = 1024  # programs of a pass that is hardly ever needed
 TILE = 512  # columns of a wide row that a program adds up, 16 bytes of a row a thread: a sum over rows stays in the thread
 ENTRIES = 8  # rows that it loads together; half as many with inner products, which in bfloat16 else need over 128 registers
-PIECE, FURTHER = 256, 1024  # entries that a program adds up at least before a group is split; further programs for split groups
+PIECE, FURTHER = 256, 1024  # entries at which groups are cut, at least; cuts at most. A latent may be active at every token
 
 
 @triton.jit
@@ -97,9 +98,41 @@ def _write(  # noqa: PLR0913 - pointers
             tl.store(values + start + place, code, mask=kept)
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit
+def _find(bins, needed, chosen, left):
+    """`find_bin` of selection.py for 256 x 256 bins: first the row, then the bin."""
+    at, need = tl.arange(0, 256), tl.load(needed)
+    rows = tl.zeros([256], tl.int64)
+    for first in range(0, 256, 64):
+        rows += tl.sum(tl.load(bins + at[:, None] * 256 + first + tl.arange(0, 64)[None, :]), 1).to(tl.int64)
+    at_least = tl.sum(rows, 0) - tl.cumsum(rows, 0) + rows  # in a row or above it
+    row = tl.maximum(tl.sum((at_least >= need).to(tl.int32), 0) - 1, 0)
+    need -= tl.sum(tl.where(at > row, rows, 0), 0)
+    own = tl.load(bins + row * 256 + at).to(tl.int64)
+    at_least = tl.sum(own, 0) - tl.cumsum(own, 0) + own
+    column = tl.maximum(tl.sum((at_least >= need).to(tl.int32), 0) - 1, 0)
+    tl.store(chosen, row * 256 + column)
+    tl.store(left, need - tl.sum(tl.where(at > column, own, 0), 0))
+
+
+@triton.jit
+def _piece(starts, owner, piece, n_groups, size):
+    """Group, begin and end of a piece. Groups are cut at multiples of `size`, where further pieces begin."""
+    if piece < n_groups:
+        group = piece
+        begin = tl.load(starts + group)
+        end = tl.minimum(tl.load(starts + group + 1), (begin // size + 1) * size)
+    else:
+        group = tl.minimum(tl.load(owner + piece - n_groups), n_groups - 1)
+        begin = (piece - n_groups + 1) * size
+        end = tl.minimum(tl.load(starts + group + 1), begin + size)
+        end = tl.where(tl.load(starts + group) < begin, end, begin)
+    return group, begin, end
+
+
+@triton.jit(do_not_specialize=["n_groups", "size", "entries"])
 def _weighted_sums(  # noqa: PLR0913 - pointers
-    rows, index, weights, groups, begins, ends, out, others, extra, dots, entries, units,
+    rows, index, weights, starts, owner, out, others, extra, dots, n_groups, size, entries, units,
     UNIT: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Sum of weights[e] * rows[index[e]] over a piece's entries e, in one tile of columns.
@@ -109,9 +142,8 @@ def _weighted_sums(  # noqa: PLR0913 - pointers
     piece, width = tl.program_id(0).to(tl.int64), units * UNIT
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
-    first, end = tl.load(begins + piece), tl.load(ends + piece)
+    group, first, end = _piece(starts, owner, piece, n_groups, size)
     if others is not None:
-        group = tl.load(groups + piece)
         other = tl.load(others + group * width + column, mask=(column < width) & (first < end), other=0.0).to(tl.float32)
         more = tl.load(extra + group, mask=(first < end) & (tl.program_id(1) == 0), other=0.0)
         dots += tl.program_id(1).to(tl.int64) * entries
@@ -128,18 +160,17 @@ def _weighted_sums(  # noqa: PLR0913 - pointers
     tl.store(out + piece * width + column, total, mask=column < width)
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_pieces"])
-def _join(out, groups, n_groups, n_pieces, units, UNIT: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["n_groups", "size"])
+def _join(out, starts, owner, n_groups, size, units, UNIT: tl.constexpr, TILE: tl.constexpr):
     """Add the sums of a group's further pieces to that of its first, in their order."""
     piece, width = n_groups + tl.program_id(0).to(tl.int64), units * UNIT
-    group = tl.load(groups + piece)
-    before = tl.load(groups + piece - 1, mask=piece > n_groups, other=-1)
-    if (group < n_groups) & (group != before):
+    group, begin, end = _piece(starts, owner, piece, n_groups, size)
+    if (begin < end) & (begin - size <= tl.load(starts + group)):  # the first of the further ones
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         total = tl.load(out + group * width + column, mask=column < width, other=0.0)
-        while tl.load(groups + piece, mask=piece < n_pieces, other=-1) == group:
+        while begin < tl.load(starts + group + 1):
             total += tl.load(out + piece * width + column, mask=column < width, other=0.0)
-            piece += 1
+            piece, begin = piece + 1, begin + size
         tl.store(out + group * width + column, total, mask=column < width)
 
 
@@ -177,22 +208,31 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
     n, sizes = triton.cdiv(batch, TOKENS) * blocks, (batch, width, blocks)
     constants = {"TOKENS": TOKENS, "SCAN": SCAN, "num_warps": WARPS}
 
-    def histogram(low, high, shift=16, every=1):
+    def histogram(low, high, shift=16, every=1, programs=None):
         bins = torch.zeros(1 << 16, dtype=torch.int32, device=pre.device)
         some = triton.cdiv(n, every)
         args = (pre, b_enc, weight, low, high, bins, shift, some, every, *sizes)
-        launch(_histogram, (triton.cdiv(some, BLOCKS),), *args, **constants)
+        launch(_histogram, (programs or triton.cdiv(some, BLOCKS),), *args, **constants)
         return bins
 
-    zero, most = (torch.full((), n, dtype=torch.int32, device=pre.device) for n in (0, (1 << 31) - 1))
-    expected = some_more(count / SAMPLED / shard.size)
-    floor = shard.all_min(find_bin(histogram(zero, most, every=SAMPLED), expected)[0].int() << 16)
+    def find(bins, needed):
+        chosen, left = (torch.empty((), dtype=dtype, device=pre.device) for dtype in (torch.int32, torch.int64))
+        launch(_find, (1,), bins, needed, chosen, left, num_warps=16)
+        return chosen, left
+
+    def number(n, dtype):
+        return torch.full((), n, dtype=dtype, device=pre.device)
+
+    zero, most = number(0, torch.int32), number((1 << 31) - 1, torch.int32)
+    expected, needed = number(some_more(count / SAMPLED / shard.size), torch.int64), number(count, torch.int64)
+    floor = shard.all_min(find(histogram(zero, most, every=SAMPLED), expected)[0] << 16)
     bins = shard.all_sum(histogram(floor, most))
-    bins += shard.all_sum(histogram(zero, torch.where(bins.sum() < count, floor, 0)))  # nothing is below 0
-    chosen, left = find_bin(bins, count)
-    upper = chosen.int() << 16
-    chosen, left = find_bin(shard.all_sum(histogram(upper, upper + (1 << 16), shift=0)), left)
-    cut = upper | chosen.int()
+    below = torch.where(bins.sum() < count, floor, 0)  # 0: nothing is looked at again
+    bins += shard.all_sum(histogram(zero, below, programs=HARDLY))
+    chosen, left = find(bins, needed)
+    upper = chosen << 16
+    chosen, left = find(shard.all_sum(histogram(upper, upper + (1 << 16), shift=0)), left)
+    cut = upper | chosen
     above, equal = (torch.empty(batch * blocks, dtype=torch.int32, device=pre.device) for _ in range(2))
     launch(_count, (triton.cdiv(n, BLOCKS),), pre, b_enc, weight, cut, above, equal, n, *sizes, **constants)
     before = shard.gather(equal.sum(0, keepdim=True))[: shard.rank].sum()  # on the cut in the processes before
@@ -207,27 +247,18 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
 
 
 class Pieces(NamedTuple):
-    """Groups of consecutive entries, a long one in several pieces: the first of every group, then all further ones."""
+    """Groups of consecutive entries, cut at multiples of `size`: every group's first piece, then those that begin at a cut."""
 
-    n_groups: int
-    group: Tensor  # [pieces]; n_groups where a further piece is not needed
-    begin: Tensor  # [pieces]
-    end: Tensor  # [pieces] not above begin in a piece without entries
+    starts: Tensor  # [groups + 1] where each group's entries begin
+    owner: Tensor  # [cuts] group in which a cut lies
+    size: int
 
 
 def in_pieces(starts: Tensor, entries: int) -> Pieces:
     """Pieces of the groups that begin and end at starts [groups + 1], of which together at most so many entries are used."""
-    groups, size = len(starts) - 1, max(PIECE, triton.cdiv(entries, FURTHER))
-    group, begin = torch.arange(groups, device=starts.device), starts[:-1]
-    if groups and entries > size:
-        more = (starts.diff() - 1).clamp_min(0) // size  # [groups] further pieces of each
-        last = more.cumsum(0)
-        further = torch.arange(entries // size, device=starts.device)
-        owner = torch.searchsorted(last, further, right=True)
-        known = owner.clamp_max(groups - 1)
-        later = starts[known] + (further - last[known] + more[known] + 1) * size
-        group, begin = torch.cat([group, owner]), torch.cat([begin, later])
-    return Pieces(groups, group, begin, (begin + size).minimum(starts[1:][group.clamp_max(groups - 1)]))
+    size = max(PIECE, triton.cdiv(entries, FURTHER))
+    cuts = torch.arange(size, max(size, entries) if len(starts) > 1 else size, size, device=starts.device)
+    return Pieces(starts, torch.searchsorted(starts, cuts, right=True) - 1, size)
 
 
 def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, pieces: Pieces) -> Tensor:
@@ -253,14 +284,14 @@ def _tile(rows: Tensor) -> int:
 
 def _sums(rows, index, weights, pieces, *dots) -> Tensor:
     rows, width, tile = rows.contiguous(), rows.shape[1], _tile(rows)
-    n_groups, n_pieces = pieces.n_groups, len(pieces.group)
+    n_groups, n_pieces = len(pieces.starts) - 1, len(pieces.starts) - 1 + len(pieces.owner)
     unit = math.gcd(width, 16)  # so that the compiler knows how rows are aligned
     out = torch.empty(n_pieces, width, device=rows.device)
     tiles, sizes = triton.cdiv(width, tile), {"UNIT": unit, "TILE": tile}
     sizes["num_warps"] = max(1, tile * rows.element_size() // 512)
-    args = (rows, index.contiguous(), weights.contiguous(), *pieces[1:], out, *(dots or [None] * 3), len(index), width // unit)
+    where, entries = (pieces.starts, pieces.owner), (n_groups, pieces.size, len(index), width // unit)
+    args = (rows, index.contiguous(), weights.contiguous(), *where, out, *(dots or [None] * 3), *entries)
     launch(_weighted_sums, (n_pieces, tiles), *args, **sizes, ENTRIES=ENTRIES // 2 if dots else ENTRIES)
-    if n_pieces > n_groups:
-        args = (out, pieces.group, n_groups, n_pieces, width // unit)
-        launch(_join, (n_pieces - n_groups, tiles), *args, **sizes)
+    if n_pieces > n_groups > 0:
+        launch(_join, (n_pieces - n_groups, tiles), out, *where, n_groups, pieces.size, width // unit, **sizes)
     return out[:n_groups]
