@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from crosscoder import CrossCoder
 from ops import sparse
 
-CARDS = {80: "A100", 90: "H100, H200", 100: "B200"}
 REGISTERS = 128  # of a thread at most, so that 16 of 64 warps of a multiprocessor can run at once
 CASES = [  # what is looked at: models' width, latents, type of the products
     (2304, 32768, torch.bfloat16),
@@ -98,7 +97,7 @@ def inspect(arch: int, case: tuple, kernel: JITFunction, args: tuple, compiled) 
     (registers,) = re.findall(r"\bREG:(\d+)", text)
     row = {
         "kernel": kernel.__name__ + ("" if None not in args else ", sums alone"),
-        "case": "{} wide, {} latents, {}".format(2 * case[0], *case[1:]).replace("torch.", ""),
+        "case": "{:,} wide, {:,} latents, {}".format(2 * case[0], *case[1:]).replace("torch.", ""),
         "arch": arch,
         "warps": compiled.metadata.num_warps,
         "registers": int(registers),
@@ -119,34 +118,39 @@ def inspect(arch: int, case: tuple, kernel: JITFunction, args: tuple, compiled) 
     return row | {"broken": [reason for is_broken, reason in broken if is_broken]}
 
 
+def line(rows: list[dict]) -> str:
+    """A line of the table: one kernel on all cards, a number for each where they differ."""
+    cells = []
+    for name in ("warps", "registers", "spills", "fences", "wide", "loads", "shared"):
+        values = [f"{row[name]:,}" for row in rows]
+        cells.append(values[0] if len({*values}) == 1 else " / ".join(values))
+    return f"| `{rows[0]['kernel']}` | {rows[0]['case']} | {' | '.join(cells)} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), help="compute capability, 90 for 9.0")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capability, 90 for 9.0")
     parser.add_argument("--first", action="store_true", help="only the first case")
     parser.add_argument("--json", type=Path, help="also write the table there")
     args = parser.parse_args()
-    rows = []
-    print("| kernel | case | card | warps | registers | spills | fences | 128-bit loads | shared bytes |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
-    for arch in args.arch:
-        done: set = set()
-        for case in CASES[: 1 if args.first else None]:
-            for key, (kernel, arguments, compiled) in compilers(arch, case).items():
-                if key in done:
-                    continue
-                done.add(key)
-                row = inspect(arch, case, kernel, arguments, compiled())
-                rows.append(row)
-                card = f"sm_{arch} ({CARDS[arch]})" if arch in CARDS else f"sm_{arch}"
-                numbers = f"{row['warps']} | {row['registers']} | {row['spills']} | {row['fences']}"
-                print(f"| `{row['kernel']}` | {row['case']} | {card} | {numbers}", end=" | ")
-                print(f"{row['wide']} of {row['loads']} | {row['shared']:,} |", flush=True)
-    print("\nCompiled, not run on a GPU.")
+    print(f"{' / '.join(f'sm_{arch}' for arch in args.arch)}: compiled, not run on a GPU\n")
+    print("| kernel | case | warps | registers | spills | fences | 128-bit loads | loads | shared bytes |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    table, done = [], set()
+    for case in CASES[: 1 if args.first else None]:
+        on_cards = [compilers(arch, case) for arch in args.arch]
+        for kernels in zip(*(found.items() for found in on_cards), strict=True):
+            if kernels[0][0] not in done:
+                done.add(kernels[0][0])
+                compiled = zip(args.arch, kernels, strict=True)
+                rows = [inspect(arch, case, kernel, launched, build()) for arch, (_, (kernel, launched, build)) in compiled]
+                print(line(rows), flush=True)
+                table += rows
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    broken = [f"{row['kernel']}, {row['case']}, sm_{row['arch']}: {', '.join(row['broken'])}" for row in rows if row["broken"]]
-    for line in broken:
-        print(line, file=sys.stderr)
+        args.json.write_text(json.dumps(table, indent=1))
+    broken = [f"{row['kernel']}, {row['case']}, sm_{row['arch']}: {', '.join(row['broken'])}" for row in table if row["broken"]]
+    for text in broken:
+        print(text, file=sys.stderr)
     return int(bool(broken))
 
 
