@@ -123,7 +123,7 @@ def test_the_findings_are_those_of_the_table(capitals):
     assert found["command"].startswith("python ") and str(capitals["run"]) in found["command"]
     assert found["kl"]["first_ranked"]["share_closed"] > 0 and found["null"]["false_discovery_rate"] == 0.05
     screen = (capitals["analysis"] / "findings.md").read_text()
-    assert capitals["printed"].endswith(screen) and found["summary"][0] in screen and len(screen.splitlines()) < 40
+    assert screen in capitals["printed"] and found["summary"][0] in screen and len(screen.splitlines()) < 40
 
 
 def test_table_equals_a_direct_computation(capitals):
