@@ -24,8 +24,8 @@ from run.machine import as_json, first_line, library_errors, say
 if TYPE_CHECKING:
     from sources.source import Source
 
-RECENT = 8  # logged steps from which the speed is taken that the rest of the run is expected to have
-SPARSE_COST = 0.42  # of a step with few active codes against one with many, on a CPU: .3 to .9, the larger it is the less
+RECENT = 5  # logged steps from which the speed is taken that the rest of the run is expected to have
+SPARSE_COST = 0.38  # of a step with few active codes against one with many, on a CPU: .3 to .9, the larger it is the less
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
