@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sources.source import Source
 
 RECENT = 5  # logged steps from which the speed is taken that the rest of the run is expected to have
-SPARSE_COST = 0.38  # of a step with few active codes against one with many, on a CPU: .3 to .9, the larger it is the less
+SPARSE_COST = 0.3  # of the work of a step with many active codes, what one with few has, on a CPU
+FIXED_COST = 0.003  # seconds of a step that the number of codes does not change
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
 DEAD_SHARE = 0.5  # of the latents
@@ -112,10 +113,13 @@ class Watched:
         elif codes < most:
             self.dense_until = step + (step - begin) * math.log(codes / self.few) / math.log(most / codes)
 
-        def work(done: int) -> float:
-            return SPARSE_COST * done + (1 - SPARSE_COST) * min(done, self.dense_until)
-
         (before, since), now = self.recent[0], time.perf_counter()
+        pace = (now - since) / (step - before)  # seconds a step
+        sparse = SPARSE_COST + (1 - SPARSE_COST) * min(1.0, FIXED_COST / pace)
+
+        def work(done: int) -> float:
+            return sparse * done + (1 - sparse) * min(done, self.dense_until)
+
         if before == self.steps_before:
             self.recent.clear()  # the first step takes longer than the others
         self.recent.append((step, now))

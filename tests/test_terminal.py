@@ -108,7 +108,7 @@ def test_the_time_left_is_that_of_recent_steps(monkeypatch):
     assert slower[500] < 0.5 and abs(slower[800] - 1) < 0.1
 
 
-@pytest.mark.parametrize("sparse", [0.3, 0.45, 0.65])  # of the time of a step with many codes
+@pytest.mark.parametrize("sparse", [0.25, 0.35, 0.6])  # of the time of a step with many codes
 def test_the_time_left_knows_that_steps_with_few_active_codes_are_faster(monkeypatch, sparse):
     hand = clock(monkeypatch)
     codes = [256 * 64 ** (-step / 1000) for step in range(1000)]  # 36 are reached at step 472
