@@ -8,7 +8,7 @@ from helpers import ROOT
 from nbclient import NotebookClient
 
 PAGE = ROOT / "docs" / "tutorial.ipynb"
-MOST_STORED = 6_000  # characters of an output that the repository keeps
+MOST_STORED = 8_000  # characters of an output that the repository keeps
 
 
 def outputs(cells, kind: str) -> list[str]:
