@@ -23,7 +23,7 @@ from pathlib import Path
 
 from collecting.collection import Collection
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import PairedModels
+from collecting.paired_rows import PairedModels, split_revision
 from ops.latents import model_names
 from ops.shard import ALONE
 from run import held_out, hub
@@ -34,6 +34,7 @@ UNSAVED = ("output", "device", "base_device", "ft_device", "push_to_hub")  # fie
 
 
 def main(config: CollectConfig) -> None:
+    config = with_two_models(config)
     check_numbers(config)
     out = Path(config.output).expanduser()
     datasets = open_datasets(config, out)
@@ -49,9 +50,27 @@ def main(config: CollectConfig) -> None:
         hub.push_dataset(config.push_to_hub, out, datasets[config.hook[0]].pair)
 
 
+def with_two_models(config: CollectConfig) -> CollectConfig:
+    """The config with the first two of --model as base and fine-tuned model; --model stays only if there are more."""
+    if not config.model:
+        if not config.base_model:
+            raise ValueError("--base-model is missing: give the base model, or each model with --model")
+        return config
+    others = ("base_model", "base_revision", "ft_model", "ft_revision", "ft_adapter", "ft_hook")
+    if given := next((name for name in others if getattr(config, name)), None):
+        raise ValueError(f"--{given.replace('_', '-')}: --model names all models, leave one or the other out")
+    if len(config.model) < 2:
+        raise ValueError("--model is given once: give it for each model, the base model first")
+    (base, base_revision), (ft, ft_revision) = map(split_revision, config.model[:2])
+    two = {"base_model": base, "base_revision": base_revision, "ft_model": ft, "ft_revision": ft_revision}
+    return dataclasses.replace(config, **two, model=config.model if len(config.model) > 2 else [])
+
+
 def open_datasets(config: CollectConfig, out: Path) -> dict[str, PairedDataset]:
     """The dataset of each hook: the folder itself for one, OUT/HOOK for several. Each has the recipe of its hook alone."""
     recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNSAVED}
+    if not config.model:
+        del recipe["model"]
     folders = {hook: out / hook if len(config.hook) > 1 else out for hook in config.hook}
     if len(folders) > 1 and out.is_dir() and (others := [path.name for path in out.iterdir() if path.name not in folders]):
         raise ValueError(f"--output {out}: holds {others[0]}, no folder of these hooks; choose another folder")
@@ -64,9 +83,11 @@ def collect(config: CollectConfig, datasets: dict[str, PairedDataset]) -> None:
         usable_device(name or config.device, flag if name else "--device")
         for name, flag in ((config.base_device, "--base-device"), (config.ft_device, "--ft-device"))
     ]
+    devices += [usable_device(config.device)] * len(config.model[2:])
     models = PairedModels(
-        **model_flags(config) | {"hook": list(datasets)}, batch_size=config.batch_size, dtype=config.dtype, devices=devices,
-        seed=config.seed, known=next(filter(None, (d.progress["fingerprints"] for d in datasets.values())), None),
+        **model_flags(config) | {"hook": list(datasets)}, model=config.model, batch_size=config.batch_size, devices=devices,
+        dtype=config.dtype, seed=config.seed,
+        known=next(filter(None, (d.progress["fingerprints"] for d in datasets.values())), None),
     )  # fmt: skip
     opened = [datasets[hook.name] for hook in models.hooks]
     progress = [dataset.progress for dataset in opened]

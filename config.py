@@ -257,8 +257,11 @@ class CollectConfig(ModelFlags):
     python collect.py --base-model A --ft-model B --hook model.layers.13 --text chats.jsonl --output data/pair
     """
 
-    # Base model: a Hugging Face id or a folder.
-    base_model: str = field()
+    # --- models and text
+
+    # Instead of --base-model and --ft-model, also for more than two: given once for each model, the base model first. A branch,
+    # tag or commit on the Hub is named with @, e.g. --model EleutherAI/pythia-70m@step1000.
+    model: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     # Module to read, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Several hooks take one pass; each gives its
     # dataset OUTPUT/HOOK.
     hook: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)  # type: ignore[assignment]

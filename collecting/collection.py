@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from collecting.paired_dataset import PairedDataset, facts_of
-from collecting.paired_rows import Draw, GatheredRows, PairedModels, Sequence
+from collecting.paired_rows import PairedModels
+from collecting.rows import Draw, GatheredRows, Sequence
 from ops.shard import Shard
 from run.machine import size_text
 

@@ -74,9 +74,11 @@ def load_model(
     """
     path = model_path(name, flag, revision)
     if revision and os.path.isdir(path):
-        raise ValueError(f"{flag.replace('model', 'revision')} {revision}: {flag} {name} is a folder, which has no revisions")
+        given = f"--model {name}@{revision}" if flag == "--model" else f"{flag.replace('model', 'revision')} {revision}"
+        raise ValueError(f"{given}: {flag} {name} is a folder, which has no revisions")
     if os.path.isfile(f"{path}/adapter_config.json") and not os.path.isfile(f"{path}/config.json"):
-        raise ValueError(f"{flag} {name}: is an adapter (LoRA) and no model; give it with --ft-adapter, without --ft-model")
+        remedy = "merge it into its model first" if flag == "--model" else "give it with --ft-adapter, without --ft-model"
+        raise ValueError(f"{flag} {name}: is an adapter (LoRA) and no model; {remedy}")
     try:
         remedy = "give a causal language model's Hugging Face id or folder"
         with library_errors(f"{flag} {name}: cannot be loaded", remedy, (OSError, ValueError)):
@@ -155,15 +157,24 @@ def load_paired_tokenizer(base_name: str, ft_name: str, base_revision=None, ft_r
     return tokenizer
 
 
-def check_vocabularies(base: dict[str, int], ft: dict[str, int]) -> None:
+def check_tokenizer(tokenizer, name: str, flag: str, revision: str | None = None) -> None:
+    """ValueError unless the model's tokenizer, where it has one, reads ids as the given one does."""
+    if (other := load_tokenizer(name, flag, revision)) is not None:
+        check_vocabularies(tokenizer.get_vocab(), other.get_vocab(), f"{flag} {name}", ("the other models", "this one"))
+
+
+def check_vocabularies(
+    base: dict[str, int], ft: dict[str, int], flags: str = "--base-model, --ft-model",
+    names: tuple[str, str] = ("the base model", "the fine-tuned one"),
+) -> None:  # fmt: skip
     """ValueError unless every token that both know has one id, and every id that both know is one token."""
     base_tokens, ft_tokens = ({index: token for token, index in vocabulary.items()} for vocabulary in (base, ft))
     for what, ours, theirs in (("token", base, ft), ("id", base_tokens, ft_tokens)):
         for one, means in ours.items():
             if theirs.get(one, means) != means:
                 raise ValueError(
-                    f"--base-model, --ft-model: their tokenizers differ (the {what} {one!r} is {means!r} in the base model and "
-                    f"{theirs[one]!r} in the fine-tuned one), so they cannot be paired; give a model and its fine-tuned version"
+                    f"{flags}: the tokenizers differ (the {what} {one!r} is {means!r} in {names[0]} and {theirs[one]!r} in "
+                    f"{names[1]}), so they cannot be paired; give a model and its fine-tuned version"
                 )
 
 
@@ -176,9 +187,10 @@ def cached_commit(name: str, revision: str | None = None) -> str | None:
 
 
 def refuse_unknown_tokens(models: list[nnsight.NNsight], ids: torch.Tensor) -> None:
-    """ValueError if a token id is beyond the embedding of the base or of the fine-tuned model."""
+    """ValueError if a token id is beyond the embedding of one of the models, base first."""
     token = int(ids.max())
-    for model, flag in zip(models, ("--base-model", "--ft-model"), strict=True):
+    flags = ("--base-model", "--ft-model") if len(models) == 2 else [f"--model number {m + 1}" for m in range(len(models))]
+    for model, flag in zip(models, flags, strict=True):
         if token >= (rows := model._module.get_input_embeddings().weight.shape[0]):
             raise ValueError(
                 f"{flag}: the text holds the token id {token}, but this model's embedding has only {rows} rows; "

@@ -17,7 +17,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from collecting.paired_rows import REASONS, GatheredRows, Hook, PairedModels, Sequence
+from collecting.paired_rows import REASONS, Hook, PairedModels
+from collecting.rows import GatheredRows, Sequence
 from ops.latents import model_names
 from run.machine import first_line, free_disk, size_text, whole_file, write_text
 
@@ -215,6 +216,7 @@ class PairedDataset:
                 {"source": s.name, "weight": s.weight, "tokens": tokens, "refused": refused, "template_bos": s.template_bos}
                 for s, tokens, refused in texts
             ],
+            **({"models": recipe["model"]} if "model" in recipe else {}),
             "revisions": models.revisions,
             "tokenizer": models.tokenizer.name_or_path,
             "ft_hook": models.ft_hook or hook.name,

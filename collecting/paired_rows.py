@@ -9,50 +9,22 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from collecting import language_model as lm
 from collecting import text as texts
+from collecting.rows import Draw, Rows, Sequence
 from run import held_out
 from run.machine import progress_bar
 
 CALIBRATION_ROWS = 32_768  # rows that fix the outlier limit and the stored scale, before the first row is used
 BUCKET = 8  # forward batches of unpacked texts that are sorted by length together, so that little is padding
 REASONS = ("padding", "first_positions", "norm", "non_finite", "beyond_num_tokens")  # why a position gives no row
-
-
-class Sequence(NamedTuple):
-    index: int  # number of the sequence in the texts
-    source: int  # number of the --text it comes from
-    tokens: np.ndarray  # [<= seq_len] int32
-    refused: int = 0  # conversations of its source that the chat template could not format so far
-
-
-class Draw(NamedTuple):
-    """Sequences that give their rows together: a part of the texts that no shard divides."""
-
-    batches: list[list[Sequence]]  # forward batches
-    passed: list[Sequence]  # sequences read from the texts to get training rows, held-out ones included
-
-    def most_rows(self, skip_first: int) -> int:
-        """The rows that it gives if none is left out for its norm: known from the texts alone."""
-        return sum(max(0, len(s.tokens) - skip_first) for batch in self.batches for s in batch)
-
-
-class Rows(NamedTuple):
-    """The rows that a draw gives at one hook: filtered, scaled and in the type they are stored in."""
-
-    acts: list[Tensor]  # of each model [rows, d_model], on its device
-    columns: np.ndarray  # [3, rows] int32: sequence, position, token
-    passed: list[Sequence]  # of the draw
-    left_out: Counter  # positions without a row, by reason
 
 
 @dataclass(eq=False)
@@ -68,13 +40,14 @@ class Hook:
 
 @dataclass(kw_only=True, eq=False)
 class PairedModels:
-    """Two models at one hook or more over one stream of texts.
+    """Two models or more, at one hook or more, over one stream of texts.
 
     The first settings are the flags of `config.ModelFlags`, which explains them. ValueError, naming the flag, for what cannot
     be opened or paired, or is no longer what it was when the run or collection began.
     """
 
     base_model: str
+    model: list[str] = field(default_factory=list)  # NAME or NAME@REVISION of each model if there are more than two
     base_revision: str | None = None
     ft_model: str | None = None  # None: the base model, with ft_adapter
     ft_revision: str | None = None
@@ -91,7 +64,7 @@ class PairedModels:
     max_norm_ratio: float
     batch_size: int  # sequences per forward pass
     dtype: str  # float16 or float32, of the rows
-    devices: list[str]  # of the base and of the fine-tuned model, as `usable_device` gives them
+    devices: list[str]  # of each model, as `usable_device` gives them
     seed: int  # decides which sequences are held out
     live: bool = False  # the flags that errors name are those of train.py
     known: dict[str, str] | None = None  # `fingerprints` of the run or collection that goes on; None for a new one
@@ -102,6 +75,8 @@ class PairedModels:
         if not self.ft_model:
             self.ft_model, self.ft_revision = self.base_model, self.ft_revision or self.base_revision
         self.drawn = drawn_together(self.batch_size, self.pack)
+        # (key in fingerprints, name, revision) of each behind the first two
+        self.further = [(f"--model {one}", *split_revision(one)) for one in self.model[2:]]
         self.open_texts()
         self.open_models()
         self.held_out_until = 0  # index of the first sequence from which on none is held out
@@ -131,13 +106,17 @@ class PairedModels:
         A run or collection that goes on gets the commits of models and texts that it began with, not the newest on the Hub.
         """
         names = {"--base-model": self.base_model, "--ft-model": self.ft_model, "--ft-adapter": self.ft_adapter}
+        names |= {key: name for key, name, _ in self.further}
         folders = {flag: path for flag, name in names.items() if name and (path := Path(name).expanduser()).is_dir()}
         commits = {flag: commit for flag, commit in (self.known or {}).items() if flag not in folders}
         self.base_revision = commits.get("--base-model", self.base_revision)
         self.ft_revision = commits.get("--ft-model", self.ft_revision)
+        self.further = [(key, name, commits.get(key, revision)) for key, name, revision in self.further]
         self.tokenizer = lm.load_paired_tokenizer(
             self.base_model, self.ft_model, self.base_revision, self.ft_revision, self.ft_adapter
         )
+        for _, name, revision in self.further:
+            lm.check_tokenizer(self.tokenizer, name, "--model", revision)
         self.open_sources = partial(
             texts.open_sources, self.text, self.tokenizer, self.seq_len, skip_first=self.skip_first, pack=self.pack,
             text_column=tuple(self.text_column), chat_template=self.chat_template,
@@ -149,12 +128,13 @@ class PairedModels:
         self.refuse_other_content()  # before the models are loaded
 
     def open_models(self) -> None:
-        """Load both models and check that the texts and each other's activations fit them."""
+        """Load all models and check that the texts and each other's activations fit them."""
         given = (
             ("--base-model", self.base_model, self.base_revision, None, "--hook", self.hook),
             ("--ft-model", self.ft_model, self.ft_revision, self.ft_adapter, *(
                 ("--ft-hook", [self.ft_hook]) if self.ft_hook else ("--hook", self.hook)
             )),
+            *(("--model", name, revision, None, "--hook", self.hook) for _, name, revision in self.further),
         )  # fmt: skip
         self.models, paths, self.revisions, widths = [], [], [], []
         for device, (flag, name, revision, adapter, hook_flag, hooks) in zip(self.devices, given, strict=True):
@@ -167,17 +147,19 @@ class PairedModels:
             widths.append([lm.probe_hook(model, path, hook_flag) for path in paths[-1]])
             self.revisions.append(lm.cached_commit(name, revision))
         self.hooks = [Hook(name, list(at), d) for name, d, *at in zip(self.hook, widths[0], *paths, strict=True)]
-        for d_ft, hook in zip(widths[1], self.hooks, strict=True):
-            if hook.d_model != d_ft:
-                raise ValueError(
-                    f"--hook: base activations have {hook.d_model} values and fine-tuned ones {d_ft}; they cannot be paired"
-                )
+        for found, (_, name, *_) in zip(widths[1:], given[1:], strict=True):
+            for d_model, hook in zip(found, self.hooks, strict=True):
+                if hook.d_model != d_model:
+                    raise ValueError(
+                        f"--hook {hook.name}: base activations have {hook.d_model} values and those of {name} {d_model}; they "
+                        "cannot be paired"
+                    )
         orders = [lm.in_running_order(model, of_model) for model, of_model in zip(self.models, paths, strict=True)]
         self.hooks.sort(key=lambda hook: orders[0].index(hook.paths[0]))
         if any([hook.paths[m] for hook in self.hooks] != order for m, order in enumerate(orders)):
             raise ValueError("--hook: the models run through these modules in different orders; collect one after the other")
         commits = [*self.revisions, lm.cached_commit(self.ft_adapter) if self.ft_adapter else None]
-        flags = ("--base-model", "--ft-model", "--ft-adapter")
+        flags = ("--base-model", "--ft-model", *(key for key, *_ in self.further), "--ft-adapter")
         self.fingerprints |= {flag: commit for flag, commit in zip(flags, commits, strict=True) if commit}
         self.refuse_other_content()
 
@@ -329,50 +311,6 @@ class PairedModels:
         return Rows(stored, raw.columns[:, keep], [], left_out)
 
 
-class GatheredRows:
-    """Rows of whole draws, gathered until they fill a shard of a dataset or half of the live buffer.
-
-    values: [capacity, n_models, d_model] memory for them, on any device.
-    """
-
-    def __init__(self, values: Tensor):
-        self.values = values
-        self.columns = np.empty((3, len(values)), np.int32)  # sequence, position, token
-        self.clear()
-
-    def clear(self) -> None:
-        self.n, self.beyond = 0, 0  # rows; those that `cut` left out of the last draw
-        self.draws: list[tuple[int, list[Sequence], Counter]] = []  # rows, passed and left_out of each draw
-
-    def add(self, rows: Rows) -> int:
-        """Take the rows in. Returns how many."""
-        n = rows.columns.shape[1]
-        place = slice(self.n, self.n + n)
-        for m, x in enumerate(rows.acts):
-            self.values[place, m] = x
-        self.columns[:, place] = rows.columns
-        self.n += n
-        self.draws.append((n, rows.passed, rows.left_out))
-        return n
-
-    def cut(self, most: int) -> None:
-        """Keep the first `most` rows, and nothing of draws behind the one that has the last of them."""
-        while self.draws and self.n - self.draws[-1][0] >= most:
-            self.n -= self.draws.pop()[0]
-        self.beyond = max(0, self.n - most)
-        self.n -= self.beyond
-
-    @property
-    def passed(self) -> list[Sequence]:
-        """The sequences read from the texts to get these rows."""
-        return [sequence for _, passed, _ in self.draws for sequence in passed]
-
-    @property
-    def left_out(self) -> Counter:
-        """Positions without a row, by reason."""
-        return sum((left_out for *_, left_out in self.draws), Counter(beyond_num_tokens=self.beyond))
-
-
 def survivors(norms: np.ndarray, median: np.ndarray, max_ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Which rows to store, and which are finite: two [rows] bool arrays.
 
@@ -406,6 +344,12 @@ def median_and_scale(norms: np.ndarray, hook: Hook, max_ratio: float) -> tuple[n
 def drawn_together(batch_size: int, pack: bool) -> int:
     """Sequences whose rows come at once. Packed ones are of one length, so there is nothing to sort."""
     return batch_size * (1 if pack else BUCKET)
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """`NAME@REVISION` -> (NAME, REVISION); a folder, or a name without @, has no revision."""
+    name, _, revision = model.rpartition("@")
+    return (name, revision) if name and revision and not Path(model).expanduser().exists() else (model, None)
 
 
 def output_of(hook: str) -> str:

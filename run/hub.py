@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
+from ops.latents import model_names
 from run.machine import library_errors
 
 FLAG = "--push-to-hub"
@@ -39,7 +40,7 @@ def push_crosscoder(name: str, run: Path, norms: Tensor, pair: dict | None) -> N
 def push_dataset(name: str, out: Path, pair: dict) -> None:
     """Upload a complete paired dataset with a card that makes base, ft and tokens its configs."""
     card = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=dataset_card(name, pair).encode())
-    patterns = ["base/**", "ft/**", "tokens/**", "pair.json"]
+    patterns = [*(f"{part}/**" for part in model_names(len(pair["stored_scale"]))), "tokens/**", "pair.json"]
     with library_errors(f"{FLAG} {name}: the Hub refuses it", f"{out} is complete, the same command tries again"):
         HfApi().create_commit(name, [card], repo_type="dataset", commit_message="Card")
         HfApi().upload_folder(
@@ -128,20 +129,24 @@ def norm_figure(norms: Tensor) -> list[str]:
 def dataset_card(name: str, pair: dict) -> str:
     """Models, hook, texts and rows, and where each config's files are."""
     splits = [split for split, rows in pair["rows"].items() if rows]
-    files = {part: [{"split": split, "path": f"{part}/{split}/*.arrow"} for split in splits] for part in ("base", "ft")}
+    parts = model_names(len(pair["stored_scale"]))
+    files = {part: [{"split": split, "path": f"{part}/{split}/*.arrow"} for split in splits] for part in parts}
     files["tokens"] = [{"split": "train", "path": "tokens/*.arrow"}]
     configs = [{"config_name": part, "data_files": patterns} for part, patterns in files.items()]
     texts = ", ".join(f"{shown(source['source'])} ({source['tokens']:,} tokens)" for source in pair["text"])
     adapter = f" with the adapter {shown(pair['ft_adapter'])}" if pair.get("ft_adapter") else ""
+    scales = ", x ".join(f"{x:.6g} ({part})" for x, part in zip(pair["stored_scale"], parts, strict=True))
     lines = [
         f"# {name.split('/')[1]}", "",
-        "Activations of two language models at the same tokens; row i of `base` and of `ft` is the same token.", "",
+        f"Activations of {len(parts)} language models at the same tokens; row i of {', '.join(f'`{part}`' for part in parts)} "
+        "is the same token.", "",
         f"- Base model: {shown(pair['base_model'])}",
         f"- Fine-tuned model: {shown(pair['ft_model'])}{adapter}",
+        *(f"- Model {part}: {shown(name)}" for part, name in zip(parts[2:], pair.get("models", [])[2:], strict=True)),
         f"- Hook: {code(pair['hook'])}, width {pair['d_model']}, {pair['dtype']}",
         f"- Text: {texts}",
         *(f"- {rows:,} rows in `{split}`" for split, rows in pair["rows"].items()),
-        f"- Stored value = activation x {pair['stored_scale'][0]:.6g} (base), x {pair['stored_scale'][1]:.6g} (fine-tuned)", "",
+        f"- Stored value = activation x {scales}", "",
         "```bash", f"python train.py --dataset {name}", "```", "",
     ]  # fmt: skip
     return front(tags=["activations", "crosscoder"], configs=configs) + "\n".join(lines)

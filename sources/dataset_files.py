@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ops.latents import model_names
 from run.machine import first_line, library_errors
 
 
@@ -83,9 +84,10 @@ def open_paired(dataset: str, columns, streaming: bool, revision: str | None) ->
                     f"--dataset {dataset}: has no folder {part}/, so it is no paired dataset of collect.py; "
                     "give two single datasets with --base-dataset and --ft-dataset"
                 )
-    names = [str(folder / part) if folder.is_dir() else f"{dataset}:{part}" for part in ("base", "ft")]
-    splits = [open_dataset(name, "--dataset", streaming, revision) for name in names]
     pair = read_pair(dataset, folder / "pair.json" if folder.is_dir() else hub_pair_file(dataset, revision))
+    parts = model_names(len(pair["stored_scale"]))
+    names = [str(folder / part) if folder.is_dir() else f"{dataset}:{part}" for part in parts]
+    splits = [open_dataset(name, "--dataset", streaming, revision) for name in names]
     written = pair.get("rows", {})
     for split, part in splits[0].items():
         if not streaming and len(part) != written.get(split, len(part)):
@@ -93,7 +95,8 @@ def open_paired(dataset: str, columns, streaming: bool, revision: str | None) ->
                 f"--dataset {dataset}: has {len(part)} rows in {split} and pair.json says {written[split]}: a shard is "
                 "truncated or missing; copy it again or collect again"
             )
-    return ActivationDatasets(dataset, splits, ["--dataset"] * 2, list(columns), pair)
+    of_each = [*columns, *[columns[0]] * (len(parts) - 2)]
+    return ActivationDatasets(dataset, splits, ["--dataset"] * len(parts), of_each, pair)
 
 
 def read_pair(dataset: str, pair_file) -> dict:
@@ -101,8 +104,8 @@ def read_pair(dataset: str, pair_file) -> dict:
     try:
         pair = json.loads(Path(pair_file).read_text())
         stored_scale = torch.tensor(pair["stored_scale"], dtype=torch.float64)
-        if stored_scale.shape != (2,) or not ((stored_scale > 0) & stored_scale.isfinite()).all():
-            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers")
+        if stored_scale.ndim != 1 or len(stored_scale) < 2 or not ((stored_scale > 0) & stored_scale.isfinite()).all():
+            raise ValueError(f"stored_scale is {pair['stored_scale']}, not two positive numbers or more")
         dict(pair.get("rows", {}))
         return pair
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from collecting.paired_dataset import PairedDataset
-from collecting.paired_rows import GatheredRows, PairedModels, Rows
+from collecting.paired_rows import PairedModels
+from collecting.rows import GatheredRows, Rows
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
 from sources.batches import upload

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from collecting import language_model
-from collecting.paired_rows import PairedModels, Sequence
+from collecting.paired_rows import PairedModels
+from collecting.rows import Sequence
 from run.held_out import is_candidate
 
 

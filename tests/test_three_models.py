@@ -1,12 +1,13 @@
-"""More than two models: --model-dataset, given once for each."""
+"""More than two models: collect.py --model and train.py --model-dataset, given once for each."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import metrics, one_line_error, run_script
+from helpers import ROOT, failure, metrics, one_line_error, read_pair, run_script
 
 from crosscoder import CrossCoder
 from ops.variance import explained_variance
@@ -69,3 +70,64 @@ def test_models_that_cannot_be_joined_are_refused(tmp_path, three):
     refused = one_line_error(run_script("train.py", *flags, "--model-dataset", tmp_path / "other"), "train.py")
     assert f"--model-dataset {tmp_path / 'other'} are not aligned: token of row 77 (split train) is 77 in the base" in refused
     assert "--model-dataset is given once" in one_line_error(run_script("train.py", *flags[:2]), "train.py")
+
+
+# --- collect.py
+
+
+@pytest.fixture(scope="module")
+def collected(tiny, tmp_path_factory) -> dict:
+    """Flags and datasets: of base and fine-tuned model, and of these with a copy of the base model as the third."""
+    folder = tmp_path_factory.mktemp("collected")
+    copy = shutil.copytree(tiny["base"], folder / "copy")
+    flags = ["--hook", "model.layers.1.mlp", "--text", tiny["code"], "--text", tiny["prose"], "--seq-len", 128]
+    flags += ["--model-dtype", "float32", "--num-tokens", 12_000]
+    two = ["--base-model", tiny["base"], "--ft-model", tiny["ft"]]
+    three = [part for name in (tiny["base"], tiny["ft"], copy) for part in ("--model", name)]
+    for name, models in (("two", two), ("three", three)):
+        run_script("collect.py", *models, *flags, "--output", folder / name, check=True)
+    assert "is complete" in run_script("collect.py", *three[:4], *flags, "--output", folder / "two", check=True).stdout
+    return {"flags": flags, "copy": copy, "two": folder / "two", "three": folder / "three"}
+
+
+def test_three_models_are_collected_at_the_same_tokens(collected):
+    two, three = collected["two"], collected["three"]
+    names = sorted(path.relative_to(two) for path in two.rglob("*.arrow"))
+    assert len(names) > 10 and all((two / name).read_bytes() == (three / name).read_bytes() for name in names)
+    for split in ("train", "validation"):
+        for shard in (three / "C" / split).glob("*.arrow"):  # the copy computes what the base model does
+            assert shard.read_bytes() == (three / "base" / split / shard.name).read_bytes()
+    pair = read_pair(three)
+    assert pair["models"] == [pair["base_model"], pair["ft_model"], str(collected["copy"])]
+    assert pair["stored_scale"][:2] == read_pair(two)["stored_scale"] and pair["stored_scale"][2] == pair["stored_scale"][0]
+    assert len(pair["revisions"]) == 3 and "models" not in read_pair(two)
+
+
+def test_three_collected_models_train(tmp_path, collected):
+    sizes = ["--d-hidden", 64, "--batch-size", 256, "--epochs", 1, "--wandb", "disabled", "--log-every", 5]
+    flags = ["--dataset", collected["three"], "--output-dir", tmp_path, "--run-name", "a"]
+    assert "C 0." in run_script("train.py", *flags, *sizes, check=True).stdout
+    crosscoder = CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder")
+    assert crosscoder.n_models == 3 and torch.allclose(crosscoder.mean[0], crosscoder.mean[2])
+    refused = one_line_error(run_script("train.py", *flags[:2], "--difference", "--num-tokens", 1000), "train.py")
+    assert "--difference: is that of two models, the data is of 3" in refused
+
+
+def test_models_that_cannot_be_collected_together_are_refused(tiny, collected, tmp_path):
+    swapped = shutil.copytree(collected["copy"], tmp_path / "swapped")
+    content = json.loads((swapped / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (swapped / "tokenizer.json").write_text(json.dumps(content))
+    two = ["--model", tiny["base"], "--model", tiny["ft"]]
+    for given, want in (
+        (["--model", tiny["base"]], "--model is given once"),
+        ([], "--base-model is missing: give the base model, or each model with --model"),
+        ([*two, "--base-model", tiny["base"]], "--base-model: --model names all models"),
+        ([*two, "--model", swapped], f"--model {swapped}: the tokenizers differ (the token"),
+        ([*two, "--model", f"{tiny['base']}@main"], f"--model {tiny['base']}@main: --model {tiny['base']} is a folder"),
+        ([*two, "--model", "./none"], "--model ./none: there is no such folder"),
+    ):
+        argv = [ROOT / "collect.py", *given, *collected["flags"], "--output", tmp_path / "never"]
+        assert want in failure(list(map(str, argv)))
+    assert not (tmp_path / "never").exists()
