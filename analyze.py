@@ -10,6 +10,8 @@ findings.json      the ranked changes with scores, errors, examples, the null an
 report.html        all of it on one page that needs no network
 label_cache.jsonl  with --label-url: the endpoint's answers, which are not asked for twice
 export/            with --export: files for other tools
+
+Of more than two models each is compared with the base: all of that in analysis/ft, analysis/C, ..., which report.html links.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ import torch
 from safetensors.torch import save_file
 
 from analysis import difference, endpoint, exports, findings, labels, measure, one_model, ranking, report
-from analysis.data import Data, open_data, open_tokenizer
+from analysis.data import Data, open_data, open_tokenizer, reordered
 from analysis.examples import find_examples
 from analysis.files import put_in_place, require_writable, write_parquet
 from collecting.chat import read_prompts
 from crosscoder import CrossCoder
 from ops import latents
-from run.machine import as_json, run_entry, say, usable_device, working
+from ops.latents import model_names
+from run.machine import as_json, run_entry, say, usable_device, working, write_text
 from sources.planted import PlantedConcepts
 
 
@@ -51,8 +54,8 @@ def main(config: AnalyzeConfig) -> None:
     device = torch.device(usable_device(config.device, "--device"))
     with working("opening the crosscoder and the activations"):
         crosscoder = CrossCoder.from_pretrained(folder, device)
-    if crosscoder.n_models > 2:
-        raise ValueError(f"{folder}: is a crosscoder of {crosscoder.n_models} models; two can be compared")
+    if crosscoder.n_models > 2 and config.base_model:
+        raise ValueError(f"--base-model: models run for crosscoders of two, this one is of {crosscoder.n_models}; leave it out")
     asked = parse_latents("--latents", config.latents, crosscoder.d_hidden)
     wanted = check_steering(config, crosscoder.d_hidden)
     out = Path(config.output).expanduser() if config.output else Path(config.run).expanduser() / "analysis"
@@ -71,11 +74,31 @@ def main(config: AnalyzeConfig) -> None:
 
     if crosscoder.n_models == 1:
         return analyze_difference(config, crosscoder, data, models, tokenizer, labeller, asked, wanted, out, notes)
+    if crosscoder.n_models == 2:
+        analyze_pair(config, crosscoder, data, models, tokenizer, labeller, asked, wanted, out, notes)
+        return
+    notes.append(f"the crosscoder is of {crosscoder.n_models} models: its codes are those of all, no models were run")
+    pages = {}
+    for m, name in enumerate(model_names(crosscoder.n_models)[1:], start=1):
+        order = [0, m, *(i for i in range(1, crosscoder.n_models) if i != m)]
+        require_writable(out / name)
+        one, rows = reordered(crosscoder, order), data._replace(order=order)
+        pages[name] = analyze_pair(config, one, rows, None, tokenizer, labeller, asked, wanted, out / name, list(notes))
+    write_text(out / "report.html", report.render_index(pages))
+    print(f"\nsaved      {out / 'report.html'}: the pages of {', '.join(pages)}, each against the base model")
+
+
+def analyze_pair(  # noqa: PLR0913 - what `main` has opened
+    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, models, tokenizer, labeller, asked: list[int], wanted,
+    out: Path, notes: list[str],
+) -> dict:  # fmt: skip
+    """Compare the first two models of a crosscoder. Returns what findings.json says."""
+    device = crosscoder.scale.device
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
     without = difference.open_sums(data)
     sums, metrics, blocks = measure.measure_latents(crosscoder, data, without)
-    ranked = ranking.rank_latents(blocks, crosscoder.W_dec.detach())
+    ranked = ranking.rank_latents(blocks, crosscoder.W_dec.detach()[:, :2])
     table = measure.latent_table(crosscoder, sums, ranked, data)
     metrics = measure.overview(crosscoder, table, metrics) | {"threshold_curve": measure.threshold_curve(crosscoder, data)}
     truth = None
@@ -99,6 +122,8 @@ def main(config: AnalyzeConfig) -> None:
 
     # --- what replacing the activation does to the models
     if models:
+        from analysis import patching  # loads nnsight and transformers
+
         sets = patching.choose_sets(table, config.seed)
         metrics["patching"] = patching.patch_models(
             models, crosscoder, data, sets, tokenizer, tokens=config.patch_tokens, batch_size=config.model_batch_size
@@ -106,10 +131,10 @@ def main(config: AnalyzeConfig) -> None:
     metrics, steered = steer(config, wanted, metrics, models, crosscoder, data, table, tokenizer, notes)
 
     # --- the files
-    curves = training_curves(folder.parent / "metrics.jsonl") if record else []
+    curves = training_curves(Path(config.run).expanduser() / "metrics.jsonl")
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
-    pair_name, text_names = names_of_models(data), data.text.names if data.text else []
+    pair_name, text_names = data.compared, data.text.names if data.text else []
     drawn = table | {"random_cosine": measure.cosine_of_random_pairs(crosscoder.W_dec.detach(), config.seed)}
     definitions = measure.define(table, text_names)
     command = shlex.join(["python", *sys.argv])
@@ -132,6 +157,7 @@ def main(config: AnalyzeConfig) -> None:
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print_summary(metrics, notes, out)
     print(f"\n{findings.as_markdown(found)}\n{open_page(out)}")
+    return found
 
 
 def analyze_difference(  # noqa: PLR0913 - what `main` has opened
@@ -165,7 +191,7 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
         save_file(vectors, partial / "difference.safetensors")
         (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
         (partial / "steering.jsonl").write_text("".join(map(as_json, steered)))
-        page = one_model.render(metrics, table, sections, names_of_models(data), steered)
+        page = one_model.render(metrics, table, sections, data.compared, steered)
         (partial / "report.html").write_text(page, encoding="utf-8")
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
     print(f"held out   explained variance of the difference {metrics['explained_variance']:.3f}, L0 {metrics['l0_loss']:.1f}")
@@ -307,12 +333,6 @@ def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[TrainConfig,
 
 
 # --- what is written
-
-
-def names_of_models(data: Data) -> str:
-    """ "A and B", or the name of data that does not know its models."""
-    named = data.pair.get("base_model"), data.pair.get("ft_adapter") or data.pair.get("ft_model")
-    return " and ".join(Path(name).name for name in named if name) or data.name
 
 
 def training_curves(path: Path) -> list[dict]:

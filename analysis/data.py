@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from crosscoder import CrossCoder
+from ops.latents import model_names
 from run.machine import progress_bar
 from sources.batches import limit_norms, read_kept
 from sources.dataset_files import open_dataset, open_datasets
@@ -47,11 +48,22 @@ class Data(NamedTuple):
     text: Text | None
     val_rows: int  # measured, not all that there are
     train_rows: int
+    order: list[int] | None = None  # of more than two models: the base model, the one that is compared with it, the others
 
     @property
     def pair(self) -> dict:
         """What the pair.json of a paired dataset says; empty for other data."""
         return self.source.pair or {}
+
+    @property
+    def compared(self) -> str:
+        """The two models that are compared, in words; the data's name where it does not say what they are."""
+        pair, name = self.pair, model_names(self.source.n_models)
+        models = pair.get("models") or [pair.get("base_model"), pair.get("ft_adapter") or pair.get("ft_model")]
+        if not any(models) and self.source.n_models > 2:
+            models = name if len(listed := self.name.split(" and ")) != len(name) else listed
+        two = [models[i] for i in (self.order or (0, 1))[:2]]
+        return " and ".join(Path(one).name for one in two if one) or self.name
 
     @property
     def first_train(self) -> int:
@@ -138,6 +150,14 @@ def open_tokenizer(named: list[str | None], data: Data, notes: list[str]):
     return None
 
 
+def reordered(crosscoder: CrossCoder, order: list[int]) -> CrossCoder:
+    """The crosscoder with its models in another order: those that an analysis compares come first."""
+    tensors = {name: getattr(crosscoder, name).detach() for name in ("b_enc", "threshold")}
+    tensors |= {name: getattr(crosscoder, name).detach()[order] for name in ("W_enc", "b_dec", "mean", "scale")}
+    tensors["W_dec"] = crosscoder.W_dec.detach()[:, order]
+    return CrossCoder.from_tensors(tensors, crosscoder.variant, crosscoder.k, crosscoder.k_aux).to(crosscoder.scale.device)
+
+
 def normalized_rows(
     crosscoder: CrossCoder, data: Data, rows: np.ndarray | None = None, what: str | None = None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -149,7 +169,8 @@ def normalized_rows(
     if rows is None:
         rows = np.concatenate([np.arange(data.val_rows), data.first_train + np.arange(data.train_rows)])
     source, device = data.source, crosscoder.W_dec.device
-    stored_scale = source.stored_scale.float()[:, None].to(device)  # [n_models, 1]
+    order = slice(None) if data.order is None else data.order
+    stored_scale = source.stored_scale.float()[order, None].to(device)  # [n_models, 1]
     together = max(1, min(4096, CODES_TOGETHER // crosscoder.d_hidden))
     held_out = np.searchsorted(rows, data.first_train)
     with progress_bar(what, len(rows), disable=what is None) as bar:
@@ -158,5 +179,5 @@ def normalized_rows(
                 wanted = numbers[start : start + together] - first
                 kept, x = read_kept(source, split, wanted)
                 if len(kept):
-                    yield kept + first, crosscoder.normalize(x.to(device).float() / stored_scale)
+                    yield kept + first, crosscoder.normalize(x[:, order].to(device).float() / stored_scale)
                 bar.update(len(wanted))

@@ -154,7 +154,8 @@ def add_lens(sections: list[dict], crosscoder: CrossCoder, models: list[tuple] |
 def probe(directions: Tensor, mean: Tensor, n_models: int) -> CrossCoder:
     """A crosscoder whose latents are the + sides of directions [n, d_model], then their - sides: relu(+-v . (d - mean))."""
     v = torch.cat([directions, -directions]).float()  # [2 n, d_model]
-    W = torch.stack([-v, v][2 - n_models :], dim=1)  # [2 n, n_models, d_model]
+    read = [v] if n_models == 1 else [-v, v, *[torch.zeros_like(v)] * (n_models - 2)]  # of more models the first two
+    W = torch.stack(read, dim=1)  # [2 n, n_models, d_model]
     zeros = torch.zeros(W.shape[1:])
     tensors = {"W_enc": W.permute(1, 2, 0), "W_dec": W, "b_enc": -(v @ mean.float()), "b_dec": zeros, "mean": zeros}
     return CrossCoder.from_tensors(tensors | {"scale": torch.ones(n_models), "threshold": torch.zeros(())}, "vanilla")

@@ -84,7 +84,9 @@ ACTIVITY = ("dead", "frequency", "freq_train", "freq_val", "mean_act", "max_act_
 def measure_latents(
     crosscoder: CrossCoder, data: Data, without: DifferenceSums | None = None
 ) -> tuple[dict[str, latents.LatentSums], dict, list[latents.LatentSums]]:
-    """The sums of each split that has rows, the held-out metrics, and the sums of each block of tokens (see `blocks`).
+    """The sums of each split that has rows, the held-out metrics, and the sums of each block of tokens (see `by_block`).
+
+    Of more than two models the codes are those of all, the sums and metrics of the first two.
 
     Memory is that of the dictionary, some numbers a latent and block, and a few batches. without: gets the same rows, for what
     is said of them without a dictionary.
@@ -96,9 +98,10 @@ def measure_latents(
     for block, split, rows, x in by_block(crosscoder, data):
         group = data.text and torch.from_numpy(data.text.text_of[data.text.sequence[rows]]).long().to(x.device)
         if without is not None:
-            add_rows(without, data, rows, crosscoder.denormalize(x))
+            add_rows(without, data, rows, crosscoder.denormalize(x)[:, :2])
         f = crosscoder.encode(x, normalized=True)  # [batch, d_hidden]
-        part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec, crosscoder.b_dec, group, n_texts)
+        x = x[:, :2]
+        part, x_hat = latents.latent_sums(x, f, crosscoder.W_dec[:, :2], crosscoder.b_dec[:2], group, n_texts)
         sums[split] = sums[split] + part if split in sums else part
         parts[block] = parts[block] + part if block in parts else part
         if split == "validation":
@@ -177,15 +180,15 @@ def activity(sums: dict[str, latents.LatentSums]) -> dict[str, Tensor]:
 def latent_table(
     crosscoder: CrossCoder, sums: dict[str, latents.LatentSums], ranked: ranking.Ranking, data: Data
 ) -> dict[str, np.ndarray]:
-    """Every latent, column by column; `define` says what each is."""
-    W_dec, W_enc = crosscoder.W_dec.detach(), crosscoder.W_enc.detach().permute(2, 0, 1)  # [d_hidden, n_models, d_model]
-    norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, n_models]
+    """Every latent, column by column; `define` says what each is. Of more than two models the first two are compared."""
+    W_dec, W_enc = crosscoder.W_dec.detach()[:, :2], crosscoder.W_enc.detach()[:2].permute(2, 0, 1)  # [d_hidden, 2, d_model]
+    norms, enc_norms = W_dec.norm(dim=-1), W_enc.norm(dim=-1)  # [d_hidden, 2]
     both = all_rows(sums)
     base, ft = (latents.latent_scaling(both.scaling(of), W_dec, of) for of in (0, 1))
     delta, names = latents.delta_norm(norms), np.array(latents.CLASSES)
     by_delta = [mask.cpu() for mask in (delta < 0.1, (delta >= 0.4) & (delta <= 0.6), delta > 0.9)]
     n2 = both.f_squared * W_dec[:, 1].double().pow(2).sum(-1)  # [d_hidden]
-    no_bias = ft.activation - (crosscoder.b_dec.double() @ W_dec[:, 1].double().T) * both.f.sum(0) / n2
+    no_bias = ft.activation - (crosscoder.b_dec[:2].double() @ W_dec[:, 1].double().T) * both.f.sum(0) / n2
     table = {
         "latent": torch.arange(crosscoder.d_hidden),
         **ranking.columns(ranked),
@@ -263,7 +266,7 @@ def threshold_curve(crosscoder: CrossCoder, data: Data) -> list[dict]:
             crosscoder.threshold.copy_((scores[count - 1] + scores[count]) / 2)
             totals = VarianceTotals()
             for x in batches:
-                totals.add(x, crosscoder.decode(crosscoder.encode(x, normalized=True), normalized=True))
+                totals.add(x[:, :2], crosscoder.decode(crosscoder.encode(x, normalized=True), normalized=True)[:, :2])
             point = {"threshold": crosscoder.threshold.item(), "l0": count / sum(map(len, batches))}
             points.append(point | {"explained_variance": totals.explained()[0].item(), "own": factor == 1})
     finally:

@@ -264,6 +264,11 @@ def environment() -> jinja2.Environment:
     return made
 
 
+def render_index(pages: dict[str, dict]) -> str:
+    """The page that leads to those of several models, each against the base. pages: by folder what its findings.json says."""
+    return environment().get_template("index.html.j2").render(pages=pages)
+
+
 def render(  # noqa: PLR0913 - what the page shows, given by name
     metrics: dict, table: dict, definitions: dict, found: dict, text_names: list[str], *, figures: dict[str, str],
     sections: list[dict], steered: list[dict], truth: dict | None, pair: str,

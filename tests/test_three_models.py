@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -63,6 +64,41 @@ def test_three_models_train_and_report(tmp_path, three):
     assert counts["C_only"] >= 4 and counts["C_only"] > counts["A_only"] + counts["B_only"]
 
 
+def test_each_model_is_analysed_against_the_base(tmp_path, three):
+    """Only the third model has more than the base, and its page says so."""
+    flags, x = three
+    sizes = ["--d-hidden", 48, "--batch-size", 256, "--val-tokens", 1000, "--epochs", 20, "--wandb", "disabled"]
+    run = tmp_path / "a"
+    run_script("train.py", *flags, *sizes, "--l1-coeff", 0.5, "--output-dir", tmp_path, "--run-name", "a", check=True)
+    said = run_script("analyze.py", run, check=True).stdout
+    summary = json.loads((run / "summary.json").read_text())
+    found = {name: json.loads((run / "analysis" / name / "findings.json").read_text()) for name in ("ft", "C")}
+    assert found["ft"]["changed"] == {"ft": 0, "base": 0}
+    assert found["C"]["changed"]["base"] == 0 and 4 <= found["C"]["changed"]["ft"] <= 12
+    crosscoder = CrossCoder.from_pretrained(run / "crosscoder")
+    norms, f = crosscoder.decoder_norms().detach(), crosscoder.encode(x)
+    for name, letter, m in (("ft", "B", 1), ("C", "C", 2)):
+        metrics = json.loads((run / "analysis" / name / "metrics.json").read_text())
+        assert metrics["explained_variance_A"] == pytest.approx(summary["explained_variance_A"], abs=1e-4)
+        assert metrics["explained_variance_B"] == pytest.approx(summary[f"explained_variance_{letter}"], abs=1e-4)
+        assert metrics["l0_loss"] == pytest.approx(summary["l0_loss"], rel=1e-4)
+        table = pq.read_table(run / "analysis" / name / "latents.parquet").to_pydict()
+        relative = norms[:, m] / norms[:, [0, m]].sum(-1)
+        assert np.allclose(table["relative_norm"], relative, atol=1e-5)
+        assert np.allclose(table["frequency"], (f > 0).float().mean(0), atol=1e-3)
+        index = (run / "analysis" / "report.html").read_text()
+        assert f'href="{name}/report.html">0 and {m}</a>' in index and (run / "analysis" / name / "report.html").is_file()
+    concepts = [one["latent"] for one in found["C"]["changes"]]
+    own = np.random.default_rng(0)  # the directions of `three`
+    own.exponential(size=(12_000, 20)), own.random((12_000, 20))
+    directions = torch.from_numpy(own.normal(size=(20, 16)))[16:]
+    rows = crosscoder.W_dec.detach().double()[concepts, 2]
+    assert (torch.nn.functional.cosine_similarity(directions[:, None], rows, dim=-1).amax(1) > 0.9).all()
+    assert "the pages of ft, C, each against the base model" in said
+    refused = one_line_error(run_script("analyze.py", run, "--base-model", "a", "--ft-model", "b"), "analyze.py")
+    assert "--base-model: models run for crosscoders of two, this one is of 3" in refused
+
+
 def test_models_that_cannot_be_joined_are_refused(tmp_path, three):
     flags, x = three
     other = Dataset.from_dict({"acts": x[:, 0].numpy(), "token": np.arange(12_000) + (np.arange(12_000) == 77)})
@@ -109,6 +145,13 @@ def test_three_collected_models_train(tmp_path, collected):
     assert "C 0." in run_script("train.py", *flags, *sizes, check=True).stdout
     crosscoder = CrossCoder.from_pretrained(tmp_path / "a" / "crosscoder")
     assert crosscoder.n_models == 3 and torch.allclose(crosscoder.mean[0], crosscoder.mean[2])
+    said = run_script("analyze.py", tmp_path / "a", "--sections-per-class", 2, "--examples", 2, check=True).stdout
+    for name, model in (("ft", "ft"), ("C", "copy")):
+        found = json.loads((tmp_path / "a" / "analysis" / name / "findings.json").read_text())
+        assert found["pair"] == f"base and {model}" and (found["changes"] or found["nearest"])[0]["examples"]
+        if name == "C":  # what the copy has of each latent the base model has too
+            assert found["changed"] == {"ft": 0, "base": 0}
+    assert "base and copy: what changed" in said
     refused = one_line_error(run_script("train.py", *flags[:2], "--difference", "--num-tokens", 1000), "train.py")
     assert "--difference: is that of two models, the data is of 3" in refused
 
