@@ -146,8 +146,7 @@ class Collection:
         for i, dataset in enumerate(self.datasets):
             if found := [facts[i] for facts in everyone if i in facts]:
                 dataset.count(split, found)
-                if self.shard.rank == 0:
-                    dataset.save_progress()
+                dataset.save_progress()
 
     def show(self, stored: int) -> None:
         self.bar.set_postfix_str(size_text(stored * self.row_bytes), refresh=False)

@@ -40,13 +40,17 @@ class PairedDataset:
 
     recipe: every flag that decides the rows; a collection goes on only under the recipe that it began with. flag: that named
     the folder `out`, for errors. ValueError if the folder holds anything else, or was begun by another recipe. Files of an
-    incomplete shard are removed.
+    incomplete shard are removed. state: `progress` and `pair` as the process has them that saves both; this one writes shards.
     """
 
-    def __init__(self, out: Path, recipe: dict, flag: str):
+    def __init__(self, out: Path, recipe: dict, flag: str, state: tuple[dict, dict | None] | None = None):
         self.out, self.recipe, self.where = out, json.loads(json.dumps(recipe)), f"{flag} {out}"
         self.pair = None  # what pair.json says, once the dataset is complete
-        self.progress = self.read_progress()
+        self.saves = state is None
+        if state is None:
+            self.progress = self.read_progress()
+        else:
+            self.progress, self.pair = state
 
     def read_progress(self) -> dict:
         """What progress.json says, or the state of a collection that has not begun."""
@@ -113,6 +117,8 @@ class PairedDataset:
             raise ValueError(f"{self.where}: was begun with other models or texts; choose another folder or delete it")
 
     def save_progress(self) -> None:
+        if not self.saves:
+            return
         with self.writing():
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(self.out / "progress.json", json.dumps(self.progress, indent=2) + "\n")

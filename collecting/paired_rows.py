@@ -67,6 +67,7 @@ class PairedModels:
     devices: list[str]  # of each model, as `usable_device` gives them
     seed: int  # decides which sequences are held out
     live: bool = False  # the flags that errors name are those of train.py
+    quiet: bool = False  # without progress bars: another process shows them
     known: dict[str, str] | None = None  # `fingerprints` of the run or collection that goes on; None for a new one
 
     def __post_init__(self):
@@ -211,7 +212,7 @@ class PairedModels:
         draws += itertools.takewhile(lambda draw: draw.passed[0].index <= last, self.training_draws(self.ahead()))
         self.held_out_until = 0
         norms, columns = [], []
-        with progress_bar("norms of the first rows", rows, delay=0) as bar:
+        with progress_bar("norms of the first rows", rows, delay=0, disable=self.quiet) as bar:
             for batch in itertools.chain.from_iterable(draw.batches for draw in draws):
                 indices = tuple(s.index for s in batch)
                 found = self.activations(batch)

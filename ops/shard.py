@@ -1,11 +1,11 @@
-"""The collectives of processes that share one dictionary; with one process they return their argument.
+"""The collectives of processes that share one dictionary or one collection; with one process they return their argument.
 
     torchrun --standalone --nproc-per-node N train.py ...
 
-Each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they exchange
-in a step does not grow with the dictionary. NCCL between CUDA devices; gloo between CPUs, and for what the host must know (did
-someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that is killed or no
-longer answers ends the others within a minute, with a ConnectionError.
+Training, each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they
+exchange in a step does not grow with the dictionary; collecting, they exchange counts alone. NCCL between CUDA devices; gloo
+between CPUs, and for what the host must know (did someone get a signal, did someone read a NaN), so that asking does not wait
+for the device. A process that is killed or no longer answers ends the others within a minute, with a ConnectionError.
 """
 
 from __future__ import annotations
@@ -195,5 +195,5 @@ def lost_process_errors():
         reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's [file:line] and advice
         raise ConnectionError(
             "another process of this run has ended, or has not answered for a minute (an hour where files are written); it "
-            f"says why above, if it could ({reason}). What was saved is whole: start all processes again with --resume"
+            f"says why above, if it could ({reason}). What was saved is whole: start all again (train.py with --resume)"
         ) from None

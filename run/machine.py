@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -119,8 +120,11 @@ def say(text: str, file=None, end: str = "\n") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still buffered goes there too
 
 
-def run_entry(name: str, main: Callable, config, stopped: str | Callable) -> None:
-    """Run an entry's `main(config)`, bad input an error of one line. stopped: said at Ctrl-C and SIGTERM, or gives what is."""
+def run_entry(name: str, main: Callable, config, stopped: str | Callable, first: bool = True) -> None:
+    """Run an entry's `main(config)`, bad input an error of one line. stopped: said at Ctrl-C and SIGTERM, or gives what is.
+
+    first: whether this process is the first of those that torchrun started, which speaks for all.
+    """
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt("SIGTERM")
@@ -129,7 +133,11 @@ def run_entry(name: str, main: Callable, config, stopped: str | Callable) -> Non
     try:
         main(config)
     except (ValueError, OSError) as error:
+        if not first:  # what all processes find, the first one says, and torchrun ends the others as it leaves
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         sys.exit(f"{name}: error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped; {stopped(config) if callable(stopped) else stopped}", file=sys.stderr)
+        if first:
+            print(f"\n{name}: stopped; {stopped(config) if callable(stopped) else stopped}", file=sys.stderr)
         sys.exit(143 if stop.args else 130)
