@@ -68,11 +68,13 @@ class Collection:
 
         def shards() -> Iterator[list[Draw]]:
             shard: list[Draw] = []
+            most = 0
             for draw in draws:
                 shard.append(draw)
-                if sum(one.most_rows(self.models.skip_first) for one in shard) >= self.shard_rows:
+                most += draw.most_rows(self.models.skip_first)
+                if most >= self.shard_rows:
                     yield shard
-                    shard = []
+                    shard, most = [], 0
             if shard:
                 yield shard
 
