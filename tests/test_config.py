@@ -90,7 +90,7 @@ def test_every_field_has_a_comment_and_is_used(script):
         ),
         ("train.py --lr", "Missing value for argument '--lr'"),
         ("train.py --seq-len x", "--seq-len x: must be a whole number"),
-        ("collect.py --hook x", "missing: --base-model, --output"),
+        ("collect.py --hook x", "missing: --output"),
         ("formats.py", "missing: SRC, DST, --to"),
         ("formats.py a b --to saelens --activation-scale 1 x", "--activation-scale 1 x: must be a number"),
         ("analyze.py", "missing: RUN"),
