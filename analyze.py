@@ -85,7 +85,7 @@ def main(config: AnalyzeConfig) -> None:
         one, rows = reordered(crosscoder, order), data._replace(order=order)
         pages[name] = analyze_pair(config, one, rows, None, tokenizer, labeller, asked, wanted, out / name, list(notes))
     write_text(out / "report.html", report.render_index(pages))
-    print(f"\nsaved      {out / 'report.html'}: the pages of {', '.join(pages)}, each against the base model")
+    print(f"\nsaved      {out / 'report.html'}: the pages of {', '.join(pages)}, each against the base model\n{open_page(out)}")
 
 
 def analyze_pair(  # noqa: PLR0913 - what `main` has opened
