@@ -99,6 +99,11 @@ def open_data(flags, record: dict | None, crosscoder: CrossCoder, num_tokens: in
         source, name = PlantedConcepts(record["resolved"]["seed"], default_val), "planted concepts"
     if crosscoder.n_models == 1:
         source = Difference(source)
+    if source.n_models != crosscoder.n_models:
+        raise ValueError(
+            f"{named[0][0] if named else '--dataset'}: its activations are of {source.n_models} models and the crosscoder is of "
+            f"{crosscoder.n_models} models; give one that was collected with the same"
+        )
     if source.d_model != crosscoder.d_model:
         raise ValueError(
             f"{named[0][0] if named else '--dataset'}: its activations have {source.d_model} values and the crosscoder takes "
