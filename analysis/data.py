@@ -101,7 +101,7 @@ def open_data(flags, record: dict | None, crosscoder: CrossCoder, num_tokens: in
         source = Difference(source)
     if source.n_models != crosscoder.n_models:
         raise ValueError(
-            f"{named[0][0] if named else '--dataset'}: its activations are of {source.n_models} models and the crosscoder is of "
+            f"{named[0][0] if named else '--dataset'}: its activations are of {source.n_models} models and the crosscoder of "
             f"{crosscoder.n_models} models; give one that was collected with the same"
         )
     if source.d_model != crosscoder.d_model:

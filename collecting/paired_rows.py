@@ -152,8 +152,8 @@ class PairedModels:
             for d_model, hook in zip(found, self.hooks, strict=True):
                 if hook.d_model != d_model:
                     raise ValueError(
-                        f"--hook {hook.name}: base activations have {hook.d_model} values and those of {name} {d_model}; they "
-                        "cannot be paired"
+                        f"--hook {hook.name}: base activations have {hook.d_model} values and fine-tuned ones {d_model} "
+                        f"({name}); they cannot be paired"
                     )
         orders = [lm.in_running_order(model, of_model) for model, of_model in zip(self.models, paths, strict=True)]
         self.hooks.sort(key=lambda hook: orders[0].index(hook.paths[0]))
