@@ -81,6 +81,7 @@ def take_turns(models: list, folder: Path, batches: int, hooks: list[str], devic
         shard_rows=2 * BATCH * LENGTH, skip_first=0, val_tokens=0, output=str(folder / f"rows{len(hooks)}"),
     )  # fmt: skip
     collect.main(config)
+    language_model.paired_activations = original
     ended, began = np.array(ended), np.array(began)
     return np.stack([(began - ended)[:-1].sum(0), (ended[1:] - began[:-1]).sum(0)]) / batches
 
