@@ -178,11 +178,11 @@ class CrossCoder(nn.Module):
         """
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
-        norm_sum = self.decoder_norms().sum(-1)  # [d_hidden]
+        W_dec, norms = sparse.with_norms(self.W_dec)
+        norm_sum = norms.sum(-1)  # [d_hidden]
         count = (k or self.k or 0) * len(x_n) if self.variant == "batch_topk" else None
         rows: Tensor = self.enc_rows
         b_enc: Tensor = self.b_enc
-        W_dec: Tensor = self.W_dec
         of_dead = None
         if dead is not None and aux_coeff:
             some = sparse.places(dead, most_dead)

@@ -47,6 +47,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     """Train, evaluate, save. Returns the exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
     flags.check(given, shard.size)
     device = shard.join(torch.device(machine.usable_device(given.device)))
+    machine.choose_precision()
     if shard.rank > 0:  # process 0 alone prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
     begun = resume.begin(given, shard)
@@ -316,6 +317,8 @@ def by_model(name: str, values) -> dict:
 
 def held_out(crosscoder: CrossCoder, source, batch_size: int, unscale: Tensor):
     """The held-out rows, normalised: batches of [batch, n_models, d_model]."""
+    if unscale.device.type != "cpu":
+        batch_size = min(batch_size, limits.HELD_OUT_AT_ONCE)
     for stored in validation_batches(source, batch_size, unscale.device):
         yield crosscoder.normalize(stored.float() * unscale)
 

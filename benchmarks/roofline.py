@@ -2,6 +2,7 @@
 
     python benchmarks/roofline.py                            # the table, for an H100
     python benchmarks/roofline.py --card A100 --d-hidden 16384 --k 64
+    python benchmarks/roofline.py --memory                   # what fits on 24, 48 and 80 GB, and hours for 100M tokens
     python benchmarks/roofline.py --operations               # every operation of the first case, longest first
 
 Needs no card: the step of train.py runs on PyTorch's meta device, whose tensors have a shape and no values. Every operation
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -31,8 +33,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from benchmarks.step import floor
+from config import REAL
 from crosscoder import CrossCoder
 from ops import dead, kernels, sparse
+from run.limits import training_bytes
 
 META = torch.device("meta")
 SHORTEST = 2e-6  # seconds that a launch takes at least; an assumption
@@ -59,6 +63,11 @@ CARDS = {
     "L40S": Card(362e12, 183e12, 91.6e12, 0.864e12, 4.0e12, 96e6),
     "4090": Card(165e12, 82.6e12, 82.6e12, 1.01e12, 4.0e12, 72e6),
 }
+
+
+SIZES = {"4090": 24, "L40S": 48, "H100": 80}  # GB
+RESERVED = 1.5  # GB for CUDA's context and what lies between allocations; an assumption
+MODELS = {"Gemma-2-2b": 2304, "an 8B model": 4096}  # width
 
 
 class Gather(NamedTuple):
@@ -341,6 +350,30 @@ def print_operations(case: Case, card: Card) -> None:
         print(f"{1e3 * value:8.3f} ms  {moved[where, name] / 1e9:7.3f} GB  {times[where, name]:3d} launches  {name:24} {where}")
 
 
+def memory(case: Case, k_start: float = 1) -> float:
+    """Bytes that train.py asks for before such a run, which begins with k_start times k active latents."""
+    config = SimpleNamespace(
+        **case._asdict(), k_start=k_start, batch_size=case.batch, micro_batch_size=case.batch, compute_dtype=case.dtype
+    )
+    return sum(training_bytes(config, N_MODELS, case.d_model, 1, on_cpu=False).values())
+
+
+def fits(batch: int, k: int) -> Iterator[str]:
+    """The lines of a table: what runs need, which cards hold them, and hours for 100M tokens there."""
+    yield (
+        "| model | variant | latents | GB | " + " | ".join(f"hours on {name}, {size} GB" for name, size in SIZES.items()) + " |"
+    )
+    yield "|---|---|---:|---:|" + "---:|" * len(SIZES)
+    for model, d_model in MODELS.items():
+        for variant in ("batch_topk", "vanilla"):
+            for d_hidden in (16_384, 32_768, 65_536, 131_072, 262_144):
+                case = Case(variant, d_hidden, d_model=d_model, batch=batch, k=k)
+                needed, step = memory(case, REAL["k_start"]), count(case)
+                hours = {name: 1e8 / batch * step.seconds(CARDS[name]) / 3600 for name in SIZES}
+                cells = [f"{hours[name]:.2f}" if needed < (size - RESERVED) * 1e9 else "" for name, size in SIZES.items()]
+                yield f"| {model} | {variant} | {d_hidden:,} | {needed / 1e9:.1f} | " + " | ".join(cells) + " |"
+
+
 def tables(card: Card, cases: list[Case]) -> Iterator[str]:
     """The lines of the table, one after the other as they are counted."""
     yield from HEADER.splitlines()
@@ -356,9 +389,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--compute-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--variant", choices=["batch_topk", "vanilla"], nargs="+", default=["batch_topk", "vanilla"])
+    parser.add_argument("--memory", action="store_true", help="what fits on cards of 24, 48 and 80 GB, and hours, instead")
     parser.add_argument("--operations", action="store_true", help="every operation of the first case, instead of the table")
     args = parser.parse_args()
     card = CARDS[args.card]
+    if args.memory:
+        for text in fits(args.batch_size, args.k):
+            print(text, flush=True)
+        return
     size = (args.d_model, args.k, args.batch_size, args.compute_dtype)
     cases = [Case(variant, d_hidden, aux, *size) for d_hidden in args.d_hidden for variant in args.variant for aux in AUX]
     how = f"2 x {args.d_model}, batches of {args.batch_size:,}, k {args.k}, {args.compute_dtype}"

@@ -125,6 +125,16 @@ def decode(f: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (f.to(dtype) @ rows.flatten(1).to(dtype)).to(f.dtype).unflatten(1, rows.shape[1:])
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a @ b into out, which may be of a wider type; on CUDA the product is not rounded to the narrower one first."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        out.copy_(a @ b)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 # --- reconstruction
 
 
@@ -195,6 +205,28 @@ def take(t: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
     return _Take.apply(t, some)
 
 
+def with_norms(W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    """W_dec [d_hidden, n_models, d_model] itself, for one operation alone, and its norms [d_hidden, n_models], as `take`."""
+    return _WithNorms.apply(W_dec)
+
+
+class _WithNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, W_dec):
+        ctx.set_materialize_grads(False)
+        norms = W_dec.norm(dim=-1)
+        ctx.save_for_backward(W_dec, norms)
+        return W_dec.view_as(W_dec), norms
+
+    @staticmethod
+    def backward(ctx, d_W_dec, d_norms):
+        if d_norms is None:
+            return d_W_dec
+        W_dec, norms = ctx.saved_tensors
+        d_W_dec = torch.zeros_like(W_dec) if d_W_dec is None else d_W_dec.contiguous()
+        return d_W_dec.addcmul_(W_dec, (d_norms / norms).where(norms > 0, 0)[..., None])
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, some):
@@ -241,7 +273,10 @@ class _Dense(torch.autograd.Function):
                 f = torch.add(here, b_enc[part]).relu_()
                 codes = f.to(dtype, copy=True)
             all_codes.append(codes)
-            decoded += codes @ W_dec[part]
+            if len(ctx.parts) == 1:
+                multiply(codes, W_dec, decoded)
+            else:
+                decoded += codes @ W_dec[part]
             total[part] = f.sum(0)
             times[part] = f.sign_().sum(0)
         ctx.save_for_backward(x, W_dec, *all_codes)
@@ -257,7 +292,9 @@ class _Dense(torch.autograd.Function):
         for part, codes in zip(ctx.parts, all_codes, strict=True):
             d_codes = (d_decoded @ W_dec[part].T).add_(d_total[part])  # [batch, part]
             d_pre = torch.ops.aten.threshold_backward(d_codes, codes, 0)  # relu's: several times as fast as masked_fill
-            d_rows[part], d_W_dec[part], d_bias[part] = d_pre.T @ x, codes.T @ d_decoded, d_pre.sum(0, dtype=d_bias.dtype)
+            multiply(d_pre.T, x, d_rows[part])
+            multiply(codes.T, d_decoded, d_W_dec[part])
+            d_bias[part] = d_pre.sum(0, dtype=d_bias.dtype)
         return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None, None
 
 

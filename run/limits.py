@@ -10,27 +10,50 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ops.sparse import COPIED_ABOVE_CUDA, DENSE_ABOVE_CUDA
 from run import checkpoint
 from run.machine import first_line, free_disk, free_memory
 
 if TYPE_CHECKING:
     from sources.source import Source
 
+HELD_OUT_AT_ONCE = 1024  # held-out rows that are measured together on CUDA, whose scores are float32
+
+
+def training_bytes(config, n_models: int, d_model: int, processes: int, on_cpu: bool) -> dict[str, float]:
+    """Bytes of the device's memory that a run takes, by the flag that lowers them: the formulas of docs/speed.md.
+
+    The larger of a step, with weights, gradient and Adam's two moments, and of the end of the run, without gradient.
+    """
+    values = 2 * n_models * d_model * config.d_hidden / processes  # in this process's weights
+    latents, rows = config.d_hidden / processes, config.batch_size * n_models * d_model
+    scores = config.micro_batch_size * latents
+    if on_cpu:  # in a step also a temporary copy of the decoder
+        state, codes = max((20 * values, 4 * scores), (12 * values, 20 * scores), key=sum)
+        return {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * rows}
+    narrow = values if config.compute_dtype == "bfloat16" else 0  # a copy of one of the weights in bfloat16
+    end = (12 * values, 20 * HELD_OUT_AT_ONCE * latents, 24 * rows)
+    loss = (12 * values + narrow, 0, 52 * rows)
+    wide = (2 if narrow else 4) * scores
+    phases, active = [end, loss], (config.k or 0) * (config.k_start or 1)  # the most at once, when the run begins
+    if config.variant == "batch_topk":
+        copied = narrow if active * config.micro_batch_size > COPIED_ABOVE_CUDA * latents else 0
+        phases += [(16 * values + copied, 0, 24 * rows), (12 * values + narrow, 2 * wide, 24 * rows)]
+    if config.variant == "vanilla" or active >= DENSE_ABOVE_CUDA * config.d_hidden:  # products of all codes, and gradients
+        phases += [(16 * values + narrow, 3 * wide, 24 * rows)]
+    return dict(zip(("d_hidden", "micro_batch_size", "batch_size"), max(phases, key=sum), strict=True))
+
 
 def require_memory(config, source: Source, device: torch.device, processes: int) -> None:
-    """ValueError if the device or the host cannot hold the run, by the formula of docs/speed.md."""
-    values = 2 * source.n_models * source.d_model * config.d_hidden / processes  # in this process's weights
-    scores, batch = config.micro_batch_size * config.d_hidden / processes, config.batch_size * source.n_models * source.d_model
+    """ValueError if the device or the host cannot hold the run, by the formulas of docs/speed.md."""
     on_cpu = device.type == "cpu"
-    # During a step: weights, gradient, Adam's two moments and a temporary copy of the decoder. At the end of the run: no
-    # gradient, but scores in float32. The larger of the two counts.
-    state, codes = max((20 * values, (4 if on_cpu else 12) * scores), (12 * values, 20 * scores), key=sum)
-    on_device = {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * batch}
-    on_host = source.host_bytes(config.batch_size)
+    on_device = training_bytes(config, source.n_models, source.d_model, processes, on_cpu)
+    on_host: dict[str, float] = {**source.host_bytes(config.batch_size)}
     if on_cpu:
         on_host |= on_device | {"batch_size": on_host["batch_size"] + on_device["batch_size"]}
     else:
-        on_host["d_hidden"] = 12 * values  # what a checkpoint holds, on its way to the disk
+        weights = 2 * source.n_models * source.d_model * config.d_hidden / processes
+        on_host["d_hidden"] = 12 * weights  # what a checkpoint holds, on its way to the disk
     on_host = {name: size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for name, size in on_host.items()}
     places: list[tuple[object, int, dict]] = [("the host", free_memory(), on_host)]
     if not on_cpu:

@@ -67,6 +67,13 @@ def usable_device(name: str, flag: str = "--device") -> str:
     return name
 
 
+def choose_precision() -> None:
+    """Products on CUDA add up in float32, and those of float32 are not rounded to TF32: who wants that takes bfloat16."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, for messages of one line; its type where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -64,6 +64,14 @@ def test_what_takes_more_is_noticed(monkeypatch):
         assert "ms" in {found.split(":")[0] for found in differing(row)}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("variant", ["batch_topk", "vanilla"])
+@pytest.mark.parametrize("d_hidden, batch", [(32_768, 4096), (131_072, 4096), (131_072, 1024), (16_384, 16_384)])
+def test_the_formula_of_memory_is_what_is_counted(variant, d_hidden, batch, dtype):
+    case = Case(variant, d_hidden, batch=batch, dtype=dtype)
+    assert count(case).peak == pytest.approx(roofline.memory(case), rel=0.08)
+
+
 def test_a_kernel_of_unknown_traffic_is_named(monkeypatch):
     monkeypatch.delitem(roofline.KERNELS, "_count")
     with pytest.raises(ValueError, match="say in KERNELS what the kernel _count moves"):

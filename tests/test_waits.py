@@ -165,6 +165,21 @@ def streamed(tmp_path) -> list:
 SOURCES = {"planted": lambda tmp_path: [], "stored": stored, "streamed": streamed}
 
 
+def test_products_of_a_run_add_up_in_float32(card, tmp_path, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    for name in names:
+        setattr(matmul, name, True)
+    run(tmp_path, monkeypatch)
+    assert not any(getattr(matmul, name) for name in names)
+
+
+def test_a_device_with_too_little_memory_is_refused_before_the_start(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 10**9))
+    with pytest.raises(ValueError, match=r"needs 0.0 GB of memory on meta and 0.0 GB are free: lower --d-hidden \(for"):
+        run(tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize("variant", ["batch_topk", "vanilla"])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_no_operation_of_a_step_waits(kind, variant, card, tmp_path, monkeypatch):
