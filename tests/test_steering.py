@@ -173,7 +173,9 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
         assert one["beyond_random_kl"] and one["beyond_random_shown"] and one["random_as_much"] == 0
         assert one["shown"] == one["shown_other"] and abs(one["shown"] - one["shown_before"]) > 0.5
         assert abs(one["shown_random"] - one["shown"]) > 0.5
-    assert planted["beyond_random"] and not other["beyond_random"]
+    assert (
+        planted["beyond_random"] and other["base"]["kl"] > 0.7 * other["base"]["kl_before"]
+    )  # one latent that is random itself
 
 
 # --- through the command line
