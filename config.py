@@ -106,7 +106,7 @@ class ModelFlags:
     # saved quantised loads as it is.
     model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
-    # Leading positions of each sequence left out (BOS and attention sinks: Gemma 1, Qwen 2.5 about 21, Llama 3 about 25). With
+    # Leading positions of each sequence left out (BOS, attention sinks: 1 for Gemma 2, 21 for Qwen 2.5, 25 for Llama 3). With
     # --no-pack also the opening of a chat template, which a base model never saw.
     skip_first: int = 1
     # Rows whose norm in either model is above this multiple of the median are left out (attention sinks), by train.py too where
@@ -252,7 +252,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
 @dataclass(kw_only=True, frozen=True)
 class CollectConfig(ModelFlags):
-    """Run two models over the same text and store their activations at one hook, for train.py.
+    """Run two models or more over the same text and store their activations at one hook or several.
 
     python collect.py --base-model A --ft-model B --hook model.layers.13 --text chats.jsonl --output data/pair
     """

@@ -156,8 +156,8 @@ def steering_words(steered: dict | None) -> list[str]:
     alone = [(one["latents"][0], one["beyond_random"]) for one in steered["latents"] if len(one["latents"]) == 1]
     beyond = ", ".join(str(latent) for latent, more in alone if more) or "none"
     words = [
-        f"Steering: of the latents {', '.join(str(latent) for latent, _ in alone)}, {beyond} moves a model further towards the "
-        "other than random latents of the same length."
+        f"Steered with the latents {', '.join(str(latent) for latent, _ in alone)}, one by one; further towards the other "
+        f"model than with random latents of the same length: {beyond}."
     ]
     last = steered["latents"][-1]
     for name, model in MODELS.items():

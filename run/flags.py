@@ -299,7 +299,7 @@ def check(config: TrainConfig, processes: int) -> None:
         (config.difference and not (stored or live), "--difference is of the data of two models: give --dataset, say"),
         (config.difference and len(each) > 2, f"--difference is of two models, --model-dataset names {len(each)}"),
         (config.streaming and not stored, "--streaming reads datasets over the network: give --dataset, or one for each model"),
-        (epochs and config.num_tokens, "--epochs and --num-tokens both set the length: give one (the other as None)"),
+        (epochs and config.num_tokens, "--epochs and --num-tokens both set the length: give one of them"),
         (epochs and not stored, "--epochs: planted concepts are endless, give --num-tokens"),
         (name and (name == ".." or Path(name).name != name), f"--run-name {name}: must be a name alone, in --output-dir"),
         (processes > 1 and ":" in device, f"--device {device}: each process takes one; give --device {device.split(':')[0]}"),

@@ -119,7 +119,8 @@ def hub_pair_file(dataset: str, revision: str | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     offline = datasets.config.HF_HUB_OFFLINE
-    with library_errors(f"--dataset {dataset}: its pair.json cannot be fetched", kinds=(HfHubHTTPError, OSError)):
+    what = f"--dataset {dataset}: no folder here, and as a Hub id its pair.json cannot be fetched"
+    with library_errors(what, kinds=(HfHubHTTPError, OSError)):
         return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision, local_files_only=offline)
 
 
