@@ -471,7 +471,7 @@ def test_names_that_the_hub_does_not_know_are_asked_for_once(tiny, tmp_path):
         argv = command(tiny, tmp_path / "never", "--text", "tiny/text", **options)
         done = run_script("collect.py", *argv[1:], env=env)
         message = one_line_error(done, "collect.py")
-        assert done.stderr.count("\n") == 1 and message.startswith(f"collect.py: error: {flag}: is no ")
+        assert done.stderr.count("\n") == 2 and message.startswith(f"collect.py: error: {flag}: is no ")
         assert "the Hub does not give it as a" in message and "Connection refused" in message
 
 

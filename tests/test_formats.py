@@ -280,7 +280,8 @@ def test_command_line_converts_there_and_back(tmp_path):
     crosscoder.save_pretrained(tmp_path / "ours" / "crosscoder")  # as in a run
     for source, to in (("ours", "crosscoder_learning"), ("crosscoder_learning", "crosscoder")):
         printed = run_script("formats.py", tmp_path / source, tmp_path / to, "--to", to, check=True).stdout
-        assert printed == f"{tmp_path / to}: batch_topk, 2 models of width {D}, {F} latents, as {to}\n"
+        following = f"next: python analyze.py {tmp_path / to} --dataset DATA\n" if to == "crosscoder" else ""
+        assert printed == f"{tmp_path / to}: batch_topk, 2 models of width {D}, {F} latents, as {to}\n{following}"
     assert_gives(CrossCoder.from_pretrained(tmp_path / "crosscoder"), crosscoder.encode(X), crosscoder(X))
     refused = run_script("formats.py", tmp_path / "ours", tmp_path / "crosscoder", "--to", "saelens")
     assert "exists and is not an empty folder" in one_line_error(refused, "formats.py")
