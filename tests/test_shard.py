@@ -128,8 +128,9 @@ def use(seed):
     out = crosscoder.losses(x, 0.1, 0.5, torch.ones(40, dtype=torch.bool))
     out.loss.backward()
     crosscoder.fit_threshold(lambda: [x])
-    crosscoder.save_pretrained({folder!r} + str(seed))
-    crosscoder = CrossCoder.from_pretrained({folder!r} + str(seed)).fold_normalization()
+    folder = {folder!r} + str(seed) + "-of-" + os.environ.get("RANK", "0")  # both processes save this seed
+    crosscoder.save_pretrained(folder)
+    crosscoder = CrossCoder.from_pretrained(folder).fold_normalization()
     return dict(loss=out.loss.detach(), x_hat=crosscoder(x).detach(), threshold=crosscoder.threshold)
 
 if __name__ == "__main__":

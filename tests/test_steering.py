@@ -197,7 +197,7 @@ def test_what_is_steered_by_itself(capitals):
     page = (capitals["analysis"] / "report.html").read_text(encoding="utf-8")
     assert '<h2 id="steering">' in page and page.count('class="pairs"') == 8 * len(groups) * 2
     assert re.search(rf"^steering   {first[0]}: base, KL to ft [\d.]+ -> [\d.]+ \(random [\d.]+\)", capitals["printed"], re.M)
-    assert any(sentence.startswith("Steering: ") for sentence in found["summary"])
+    assert any(sentence.startswith("Steered with ") for sentence in found["summary"])
 
 
 def test_the_numbers_of_a_line_equal_a_direct_computation(capitals, models, tokenizer):
