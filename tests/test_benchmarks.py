@@ -11,7 +11,7 @@ from processes import Started
 
 from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
-from benchmarks.organisms import best_f1, orders, places, steered
+from benchmarks.organism_scores import best_f1, orders, places, steered
 from benchmarks.recipes import RECIPES, WORLDS, geometric_median, grid, told, train_flags
 
 
