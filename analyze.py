@@ -93,7 +93,6 @@ def analyze_pair(  # noqa: PLR0913 - what `main` has opened
     out: Path, notes: list[str],
 ) -> dict:  # fmt: skip
     """Compare the first two models of a crosscoder. Returns what findings.json says."""
-    device = crosscoder.scale.device
     # --- every latent, in one pass
     say(f"measuring {crosscoder.d_hidden:,} latents on {data.val_rows:,} held-out and {data.train_rows:,} training rows")
     without = difference.open_sums(data)
@@ -106,17 +105,14 @@ def analyze_pair(  # noqa: PLR0913 - what `main` has opened
         metrics["planted"], truth = measure.planted_truth(data.source, crosscoder, table)
 
     # --- what some of them are active on
+    lens, vectors = difference.lens_models(models, data.source.d_model, notes), {}
     chosen = measure.choose(table, asked, config.sections_per_class, config.seed)
-    f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
-    sections = find_examples(
-        crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
-    )
+    sections = describe_latents(config, crosscoder, data, table, chosen, lens, tokenizer)
 
     # --- what is seen without a dictionary
-    lens, vectors = difference.lens_models(models, data.source.d_model, notes), {}
     if without:
+        device = crosscoder.scale.device
         metrics["difference"], vectors = difference.describe(without, data, device, lens, tokenizer, config.seed)
-    difference.add_lens(sections, crosscoder, lens, tokenizer)
     metrics |= labels.add_labels(labeller, sections, crosscoder, data, tokenizer, config.context, config.seed, notes)
     table |= labels.columns(sections, crosscoder.d_hidden)
 
@@ -140,14 +136,9 @@ def analyze_pair(  # noqa: PLR0913 - what `main` has opened
     command = shlex.join(["python", *sys.argv])
     found = findings.find(table, ranked.null, metrics, sections, text_names, pair_name, command)
     with put_in_place(out) as partial:
-        (partial / "metrics.json").write_text(as_json(metrics, indent=2))
-        write_parquet(partial / "latents.parquet", table, definitions, data.name)
+        write_numbers(partial, data.name, metrics, table, definitions, vectors, sections, steered)
         (partial / "findings.json").write_text(as_json(found, indent=2))
         (partial / "findings.md").write_text(findings.as_markdown(found), encoding="utf-8")
-        if vectors:
-            save_file(vectors, partial / "difference.safetensors")
-        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
-        (partial / "steering.jsonl").write_text("".join(map(as_json, steered)))
         shown = {"pair": pair_name, "truth": truth}
         figures = report.draw_figures(partial / "figures", drawn, metrics, curves=curves, **shown)
         page = report.render(
@@ -171,26 +162,18 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
     sums, metrics, _ = measure.measure_latents(crosscoder, data, without)
     table = one_model.latent_table(crosscoder, sums, without)
     metrics = one_model.overview(crosscoder, table, metrics)
-    chosen = one_model.choose(table, asked, 3 * config.sections_per_class)
-    f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
-    sections = find_examples(
-        crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
-    )
     lens = difference.lens_models(models, data.source.d_model, notes)
+    chosen = one_model.choose(table, asked, 3 * config.sections_per_class)
+    sections = describe_latents(config, crosscoder, data, table, chosen, lens, tokenizer)
     metrics["difference"], vectors = difference.describe(without, data, crosscoder.scale.device, lens, tokenizer, config.seed)
-    difference.add_lens(sections, crosscoder, lens, tokenizer)
     metrics |= labels.add_labels(labeller, sections, crosscoder, data, tokenizer, config.context, config.seed, notes)
     table |= labels.columns(sections, crosscoder.d_hidden)
     metrics, steered = steer(config, wanted, metrics, models, crosscoder, data, table, tokenizer, notes)
     metrics |= {"run": str(config.run), "data": data.name, "rows_validation": data.val_rows, "rows_train": data.train_rows}
     metrics["notes"] = notes
     with put_in_place(out) as partial:
-        (partial / "metrics.json").write_text(as_json(metrics, indent=2))
         definitions = {name: (one_model.COLUMNS | labels.COLUMNS)[name] for name in table}
-        write_parquet(partial / "latents.parquet", table, definitions, data.name)
-        save_file(vectors, partial / "difference.safetensors")
-        (partial / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
-        (partial / "steering.jsonl").write_text("".join(map(as_json, steered)))
+        write_numbers(partial, data.name, metrics, table, definitions, vectors, sections, steered)
         page = one_model.render(metrics, table, sections, data.compared, steered)
         (partial / "report.html").write_text(page, encoding="utf-8")
     exports.write(config.export, out, crosscoder, data, sections, table, config.run, config.num_tokens)
@@ -200,6 +183,18 @@ def analyze_difference(  # noqa: PLR0913 - what `main` has opened
     print(labels.told(metrics), end="")
     print(f"saved      {out / 'report.html'}, metrics.json, latents.parquet, examples.jsonl, difference.safetensors")
     print(open_page(out))
+
+
+def describe_latents(
+    config: AnalyzeConfig, crosscoder: CrossCoder, data: Data, table: dict[str, np.ndarray], chosen: np.ndarray, lens, tokenizer
+) -> list[dict]:
+    """The sections of the chosen latents: examples, and what the logit lens says of their rows."""
+    f_max = np.fmax(table["max_act_train"], table["max_act_val"])[chosen]
+    sections = find_examples(
+        crosscoder, data, chosen, f_max, tokenizer, wanted=config.examples, context=config.context, seed=config.seed
+    )
+    difference.add_lens(sections, crosscoder, lens, tokenizer)
+    return sections
 
 
 def steer(  # noqa: PLR0913 - what `main` has opened
@@ -222,26 +217,13 @@ def steer(  # noqa: PLR0913 - what `main` has opened
         notes.append("no steering: the held-out texts are too short for prompts; give some with --prompts")
     if not chosen or not prompts:
         return metrics, []
-    how = {
-        "behaviour": config.behaviour,
-        "answer_alone": config.steer_at == "answer",
-        "skip_first": data.pair.get("skip_first", 1),
-    }
+    skip_first, alone = data.pair.get("skip_first", 1), config.steer_at == "answer"
+    how = {"behaviour": config.behaviour, "answer_alone": alone, "skip_first": skip_first}
     groups = [[latent] for latent in chosen] + [chosen] * (len(chosen) > 1)
-    changes = {
-        "direction": np.full(crosscoder.d_hidden, "ft"),
-        "changed": np.zeros(crosscoder.d_hidden, bool),
-    }  # of a difference
+    if crosscoder.n_models == 1:  # a difference has more of each latent in the fine-tuned model, and no null
+        table = table | {"direction": np.full(len(table["dead"]), "ft"), "changed": np.zeros(len(table["dead"]), bool)}
     lines = steering.steer(
-        models,
-        crosscoder,
-        changes | table,
-        groups,
-        prompts,
-        tokenizer,
-        rows=8 * config.model_batch_size,
-        seed=config.seed,
-        **how,
+        models, crosscoder, table, groups, prompts, tokenizer, rows=8 * config.model_batch_size, seed=config.seed, **how
     ).to_dict("records")
     return metrics | {"steering": how | {"prompts": len(prompts), "latents": steering.summarise(lines)}}, lines
 
@@ -333,6 +315,19 @@ def data_flags(config: AnalyzeConfig, record: dict | None) -> tuple[TrainConfig,
 
 
 # --- what is written
+
+
+def write_numbers(
+    folder: Path, data_name: str, metrics: dict, table: dict[str, np.ndarray], definitions: dict[str, str],
+    vectors: dict[str, torch.Tensor], sections: list[dict], steered: list[dict],
+) -> None:  # fmt: skip
+    """The files that every kind of dictionary has."""
+    (folder / "metrics.json").write_text(as_json(metrics, indent=2))
+    write_parquet(folder / "latents.parquet", table, definitions, data_name)
+    if vectors:
+        save_file(vectors, folder / "difference.safetensors")
+    (folder / "examples.jsonl").write_text("".join(as_json(one) for one in sections if one["examples"]))
+    (folder / "steering.jsonl").write_text("".join(map(as_json, steered)))
 
 
 def training_curves(path: Path) -> list[dict]:

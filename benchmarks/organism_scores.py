@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.data import Data, normalized_rows, open_data
+from analysis.difference import DifferenceSums
 from config import TrainConfig
 from crosscoder import CrossCoder
 
-STRONGEST, FIRST, COMPONENTS = 20, 20, 10
+STRONGEST, FIRST = 20, 20
 
 
 def orders(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,13 +76,14 @@ def strongest(crosscoder: CrossCoder, data: Data, values: Callable[[torch.Tensor
 def difference_components(crosscoder: CrossCoder, data: Data) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The first principal components of x_ft - x_base, both signs in turn. None where the models do not differ."""
     differ = lambda x: (x := crosscoder.denormalize(x))[:, 1] - x[:, 0]  # noqa: E731
-    d = torch.cat([differ(x) for _, x in normalized_rows(crosscoder, data, what="components")])  # [rows, d_model]
-    mean = d.mean(0)
-    if not d.any():
+    sums = DifferenceSums()
+    for _, x in normalized_rows(crosscoder, data, what="components"):
+        sums.add(crosscoder.denormalize(x))
+    if not sums.products.any():
         return None
-    axes = torch.linalg.eigh((d - mean).double().T.cov()).eigenvectors.flip(1)[:, :COMPONENTS].float()  # the largest first
-    both = torch.stack([axes, -axes], dim=-1).flatten(1)  # [d_model, 2 * COMPONENTS]
-    return lambda x: ((differ(x) - mean) @ both).relu()
+    axes, mean = sums.components()[1].float(), sums.means()[1][0].float()  # [components, d_model], [d_model]
+    both = torch.stack([axes, -axes], dim=1).flatten(0, 1)  # [2 * components, d_model]
+    return lambda x: ((differ(x) - mean) @ both.T).relu()
 
 
 def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
