@@ -52,16 +52,17 @@ class Bare:
 
 
 def launches(d_model: int, d_hidden: int, dtype: torch.dtype, batch: int = 4096, k: int = 100) -> list[tuple]:
-    """(kernel, arguments, constants) of every launch of a step of batch_topk with the auxiliary loss, forward and backward."""
+    """(kernel, arguments, constants) of every launch of a step of each variant with the auxiliary loss, forward and backward."""
     found: list[tuple] = []
 
     def run(kernel, *args, grid, warmup, **constants):
         found.append((kernel, args, constants))
 
     with FakeTensorMode(), patch.object(JITFunction, "run", run), patch.object(sparse, "on_cuda", lambda x: True):
-        crosscoder = CrossCoder(d_model, d_hidden, 2, "batch_topk", k, compute_dtype=dtype)
-        x = torch.empty(batch, 2, d_model)
-        crosscoder.losses(x, 0.0, 1 / 32, torch.empty(d_hidden, dtype=torch.bool)).loss.backward()
+        for variant in ("batch_topk", "vanilla"):
+            crosscoder = CrossCoder(d_model, d_hidden, 2, variant, k, compute_dtype=dtype)
+            x, dead = torch.empty(batch, 2, d_model), torch.empty(d_hidden, dtype=torch.bool)
+            crosscoder.losses(x, 0.0, 1 / 32, dead).loss.backward()
     return found
 
 
@@ -95,8 +96,9 @@ def inspect(arch: int, case: tuple, kernel: JITFunction, args: tuple, compiled) 
     fences = re.findall(r"\bMEMBAR\b", text), re.findall(r"\bfence\.|\bmembar\b|\.acq_rel\b", compiled.asm["ptx"])
     loads = re.findall(r"\bLDG\.E(?:\.\w+)*", text)
     (registers,) = re.findall(r"\bREG:(\d+)", text)
+    left_out = [name for name, given in zip(kernel.arg_names, args, strict=False) if given is None]
     row = {
-        "kernel": kernel.__name__ + ("" if None not in args else ", sums alone"),
+        "kernel": kernel.__name__ + (f", without {', '.join(left_out)}" if left_out else ""),
         "case": "{:,} wide, {:,} latents, {}".format(2 * case[0], *case[1:]).replace("torch.", ""),
         "arch": arch,
         "warps": compiled.metadata.num_warps,

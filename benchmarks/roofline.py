@@ -163,6 +163,12 @@ def weighted_sums(a: dict) -> dict:
     return {"bytes": sum(nbytes(t) for t in once), "gathers": (gather,)}
 
 
+def gate(a: dict) -> dict:
+    """Without a bias nothing is written back."""
+    others = (a[name] for name in ("open_at", "sums", "times") if a[name] is not None)
+    return {"bytes": nbytes(a["values"]) * (1 if a["bias"] is None else 2) + sum(nbytes(t) for t in others)}
+
+
 # What a kernel of ops/kernels.py moves, from its arguments by name.
 KERNELS: dict[str, Callable[[dict], dict]] = {
     "_histogram": histogram,
@@ -170,6 +176,7 @@ KERNELS: dict[str, Callable[[dict], dict]] = {
     "_write": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["latents"]) + nbytes(a["values"])},
     "_find": lambda a: {"bytes": nbytes(a["bins"])},
     "_weighted_sums": weighted_sums,
+    "_gate": gate,
     "_join": lambda a: {},  # where no latent is active at many times as many tokens as others
 }
 

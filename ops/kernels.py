@@ -27,6 +27,7 @@ HARDLY = 1024  # programs of a pass that is hardly ever needed
 TILE = 512  # columns of a wide row that a program adds up, 16 bytes of a row a thread: a sum over rows stays in the thread
 ENTRIES = 8  # rows that it loads together; half as many with inner products, which in bfloat16 else need over 128 registers
 PIECE, FURTHER = 256, 1024  # entries at which groups are cut, at least; cuts at most. A latent may be active at every token
+STRIP = 128  # tokens that a program of `_gate` goes down, TOKENS / 2 at a time: sums over them stay in its registers
 
 
 @triton.jit
@@ -174,6 +175,38 @@ def _join(out, starts, owner, n_groups, size, units, UNIT: tl.constexpr, TILE: t
         tl.store(out + group * width + column, total, mask=column < width)
 
 
+@triton.jit(do_not_specialize=["batch"])
+def _gate(  # noqa: PLR0913 - pointers
+    values, bias, open_at, sums, times, batch, width, STRIP: tl.constexpr, TOKENS: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
+    """values + bias where that, or `open_at`, is positive, else 0: written back, and added up over a strip of tokens.
+
+    Without a bias nothing changes and nothing is written. With `times` also how many are positive.
+    """
+    strip, latent = tl.program_id(0), tl.program_id(1) * SCAN + tl.arange(0, SCAN)
+    more = tl.zeros([SCAN], tl.float32)
+    if bias is not None:
+        more = tl.load(bias + latent, mask=latent < width, other=0.0)
+    total, many = tl.zeros([TOKENS, SCAN], tl.float32), tl.zeros([TOKENS, SCAN], tl.float32)
+    for first in range(0, STRIP, TOKENS):
+        token = strip * STRIP + first + tl.arange(0, TOKENS).to(tl.int64)
+        place, inside = token[:, None] * width + latent[None, :], (token < batch)[:, None] & (latent < width)[None, :]
+        value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            value += more[None, :]
+            opener = value
+            if open_at is not None:
+                opener = tl.load(open_at + place, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(inside & (opener > 0), value, 0.0)
+            tl.store(values + place, value, mask=inside)
+        total += value
+        many += (value > 0).to(tl.float32)
+    place = strip.to(tl.int64) * width + latent
+    tl.store(sums + place, tl.sum(total, 0), mask=latent < width)
+    if times is not None:
+        tl.store(times + place, tl.sum(many, 0), mask=latent < width)
+
+
 def launch(kernel, grid: tuple[int, ...], first: Tensor, /, *args, **constants) -> None:
     """Run a kernel on the device of its first argument: Triton takes CUDA's current device, whatever the tensors' is."""
     with torch.cuda.device_of(first):
@@ -244,6 +277,23 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
     args = (pre, b_enc, weight, cut, ties, starts, latents, codes, batch * blocks, *sizes)
     launch(_write, (triton.cdiv(batch * blocks, BLOCKS),), *args, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2)
     return latents, codes, starts[::blocks].contiguous()
+
+
+def gate(values: Tensor, bias: Tensor | None, open_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrite values [batch, d_hidden] with values + bias where that, or `open_at`, is positive, and with 0 elsewhere.
+
+    Without a bias they stay as they are. Matrices lie as `rows_of_16` makes them. Returns [d_hidden] float32 sums over the batch,
+    before they are rounded to the type of values, and at how many tokens they are positive (not where `open_at` is given).
+    """
+    (batch, d_hidden), width = values.shape, values.stride(0)
+    sums = torch.empty(1 if open_at is not None else 2, triton.cdiv(batch, STRIP), width, device=values.device)
+    bias = bias if bias is None else pad(bias, (0, width - d_hidden))
+    times, grid = None if open_at is not None else sums[1], (sums.shape[1], triton.cdiv(width, SCAN))
+    constants = {"STRIP": STRIP, "TOKENS": TOKENS // 2, "SCAN": SCAN, "num_warps": WARPS}
+    if d_hidden:
+        launch(_gate, grid, values, bias, open_at, sums[0], times, batch, width, **constants)
+    total = sums.sum(1)[:, :d_hidden]
+    return total[0], total[-1]
 
 
 class Pieces(NamedTuple):

@@ -187,8 +187,10 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
         few = found is not None and len(found.codes) <= most_sparse(x, rows, dtype)
     if few:
         decoded, total, times = _Sparse.apply(x, rows, b_enc, W_dec, dtype, found)
+    elif product is not None:
+        decoded, total, times = _DenseOnCuda.apply(x, rows, b_enc, W_dec, dtype, product, found)
     else:
-        decoded, total, times = _Dense.apply(x, rows, b_enc, W_dec, dtype, product, found)
+        decoded, total, times = _Dense.apply(x, rows, b_enc, W_dec, dtype, found)
     return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), total, times, smallest)
 
 
@@ -251,26 +253,25 @@ def sparse_share(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class _Dense(torch.autograd.Function):
-    """On a CPU so many latents at a time that what is computed of them stays in its cache. Keeps the codes in `dtype`."""
+    """On a CPU: so many latents at a time that what is computed of them stays in its cache. Keeps the codes in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x, rows, b_enc, W_dec, dtype, product, found):
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, found):
         ctx.shape = rows.shape
         x, W_dec = x.flatten(1).to(dtype), W_dec.flatten(1).to(dtype)
         if found is not None:
-            kept = torch.zeros(len(x) + 1, len(rows), dtype=dtype, device=x.device)  # unused entries go to the last row
+            kept = torch.zeros(len(x), len(rows), dtype=dtype)
             kept[_tokens(found), found.latents] = found.codes.to(dtype)
         decoded = b_enc.new_zeros(len(x), W_dec.shape[1])
         total, times, all_codes = torch.empty_like(b_enc), torch.empty_like(b_enc), []
-        size = max(1, len(rows) if on_cuda(x) else PART // len(x))
+        size = max(1, PART // len(x))
         ctx.parts = [slice(first, first + size) for first in range(0, len(rows), size)]
         for part in ctx.parts:
             if found is not None:
-                codes = kept[:-1, part].contiguous()  # [batch, part]
+                codes = kept[:, part].contiguous()  # [batch, part]
                 f = codes.to(b_enc.dtype, copy=True)
             else:
-                here = encode(x, rows[part], dtype) if product is None else product[:, part]
-                f = torch.add(here, b_enc[part]).relu_()
+                f = torch.add(encode(x, rows[part], dtype), b_enc[part]).relu_()
                 codes = f.to(dtype, copy=True)
             all_codes.append(codes)
             if len(ctx.parts) == 1:
@@ -295,6 +296,40 @@ class _Dense(torch.autograd.Function):
             multiply(d_pre.T, x, d_rows[part])
             multiply(codes.T, d_decoded, d_W_dec[part])
             d_bias[part] = d_pre.sum(0, dtype=d_bias.dtype)
+        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None
+
+
+class _DenseOnCuda(torch.autograd.Function):
+    """The same of all latents at once. Its products are large; what is done to every code between them is one kernel each."""
+
+    @staticmethod
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, product, found):
+        from ops import kernels
+
+        ctx.shape, W_dec = rows.shape, W_dec.flatten(1).to(dtype)
+        if found is None:
+            codes, (total, times) = product, kernels.gate(product, b_enc)  # where the product was
+        else:
+            kept = kernels.rows_of_16(len(x) + 1, len(rows), dtype, x.device).zero_()  # unused entries go to the last row
+            kept[_tokens(found), found.latents] = found.codes.to(dtype)
+            codes, (total, times) = kept[:-1], kernels.gate(kept[:-1], None)
+        decoded = b_enc.new_empty(len(x), W_dec.shape[1])
+        multiply(codes, W_dec, decoded)
+        ctx.save_for_backward(x, W_dec, codes)
+        ctx.mark_non_differentiable(times)
+        return decoded, total, times
+
+    @staticmethod
+    def backward(ctx, d_decoded, d_total, _):
+        from ops import kernels
+
+        x, W_dec, codes = ctx.saved_tensors
+        d_decoded = d_decoded.to(x.dtype)
+        d_pre = torch.mm(d_decoded, W_dec.T, out=kernels.rows_of_16(*codes.shape, codes.dtype, codes.device))
+        d_bias, _ = kernels.gate(d_pre, d_total, codes)
+        d_rows, d_W_dec = (d_total.new_empty(W_dec.shape) for _ in range(2))
+        multiply(d_pre.T, x, d_rows)
+        multiply(codes.T, d_decoded, d_W_dec)
         return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None, None
 
 

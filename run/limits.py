@@ -33,14 +33,14 @@ def training_bytes(config, n_models: int, d_model: int, processes: int, on_cpu: 
         return {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * rows}
     narrow = values if config.compute_dtype == "bfloat16" else 0  # a copy of one of the weights in bfloat16
     end = (12 * values, 20 * HELD_OUT_AT_ONCE * latents, 24 * rows)
-    loss = (12 * values + narrow, 0, 52 * rows)
+    loss = (12 * values + narrow, 0, 44 * rows)
     wide = (2 if narrow else 4) * scores
     phases, active = [end, loss], (config.k or 0) * (config.k_start or 1)  # the most at once, when the run begins
     if config.variant == "batch_topk":
         copied = narrow if active * config.micro_batch_size > COPIED_ABOVE_CUDA * latents else 0
         phases += [(16 * values + copied, 0, 24 * rows), (12 * values + narrow, 2 * wide, 24 * rows)]
     if config.variant == "vanilla" or active >= DENSE_ABOVE_CUDA * config.d_hidden:  # products of all codes, and gradients
-        phases += [(16 * values + narrow, 3 * wide, 24 * rows)]
+        phases += [(16 * values + narrow, 2 * wide, 24 * rows)]
     return dict(zip(("d_hidden", "micro_batch_size", "batch_size"), max(phases, key=sum), strict=True))
 
 

@@ -98,6 +98,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
         monkeypatch.setattr(kernels, name, Watched(name))
     latents, codes, starts = kernels.largest(draw(4, 9), draw(9, seed=1), draw(9, seed=2).abs(), 6)
     kernels.weighted_sums(draw(9, 5), latents, codes, kernels.in_pieces(starts, 6))
+    kernels.gate(draw(4, 16), draw(16))
     assert {*ours} - {*launched} == {"_scores", "_piece"}  # which the others call
 
 
@@ -125,3 +126,29 @@ def test_the_same_batch_gives_the_same_bits():
     pre, b_enc, weight = draw(8, 500), draw(500, seed=1), draw(500, seed=2).abs()
     first, second = (kernels.largest(pre, b_enc, weight, 70) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, d_hidden", [(1, 1), (130, 600), (257, 33)])  # strips that end within a block
+def test_gate_opens_where_a_code_is_positive_and_adds_up(batch, d_hidden, dtype):
+    """The codes relu(product + bias), sums of codes as they are, and the gradient that passes relu.
+
+    Of eighths, which bfloat16 holds: the interpreter cuts off what CUDA rounds.
+    """
+    product, bias, d_codes = (
+        (draw(*shape, seed=sum(shape)) * 8).round() / 8 for shape in ((batch, d_hidden), (d_hidden,), (batch, d_hidden))
+    )
+    product, d_codes = product.to(dtype), d_codes.flip(0).to(dtype)
+    codes = kernels.rows_of_16(batch, d_hidden, dtype, DEVICE).copy_(product)
+    expected = (product.float() + bias).relu()
+    total, times = kernels.gate(codes, bias)
+    assert torch.equal(codes, expected.to(dtype)) and torch.equal(times, (expected > 0).float().sum(0))
+    torch.testing.assert_close(total, expected.sum(0))
+    total, times = kernels.gate(codes, None)
+    assert torch.equal(codes, expected.to(dtype)) and torch.equal(times, (expected > 0).float().sum(0))
+    torch.testing.assert_close(total, codes.float().sum(0))
+    d_pre = (d_codes.float() + bias) * (codes > 0)
+    passed = kernels.rows_of_16(batch, d_hidden, dtype, DEVICE).copy_(d_codes)
+    total, _ = kernels.gate(passed, bias, codes)
+    assert torch.equal(passed, d_pre.to(dtype))
+    torch.testing.assert_close(total, d_pre.sum(0))
