@@ -52,7 +52,7 @@ class Bare:
 
 
 def launches(d_model: int, d_hidden: int, dtype: torch.dtype, batch: int = 4096, k: int = 100) -> list[tuple]:
-    """(kernel, arguments, constants) of every launch of a step of each variant with the auxiliary loss, forward and backward."""
+    """(kernel, arguments, constants) of every launch of a step of each variant with the auxiliary loss."""
     found: list[tuple] = []
 
     def run(kernel, *args, grid, warmup, **constants):

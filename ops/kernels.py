@@ -282,7 +282,7 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
 def gate(values: Tensor, bias: Tensor | None, open_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Overwrite values [batch, d_hidden] with values + bias where that, or `open_at`, is positive, and with 0 elsewhere.
 
-    Without a bias they stay as they are. Matrices lie as `rows_of_16` makes them. Returns [d_hidden] float32 sums over the batch,
+    Without a bias they stay as they are. Matrices lie as `rows_of_16` makes them. Returns [d_hidden] float32 sums over a batch,
     before they are rounded to the type of values, and at how many tokens they are positive (not where `open_at` is given).
     """
     (batch, d_hidden), width = values.shape, values.stride(0)

@@ -325,7 +325,7 @@ class _DenseOnCuda(torch.autograd.Function):
 
         x, W_dec, codes = ctx.saved_tensors
         d_decoded = d_decoded.to(x.dtype)
-        d_pre = torch.mm(d_decoded, W_dec.T, out=kernels.rows_of_16(*codes.shape, codes.dtype, codes.device))
+        d_pre = torch.mm(d_decoded, W_dec.T, out=kernels.rows_of_16(len(codes), codes.shape[1], codes.dtype, codes.device))
         d_bias, _ = kernels.gate(d_pre, d_total, codes)
         d_rows, d_W_dec = (d_total.new_empty(W_dec.shape) for _ in range(2))
         multiply(d_pre.T, x, d_rows)
