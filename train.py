@@ -58,7 +58,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     if begun.checkpoint:
         resume.refuse_changes(dataclasses.asdict(config), begun.resolved)
     with machine.working("opening the activations"):
-        source, config = open_source(given, config, device, begun.data)
+        source, config = open_source(given, config, device, begun.data, shard)
     config = flags.resolve_lengths(given, config, source.train_rows, source.d_model)
     if warm:
         config = dataclasses.replace(config, k=warm.settle_k(raw_sample(source), given.k))

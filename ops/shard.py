@@ -3,9 +3,10 @@
     torchrun --standalone --nproc-per-node N train.py ...
 
 Training, each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they
-exchange in a step does not grow with the dictionary; collecting, they exchange counts alone. NCCL between CUDA devices; gloo
-between CPUs, and for what the host must know (did someone get a signal, did someone read a NaN), so that asking does not wait
-for the device. A process that is killed or no longer answers ends the others within a minute, with a ConnectionError.
+exchange in a step does not grow with the dictionary; rows of live models go from the process that made them to all.
+Collecting, they exchange counts alone. NCCL between CUDA devices; gloo between CPUs, and for what the host must know (did
+someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that is killed or no
+longer answers ends the others within a minute, with a ConnectionError.
 """
 
 from __future__ import annotations
@@ -113,6 +114,14 @@ class Shard:
         padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
         return torch.cat([rows[:n] for rows, n in zip(self.gather(padded).split(longest), map(int, counts), strict=True)])
 
+    def broadcast(self, x: Tensor, process: int) -> Tensor:
+        """x as the given process has it; the others give memory of its shape, which is overwritten."""
+        if self.size > 1 and len(x):
+            self.sent += x.nbytes if process == self.rank else 0
+            with lost_process_errors():
+                dist.broadcast(x, process)
+        return x
+
     # --- on the host
 
     def any_process(self, happened: bool, patient: bool = False) -> bool:
@@ -194,6 +203,7 @@ def lost_process_errors():
     except RuntimeError as error:  # gloo has no kind of its own
         reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's [file:line] and advice
         raise ConnectionError(
-            "another process of this run has ended, or has not answered for a minute (an hour where files are written); it "
-            f"says why above, if it could ({reason}). What was saved is whole: start all again (train.py with --resume)"
+            "another process of this run has ended, or has not answered for a minute (an hour where files are written or "
+            f"models read); it says why above, if it could ({reason}). What was saved is whole: start all again (train.py with "
+            "--resume)"
         ) from None

@@ -286,7 +286,8 @@ def check(config: TrainConfig, processes: int) -> None:
     if config.ft_adapter and "--ft-model" in missing:
         missing.remove("--ft-model")
     checks = (
-        (live and processes > 1, f"{live}: several processes train from stored activations, which collect.py collects first"),
+        (processes > 1 and (config.base_device or config.ft_device),
+         "--base-device, --ft-device: each of several processes has one device for the models and its part; leave them out"),
         (live and stored, f"{live} trains straight from two models and {stored} from stored activations: give one of them"),
         (live and epochs, "--epochs: the length of streamed texts is not known before their end, give --num-tokens"),
         (live and missing, f"{live} is given without {', '.join(missing)}: two models read the same text of unknown length"),

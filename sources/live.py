@@ -1,10 +1,13 @@
 """Live activations: the two models compute rows while the crosscoder trains, in the order of `mixing.py`.
 
-A fill is as many forward batches as half of the buffer holds. A resumed run lets the models read two of them again.
+A fill is as many forward batches as half of the buffer holds. A resumed run lets the models read two of them again. Of several
+processes each lets its models read every n-th draw of sequences, and all get all rows: the buffer is that of one process.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections.abc import Iterator
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from collecting.paired_dataset import PairedDataset
 from collecting.paired_rows import PairedModels
-from collecting.rows import GatheredRows, Rows
+from collecting.rows import Draw, GatheredRows, Rows
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
 from sources.batches import upload
@@ -29,11 +32,11 @@ class LiveActivations(Source):
     """A source of paired activations that the two models compute while the crosscoder trains.
 
     Args:
+        models: calibrated, at the beginning of the texts.
         buffer_tokens: most rows in the buffer, both fills together.
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
-        num_tokens: length of the run; the calibration reads no more rows than that.
-        known: what `record` and the widths were when the run began; None for a fresh run.
-        keep: unfinished paired dataset that the first epoch is written to.
+        keep: unfinished paired dataset that the first epoch is written to, in the first process.
+        shard: the processes that share the texts.
     """
 
     n_models = 2
@@ -41,18 +44,17 @@ class LiveActivations(Source):
     train_rows = None  # not known before the texts have run out
 
     def __init__(
-        self, name: str, models: PairedModels, *, buffer_tokens: int, val_tokens: int, num_tokens: int,
-        buffer_device: torch.device, known: dict | None = None, keep: PairedDataset | None = None,
+        self, name: str, models: PairedModels, *, buffer_tokens: int, val_tokens: int, buffer_device: torch.device,
+        keep: PairedDataset | None = None, shard: Shard = ALONE,
     ):  # fmt: skip
-        self.name, self.models, self.keep = name, models, keep
+        self.name, self.models, self.keep, self.shard = name, models, keep, shard
         (self.hook,) = models.hooks
         self.d_model = self.hook.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
         self.model_seconds = self.reported_seconds = 0.0  # of filling the buffer; until the last `metrics`
-        models.start()
-        models.calibrate(num_tokens, val_tokens, [known or {}])
-        if keep:
-            keep.begin(models, self.hook)
+        with shard.together():
+            if keep:
+                keep.begin(models, self.hook)
         self.mixing = MixingBuffer(self, seed=models.seed, buffer_rows=buffer_tokens, flag="--text", contents="the texts")
         self.resumed, half = None, self.mixing.capacity
         shape = (2 * half, 2, self.d_model)
@@ -69,7 +71,7 @@ class LiveActivations(Source):
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
         rows, kept, fill = self.held_out_rows(wanted), [], self.fills[0]
-        with progress_bar("held-out rows", wanted) as bar:
+        with progress_bar("held-out rows", wanted, disable=self.models.quiet) as bar:
             while self.fill(fill, rows, bar):
                 self.store("validation", len(kept), fill)
                 kept.append(fill.values[: fill.n].cpu().clone())
@@ -79,14 +81,29 @@ class LiveActivations(Source):
 
     def held_out_rows(self, wanted: int) -> Iterator[Rows]:
         """The rows of the held-out sequences, behind each of which `held_out_until` then lies."""
-        for draw in self.models.held_out_draws(wanted):
+        draws = self.models.held_out_draws(wanted)
+        for draw, rows in zip(draws, self.rows(iter(draws)), strict=True):
             self.models.held_out_until = draw.batches[-1][-1].index + 1
-            yield from self.models.rows(draw, [self.hook])
+            yield rows
 
     def training_rows(self) -> Iterator[Rows]:
         """The rows of all other sequences from where the stream is, in reading order."""
-        for draw in self.models.training_draws(self.models.stream):
-            yield from self.models.rows(draw, [self.hook])
+        return self.rows(self.models.training_draws(self.models.stream))
+
+    def rows(self, draws: Iterator[Draw]) -> Iterator[Rows]:
+        """The rows of these draws, in their order, in all processes, of which each runs the models on one draw of a turn."""
+        rank, device = self.shard.rank, self.models.models[0]._module.device
+        while turn := list(itertools.islice(draws, self.shard.size)):
+            mine = self.models.rows(turn[rank], [self.hook])[0] if rank < len(turn) else None
+            self.models.forget(turn)
+            found = self.shard.gather_objects(mine and (mine.columns, mine.left_out))
+            for process, draw in enumerate(turn):
+                columns, left_out = found[process]
+                shape = columns.shape[1], self.d_model
+                acts = mine.acts if mine and process == rank else [
+                    torch.empty(shape, dtype=self.dtype, device=device) for _ in self.models.models
+                ]  # fmt: skip
+                yield Rows([self.shard.broadcast(x, process) for x in acts], columns, draw.passed, left_out)
 
     def fill(self, fill: GatheredRows, rows: Iterator[Rows], bar: tqdm) -> int:
         """Replace what a half of the buffer holds by the next rows. Returns how many."""
@@ -141,7 +158,7 @@ class LiveActivations(Source):
     def read(self, number: int) -> Refill:
         """Let the models read fill `number` of the epoch into its half. It ends with the number of the sequence after it."""
         began, fill = time.perf_counter(), self.fills[number % 2]
-        with progress_bar("both models", self.fill_rows) as bar:
+        with progress_bar("both models", self.fill_rows, disable=self.models.quiet) as bar:
             self.fill(fill, self.ahead, bar)
         if number == 0 and fill.n == 0:
             raise ValueError("--text: not one row was left to train on; give more text, or lower --val-tokens or --skip-first")
@@ -166,21 +183,23 @@ class LiveActivations(Source):
 
     def store(self, split: str, shard: int, fill: GatheredRows) -> None:
         """Write a fill as the given shard, unless it is there already."""
-        if self.keep is None or shard < (there := self.keep.progress["shards"][split]):
-            return
-        if shard > there:
-            raise ValueError(
-                f"--keep-activations {self.keep.out}: holds {there} {split} shards and the run stands at {shard}; "
-                "give the folder that it began with, or --keep-activations None"
-            )
-        self.keep.write_shard(split, fill, self.models.held_out_until)
+        with self.shard.together():
+            if self.keep is None or shard < (there := self.keep.progress["shards"][split]):
+                return
+            if shard > there:
+                raise ValueError(
+                    f"--keep-activations {self.keep.out}: holds {there} {split} shards and the run stands at {shard}; "
+                    "give the folder that it began with, or --keep-activations None"
+                )
+            self.keep.write_shard(split, fill, self.models.held_out_until)
 
     def close(self) -> None:
         """Make what was kept a complete dataset."""
-        if self.keep:
-            rows = self.keep.finish(self.models, self.hook)["rows"]
-            tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
-            self.keep = None
+        with self.shard.together():
+            if self.keep:
+                rows = self.keep.finish(self.models, self.hook)["rows"]
+                tqdm.write(f"kept     {self.keep.out}: {rows['train']:,} training and {rows['validation']:,} held-out rows")
+                self.keep = None
 
 
 def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
@@ -194,13 +213,14 @@ def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
 
 
 def place_buffer(
-    models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int
-) -> torch.device:
+    models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int,
+    processes: int = 1,
+) -> torch.device:  # fmt: skip
     """Print what the run takes and return where the buffer fits: the training's device, or the host. ValueError if neither."""
     d_model = models.hooks[0].d_model
     buffer, held_out = (4 * d_model * rows for rows in (buffer_tokens, val_tokens))  # bytes: two models, float16
     # crosscoder, gradient and two moments, then the codes; float32
-    training = 4 * (16 * d_model * d_hidden + 6 * batch_size * d_hidden)
+    training = 4 * (16 * d_model * d_hidden + 6 * batch_size * d_hidden) // processes
     cpu, host, on_cpu = torch.device("cpu"), free_memory(), device.type == "cpu"
     free = host if on_cpu else torch.cuda.mem_get_info(device)[0]
     place = device if training + buffer <= (1 - FORWARD_ROOM) * free else cpu
@@ -210,6 +230,7 @@ def place_buffer(
         f"{size_text(held_out)} on cpu; crosscoder, Adam's moments and codes about {size_text(training)} on {device}"
     )
     on_host = held_out + (buffer if place.type == "cpu" else 0) + (training if on_cpu else 0)
+    on_host *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
     for on, needed, there, remedy in (
         (cpu, on_host, host, "--val-tokens"),
         (device, training, free, "move a model with --ft-device"),

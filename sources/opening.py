@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from config import TrainConfig, model_flags
+from ops.shard import ALONE, Shard
 from run.machine import say, usable_device
 from sources.batches import fingerprints, limit_norms
 from sources.dataset_files import open_datasets
@@ -21,7 +22,7 @@ OUTLIERS_SHARE = 0.01  # of the rows; more than that may be what the model is ab
 
 
 def open_source(
-    given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None = None
+    given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None = None, shard: Shard = ALONE
 ) -> tuple[Source, TrainConfig]:
     """The activations that the flags name, and the config with the sizes that were still open.
 
@@ -29,12 +30,13 @@ def open_source(
         given: what the user asked for; a size that is None there may follow from the data.
         config: the same with the usual sizes filled in.
         known: what the run's record says of the data, for a run that goes on.
+        shard: the processes of the run, which share the work of live models.
     """
     if config.difference:
-        source, config = open_source(given, dataclasses.replace(config, difference=False), device, known)
+        source, config = open_source(given, dataclasses.replace(config, difference=False), device, known, shard)
         return Difference(source), dataclasses.replace(config, difference=True)
     if config.base_model:
-        return open_live(given, config, device, known)
+        return open_live(given, config, device, known, shard)
     if config.streaming:
         return open_streamed(given, config, known)
     if not (named := named_datasets(given)):
@@ -72,7 +74,9 @@ def within_a_tenth(given: TrainConfig, config: TrainConfig, length: int, **least
     return dataclasses.replace(config, **{name: n for name, n in sizes.items() if getattr(given, name) is None})
 
 
-def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None) -> tuple[Source, TrainConfig]:
+def open_live(
+    given: TrainConfig, config: TrainConfig, device: torch.device, known: dict | None, shard: Shard
+) -> tuple[Source, TrainConfig]:
     """The two models as a source of rows. Arguments as for `open_source`."""
     from collecting.paired_dataset import PairedDataset
     from collecting.paired_rows import PairedModels, drawn_together
@@ -83,32 +87,40 @@ def open_live(given: TrainConfig, config: TrainConfig, device: torch.device, kno
         config = within_a_tenth(given, config, config.num_tokens, val_tokens=1, buffer_tokens=4 * drawn * config.seq_len)
     fill_rows = rows_of_a_fill(config.buffer_tokens, drawn, config.seq_len)
     keep = None
-    if given.keep_activations:  # under collect.py's names for the same things
-        recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
-        recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
-        keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
-        if keep.pair and known is None:
-            raise ValueError(
-                f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
-            )
-        if keep.pair:
-            say(f"kept     {keep.out} is complete and stays as it is")
-            keep = None
+    with shard.together():
+        if given.keep_activations and shard.rank == 0:  # under collect.py's names for the same things
+            recipe = model_flags(config) | {"val_tokens": config.val_tokens, "batch_size": config.model_batch_size}
+            recipe |= {"shard_rows": fill_rows, "dtype": "float16", "seed": config.seed}
+            keep = PairedDataset(Path(given.keep_activations), recipe, "--keep-activations")
+            if keep.pair and known is None:
+                raise ValueError(
+                    f"--keep-activations {keep.out}: is complete; train on it with --dataset, or choose another folder"
+                )
+            if keep.pair:
+                say(f"kept     {keep.out} is complete and stays as it is")
+                keep = None
     names = ((given.base_device, "--base-device"), (given.ft_device, "--ft-device"))
     models = PairedModels(
         **model_flags(config) | {"hook": [config.hook]}, batch_size=config.model_batch_size, dtype="float16", live=True,
-        seed=config.seed,
+        seed=config.seed, quiet=shard.rank > 0,
         devices=[usable_device(name or str(device), flag) for name, flag in names],
         known=known and known.get("fingerprints", {}),
     )  # fmt: skip
-    if keep:
-        left = config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values())
-        keep.require_room(left, [models.hooks[0].d_model])
+    if any(found != models.fingerprints for found in shard.gather_objects(models.fingerprints)):
+        raise ValueError("--base-model, --ft-model, --text: not all processes read the same files; give each machine the same")
     lengths = {"buffer_tokens": config.buffer_tokens, "val_tokens": config.val_tokens}
-    where = place_buffer(models, device, **lengths, d_hidden=config.d_hidden, batch_size=config.batch_size)
+    with shard.together():
+        if keep:
+            left = config.num_tokens + config.val_tokens - sum(keep.progress["rows"].values())
+            keep.require_room(left, [models.hooks[0].d_model])
+        sizes = lengths | {"d_hidden": config.d_hidden, "batch_size": config.batch_size}
+        where = place_buffer(models, device, **sizes, processes=shard.size)
+    models.start()
+    models.calibrate(config.num_tokens, config.val_tokens, [known or {}])
+    (hook,) = models.hooks
+    hook.median, hook.scale = shard.gather_objects((hook.median, hook.scale))[0]  # where other devices round differently
     name = f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}"
-    lengths["num_tokens"] = config.num_tokens
-    return LiveActivations(name, models, **lengths, buffer_device=where, known=known, keep=keep), config
+    return LiveActivations(name, models, **lengths, buffer_device=where, keep=keep, shard=shard), config
 
 
 def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -> tuple[Source, TrainConfig]:

@@ -6,14 +6,15 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import ROOT, failure, metrics, run_script
-from processes import Started
+from helpers import ROOT, failure, launch, metrics, run_script
+from processes import Started, several
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -162,6 +163,111 @@ def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(straight, fla
     first, second = (load_file(r / "crosscoder" / "model.safetensors") for r in (straight, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_same_dataset(tmp_path / "kept", straight.parent / "kept")
+
+
+# --- several processes
+
+
+def ended(processes) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each process."""
+    return [(process.wait(timeout=200), *process.output()) for process in processes]
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "batch_topk"])
+def test_fifty_steps_of_two_processes_are_those_of_one(variant, flags, tmp_path):
+    """Two refills on the way, held-out rows and rows to normalise by included."""
+    given = [*flags, *RUN, "--num-tokens", 50 * 256, "--compute-dtype", "float32", "--log-every", 1, "--val-every", 20]
+    given += ["--variant", variant, *(["--k", 8] if variant == "batch_topk" else []), "--output-dir", tmp_path]
+    for n, start in ((1, run_script), (2, partial(launch, 2))):
+        done = start("train.py", *given, "--run-name", n, check=True)
+        assert done.stdout.count("memory   base model") == done.stdout.count("data     ") == 1
+    one, two = (metrics(tmp_path / str(n)) for n in (1, 2))
+    assert [line["step"] for line in one] == [line["step"] for line in two] and one[-2]["step"] == 50
+    for mine, other in zip(one, two, strict=True):
+        for name in mine.keys() - {"time", "tokens_per_second", "data_wait_fraction", "model_fraction"}:
+            assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), (mine["step"], name)
+    assert all(0 <= line["model_fraction"] <= 1 for line in two if "loss" in line)
+    first, second = (json.loads((tmp_path / str(n) / "config.json").read_text())["data"] for n in (1, 2))
+    assert first == second  # held-out rows, scales, medians
+
+
+def test_killed_with_two_processes_resumed_with_three_and_with_one(straight, flags, budget, tmp_path):
+    """One of two is killed in the first epoch, three are stopped in the second, one ends: no row is lost or read twice."""
+    run, steps = tmp_path / "a", metrics(straight)[-1]["step"]
+    command = [*flags, *budget, *RUN, "--save-every", 15, "--keep-activations", tmp_path / "kept"]
+    for n, extra, step, kill, code in (
+        (2, ["--output-dir", tmp_path, "--run-name", "a", *command], 75, signal.SIGKILL, -9),
+        (3, ["--resume", run], steps * 5 // 6, signal.SIGTERM, 143),
+    ):
+        processes = several(n, ROOT / "train.py", *extra)
+        wait_for(processes[0], run, step)
+        processes[-1].send_signal(kill)
+        outcomes = ended(processes)
+        assert not any("Traceback" in errors for _, _, errors in outcomes), outcomes
+        assert [status for status, *_ in outcomes] == ([1, -9] if code == -9 else [code] * n), outcomes
+        state = checkpoint.read(checkpoint.find(run))[1]["stream"]
+        assert state["window"] > 0 and state["epoch"] == (0 if kill == signal.SIGKILL else 1)
+    run_script("train.py", "--resume", run, check=True)
+    assert_same_dataset(tmp_path / "kept", straight.parent / "kept")
+    first, second = (json.loads((r / "summary.json").read_text()) for r in (straight, run))
+    assert second["explained_variance"] == pytest.approx(first["explained_variance"], abs=2e-3)
+    assert second["tokens"] == first["tokens"]
+
+
+COUNTED = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from collecting.paired_rows import PairedModels
+rows = PairedModels.rows
+
+def counted(self, draw, hooks):
+    print(*[s.index for batch in draw.batches for s in batch], file=open({folder!r} + "/read-by-" + os.environ["RANK"], "a"))
+    return rows(self, draw, hooks)
+
+PairedModels.rows = counted
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_two_processes_share_the_texts_and_killed_and_resumed_end_with_the_same_bits(flags, tmp_path):
+    (tmp_path / "train.py").write_text(COUNTED.format(folder=str(tmp_path), root=str(ROOT)))
+    command = [*flags, *RUN, "--num-tokens", 120 * 256, "--save-every", 15, "--output-dir", tmp_path]
+    assert not any(status for status, *_ in ended(several(2, tmp_path / "train.py", *command, "--run-name", "whole")))
+    read = [set(map(int, (tmp_path / f"read-by-{rank}").read_text().split())) for rank in (0, 1)]
+    assert not read[0] & read[1] and abs(len(read[0]) - len(read[1])) <= 2 * MODEL_BATCH  # held-out and training sequences
+    assert len(read[0] | read[1]) == max(read[0] | read[1]) + 1  # none is left out
+    processes = several(2, ROOT / "train.py", *command, "--run-name", "killed")
+    wait_for(processes[1], tmp_path / "killed", 75)
+    processes[0].send_signal(signal.SIGKILL)
+    ended(processes)
+    assert not any(status for status, *_ in ended(several(2, ROOT / "train.py", "--resume", tmp_path / "killed")))
+    first, second = (load_file(tmp_path / name / "crosscoder" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+AT_HOME = """
+import os, runpy
+os.environ["HOME"] = {folder!r} + "/" + os.environ["RANK"]
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_what_several_processes_cannot_have_is_refused(flags, tmp_path):
+    """A model on a device of its own; other texts on another machine."""
+    (tmp_path / "train.py").write_text(AT_HOME.format(folder=str(tmp_path), root=str(ROOT)))
+    for rank, words in enumerate(("a few words " * 2000, "other words " * 2000)):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "words.txt").write_text(words)
+    given = [*flags, "--num-tokens", 50_000, "--output-dir", tmp_path / "runs", "--d-hidden", 64]
+    for more, want in (
+        (["--ft-device", "cpu"], "--base-device, --ft-device: each of several processes has one device"),
+        (["--text", "~/words.txt"], "--text: not all processes read the same files; give each machine the same"),
+        (["--keep-activations", tmp_path], "is not empty and holds no collection"),
+    ):
+        (status, _, errors), (other, _, more_errors) = ended(several(2, tmp_path / "train.py", *given, *more))
+        (line,) = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+        assert status == other == 1 and want in line and "Traceback" not in errors + more_errors
+    assert not (tmp_path / "runs").exists()
 
 
 def with_wide_models(run: Path, tiny, folder: Path) -> Path:
