@@ -157,11 +157,20 @@ def read_ahead(
             yield held
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x, of the host, on the device. The host does not wait for the copy, which is from pinned memory."""
+def upload(x: Tensor, device: torch.device, stream: torch.cuda.Stream | None = None) -> Tensor:
+    """x, of the host, on the device. The host does not wait for the copy, which is from pinned memory.
+
+    stream: one on which the copy runs beside what the device still has to do.
+    """
     if device.type == "cpu":
         return x
-    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+    x, current = x if x.is_pinned() else x.pin_memory(), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream or current):
+        moved = x.to(device, non_blocking=True)
+    if stream:
+        current.wait_stream(stream)
+        moved.record_stream(current)  # the allocator does not reuse its memory before the training step is done
+    return moved
 
 
 def gather_kept(source, split: str, rows: np.ndarray, out: Tensor) -> tuple[np.ndarray, int]:

@@ -2,14 +2,17 @@
 
 A fill is as many forward batches as half of the buffer holds. A resumed run lets the models read two of them again. Of several
 processes each lets its models read every n-th draw of sequences, and all get all rows: the buffer is that of one process.
+Models that have devices of their own read up to a fill ahead, in a thread, while the crosscoder trains.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from collecting.paired_rows import PairedModels
 from collecting.rows import Draw, GatheredRows, Rows
 from ops.shard import ALONE, Shard
 from run.machine import free_memory, progress_bar, size_text
-from sources.batches import upload
+from sources.batches import Ahead, upload
 from sources.mixing import MixingBuffer, Refill
 from sources.source import NONE_DROPPED, Batch, Dropped, Source
 
@@ -36,6 +39,7 @@ class LiveActivations(Source):
         buffer_tokens: most rows in the buffer, both fills together.
         val_tokens: held-out rows, set apart and read by the models here, kept in host memory.
         keep: unfinished paired dataset that the first epoch is written to, in the first process.
+        beside: whether the models have devices of their own and read while the crosscoder trains.
         shard: the processes that share the texts.
     """
 
@@ -45,9 +49,10 @@ class LiveActivations(Source):
 
     def __init__(
         self, name: str, models: PairedModels, *, buffer_tokens: int, val_tokens: int, buffer_device: torch.device,
-        keep: PairedDataset | None = None, shard: Shard = ALONE,
+        keep: PairedDataset | None = None, beside: bool = False, shard: Shard = ALONE,
     ):  # fmt: skip
-        self.name, self.models, self.keep, self.shard = name, models, keep, shard
+        self.name, self.models, self.keep, self.beside, self.shard = name, models, keep, beside, shard
+        self.closed: threading.Event | None = None  # of the thread in which the models read, while batches are taken
         (self.hook,) = models.hooks
         self.d_model = self.hook.d_model
         self.fill_rows = rows_of_a_fill(buffer_tokens, models.drawn, models.seq_len)
@@ -66,7 +71,8 @@ class LiveActivations(Source):
         self.stored_scale = torch.from_numpy(self.hook.scale)
         self.record = {"median_norm": self.hook.median.tolist(), "fingerprints": models.fingerprints}
         self.record |= {"held_out_until": models.held_out_until}
-        self.ahead = self.training_rows()  # as seek(None), without starting the texts again
+        self.stream = self.turns(models.training_draws(models.stream))  # as seek(None), without starting the texts again
+        self.ahead = self.training_rows()
 
     def hold_out(self, wanted: int) -> Tensor:
         """The held-out rows [val_rows, 2, d_model], on the host. They pass through the first half of the buffer."""
@@ -82,28 +88,52 @@ class LiveActivations(Source):
     def held_out_rows(self, wanted: int) -> Iterator[Rows]:
         """The rows of the held-out sequences, behind each of which `held_out_until` then lies."""
         draws = self.models.held_out_draws(wanted)
-        for draw, rows in zip(draws, self.rows(iter(draws)), strict=True):
+        rows = (one for turn, mine in self.turns(iter(draws)) for one in self.rows(turn, mine))
+        for draw, one in zip(draws, rows, strict=True):
             self.models.held_out_until = draw.batches[-1][-1].index + 1
-            yield rows
+            yield one
 
     def training_rows(self) -> Iterator[Rows]:
         """The rows of all other sequences from where the stream is, in reading order."""
-        return self.rows(self.models.training_draws(self.models.stream))
+        while one := next(self.stream, None):
+            yield from self.rows(*one)
 
-    def rows(self, draws: Iterator[Draw]) -> Iterator[Rows]:
-        """The rows of these draws, in their order, in all processes, of which each runs the models on one draw of a turn."""
-        rank, device = self.shard.rank, self.models.models[0]._module.device
+    def turns(self, draws: Iterator[Draw]) -> Iterator[tuple[list[Draw], Rows | None]]:
+        """The draws in turns, one for each process, and the rows that this one's models make of its own."""
         while turn := list(itertools.islice(draws, self.shard.size)):
-            mine = self.models.rows(turn[rank], [self.hook])[0] if rank < len(turn) else None
+            mine = self.models.rows(turn[self.shard.rank], [self.hook])[0] if self.shard.rank < len(turn) else None
             self.models.forget(turn)
-            found = self.shard.gather_objects(mine and (mine.columns, mine.left_out))
-            for process, draw in enumerate(turn):
-                columns, left_out = found[process]
-                shape = columns.shape[1], self.d_model
-                acts = mine.acts if mine and process == rank else [
-                    torch.empty(shape, dtype=self.dtype, device=device) for _ in self.models.models
-                ]  # fmt: skip
-                yield Rows([self.shard.broadcast(x, process) for x in acts], columns, draw.passed, left_out)
+            if self.beside and mine and self.buffer.device.type == "cpu":  # here nobody waits for the models' devices
+                mine = mine._replace(acts=[x.cpu() for x in mine.acts])
+            yield turn, mine
+
+    def rows(self, turn: list[Draw], mine: Rows | None) -> Iterator[Rows]:
+        """The rows of all draws of a turn, in their order, in all processes."""
+        device = self.models.models[0]._module.device
+        found = self.shard.gather_objects(mine and (mine.columns, mine.left_out))
+        for process, (draw, (columns, left_out)) in enumerate(zip(turn, found, strict=False)):
+            shape = columns.shape[1], self.d_model
+            acts = mine.acts if mine and process == self.shard.rank else [
+                torch.empty(shape, dtype=self.dtype, device=device) for _ in self.models.models
+            ]  # fmt: skip
+            yield Rows([self.shard.broadcast(x, process) for x in acts], columns, draw.passed, left_out)
+
+    @contextmanager
+    def reading_beside(self) -> Iterator[None]:
+        """Inside, models that have devices of their own read ahead."""
+        if self.beside:
+            self.closed = threading.Event()
+            self.read_ahead()
+        try:
+            yield
+        finally:
+            if self.closed:
+                self.stream.close()
+                self.closed = None
+
+    def read_ahead(self) -> None:
+        draws = -(-self.fill_rows // (self.models.drawn * self.models.seq_len))  # of a fill
+        self.stream = Ahead(self.stream, draws, "models", self.closed)
 
     def fill(self, fill: GatheredRows, rows: Iterator[Rows], bar: tqdm) -> int:
         """Replace what a half of the buffer holds by the next rows. Returns how many."""
@@ -136,23 +166,31 @@ class LiveActivations(Source):
         self.reported_seconds = self.model_seconds
         if self.resumed and position < stop:
             self.mixing.load_state_dict(self.resumed, position)
-        while position < stop:
-            wanted, parts = min(batch_size, stop - position), []
-            while wanted:
-                slots = torch.from_numpy(self.mixing.take(position, wanted))
-                if self.buffer.device.type == "cpu":
-                    part = torch.empty(len(slots), 2, self.d_model, dtype=self.dtype, pin_memory=device.type != "cpu")
-                    parts.append(upload(torch.index_select(self.buffer, 0, slots, out=part), device))
-                else:  # copied before a refill overwrites them
-                    parts.append(self.buffer[upload(slots, self.buffer.device)].to(device))  # [rows, 2, d_model]
-                position += len(slots)
-                wanted -= len(slots)
-            x = torch.cat(parts) if len(parts) > 1 else parts[0]
-            yield Batch(x, position, dropped, position - len(x), position - 1)
+        uploads = torch.cuda.Stream(device) if device.type != "cpu" else None
+        with self.reading_beside():
+            while position < stop:
+                wanted, parts = min(batch_size, stop - position), []
+                while wanted:
+                    slots = torch.from_numpy(self.mixing.take(position, wanted))
+                    parts.append(self.copied(slots, device, uploads))
+                    position += len(slots)
+                    wanted -= len(slots)
+                x = torch.cat(parts) if len(parts) > 1 else parts[0]
+                yield Batch(x, position, dropped, position - len(x), position - 1)
+
+    def copied(self, slots: Tensor, device: torch.device, uploads: torch.cuda.Stream | None) -> Tensor:
+        """The rows in these slots, [rows, 2, d_model] on the device, copied before a refill overwrites them."""
+        if self.buffer.device.type != "cpu":
+            return self.buffer[upload(slots, self.buffer.device)].to(device)
+        rows = torch.empty(len(slots), 2, self.d_model, dtype=self.dtype, pin_memory=device.type != "cpu")
+        return upload(torch.index_select(self.buffer, 0, slots, out=rows), device, uploads)
 
     def seek(self, start: int | None) -> None:
         """Go to the given sequence of the texts."""
         self.models.start(start or 0)
+        self.stream = self.turns(self.models.training_draws(self.models.stream))
+        if self.closed:
+            self.read_ahead()
         self.ahead = self.training_rows()
 
     def read(self, number: int) -> Refill:
@@ -212,6 +250,11 @@ def rows_of_a_fill(buffer_tokens: int, drawn: int, seq_len: int) -> int:
     return buffer_tokens // 2 - drawn * seq_len
 
 
+def have_own_devices(models: PairedModels, device: torch.device) -> bool:
+    """Whether no model is on the training's device."""
+    return all(model._module.device != device for model in models.models)
+
+
 def place_buffer(
     models: PairedModels, device: torch.device, *, buffer_tokens: int, val_tokens: int, d_hidden: int, batch_size: int,
     processes: int = 1,
@@ -219,6 +262,7 @@ def place_buffer(
     """Print what the run takes and return where the buffer fits: the training's device, or the host. ValueError if neither."""
     d_model = models.hooks[0].d_model
     buffer, held_out = (4 * d_model * rows for rows in (buffer_tokens, val_tokens))  # bytes: two models, float16
+    ahead = buffer // 2 if have_own_devices(models, device) else 0  # here, or on the models' devices
     # crosscoder, gradient and two moments, then the codes; float32
     training = 4 * (16 * d_model * d_hidden + 6 * batch_size * d_hidden) // processes
     cpu, host, on_cpu = torch.device("cpu"), free_memory(), device.type == "cpu"
@@ -229,7 +273,7 @@ def place_buffer(
         f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size_text(buffer)} on {place}, held-out rows "
         f"{size_text(held_out)} on cpu; crosscoder, Adam's moments and codes about {size_text(training)} on {device}"
     )
-    on_host = held_out + (buffer if place.type == "cpu" else 0) + (training if on_cpu else 0)
+    on_host = held_out + ahead + (buffer if place.type == "cpu" else 0) + (training if on_cpu else 0)
     on_host *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
     for on, needed, there, remedy in (
         (cpu, on_host, host, "--val-tokens"),

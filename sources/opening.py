@@ -80,7 +80,7 @@ def open_live(
     """The two models as a source of rows. Arguments as for `open_source`."""
     from collecting.paired_dataset import PairedDataset
     from collecting.paired_rows import PairedModels, drawn_together
-    from sources.live import LiveActivations, place_buffer, rows_of_a_fill
+    from sources.live import LiveActivations, have_own_devices, place_buffer, rows_of_a_fill
 
     drawn = drawn_together(config.model_batch_size, config.pack)
     if known is None:
@@ -120,7 +120,8 @@ def open_live(
     (hook,) = models.hooks
     hook.median, hook.scale = shard.gather_objects((hook.median, hook.scale))[0]  # where other devices round differently
     name = f"{config.base_model} + {config.ft_adapter or config.ft_model} at {config.hook}"
-    return LiveActivations(name, models, **lengths, buffer_device=where, keep=keep, shard=shard), config
+    places = {"buffer_device": where, "beside": have_own_devices(models, device)}
+    return LiveActivations(name, models, **lengths, **places, keep=keep, shard=shard), config
 
 
 def open_streamed(given: TrainConfig, config: TrainConfig, known: dict | None) -> tuple[Source, TrainConfig]:

@@ -143,15 +143,28 @@ def wait_for(process, run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(straight, flags, budget, tmp_path):
+BESIDE = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import sources.live
+sources.live.have_own_devices = lambda *_: True
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "as if the models had devices of their own"])
+def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(beside, straight, flags, budget, tmp_path):
     """Once by SIGKILL in the first epoch, once by SIGTERM in the second: the same weights and the same kept files."""
-    run, steps = tmp_path / "a", metrics(straight)[-1]["step"]
+    run, steps, script = tmp_path / "a", metrics(straight)[-1]["step"], ROOT / "train.py"
+    if beside:
+        script = tmp_path / "train.py"
+        script.write_text(BESIDE.format(root=str(ROOT)))
     command = [*flags, *budget, *RUN, "--save-every", 15, "--keep-activations", tmp_path / "kept"]
     for extra, step, kill, code in (
         (["--output-dir", tmp_path, "--run-name", "a", *command], 75, signal.SIGKILL, -9),
         (["--resume", run], steps * 5 // 6, signal.SIGTERM, 143),
     ):
-        process = Started(ROOT / "train.py", *extra)
+        process = Started(script, *extra)
         wait_for(process, run, step)
         process.send_signal(kill)
         errors = process.communicate()[1]
@@ -159,7 +172,7 @@ def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(straight, fla
         state = checkpoint.read(checkpoint.find(run))[1]["stream"]
         assert state["served"] % FILL > 0 and state["window"] > 0 or kill == signal.SIGTERM
         assert state["epoch"] == (0 if kill == signal.SIGKILL else 1)
-    run_script("train.py", "--resume", run, check=True)
+    run_script(script, "--resume", run, check=True)
     first, second = (load_file(r / "crosscoder" / "model.safetensors") for r in (straight, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_same_dataset(tmp_path / "kept", straight.parent / "kept")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from run import flags
 from sources.opening import open_source
 
 CPU = torch.device("cpu")
-KINDS = ("planted", "stored", "streamed", "live", "difference", "live difference")
+KINDS = ("planted", "stored", "streamed", "live", "live beside", "difference", "live difference")
 SIZE = 96  # rows of a batch
 
 
@@ -42,10 +43,14 @@ def opening(tiny, tmp_path_factory):
         },
     }  # fmt: skip
     given |= {"difference": given["stored"] | {"difference": True}, "live difference": given["live"] | {"difference": True}}
+    given["live beside"] = given["live"]
 
     def make(kind):
         config = TrainConfig(**given[kind])
-        return open_source(config, flags.resolve_sizes(config, None, None, "float32"), CPU)[0]
+        source = open_source(config, flags.resolve_sizes(config, None, None, "float32"), CPU)[0]
+        if kind == "live beside":
+            source.beside = True  # as where the models have devices of their own
+        return source
 
     return make
 
@@ -95,6 +100,29 @@ def test_a_run_that_goes_on_gets_the_same_batches(kind, opening):
         assert len(rest) == len(whole) - done
         for one, other in zip(rest, whole[done:], strict=True):
             assert torch.equal(one.x, other.x) and one[1:] == other[1:]
+
+
+def test_models_with_devices_of_their_own_read_while_the_crosscoder_trains(opening):
+    """The same rows, and up to a fill of them is there when it is needed."""
+    whole, read = {}, {"live": 0, "live beside": 0}
+    for kind in read:
+        source = opening(kind)
+        rows = source.models.rows
+
+        def counted(*args, kind=kind, rows=rows):
+            read[kind] += 1
+            return rows(*args)
+
+        source.models.rows = counted
+        stream = source.batches(SIZE, 4000, CPU)
+        whole[kind] = [next(stream).x.clone()]
+        until = time.monotonic() + 60
+        while kind == "live beside" and not source.stream.queue.full() and time.monotonic() < until:
+            time.sleep(0.01)
+        if kind == "live beside":
+            assert read[kind] > read["live"] + 5  # while no batch was asked for
+        whole[kind] += [batch.x.clone() for batch in stream]
+    assert all(torch.equal(one, other) for one, other in zip(*whole.values(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["stored", "streamed"])

@@ -108,7 +108,7 @@ class AtOnce:
 def card(monkeypatch):
     """The meta device in the place of CUDA; what log lines and saves ask of it is left out."""
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
-    stream = SimpleNamespace(wait_event=lambda event: None)
+    stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -191,19 +191,35 @@ def live_source(device: torch.device) -> Source:
     """Live activations whose buffer holds numbered rows, without the models that compute them."""
     source = LiveActivations.__new__(LiveActivations)
     source.buffer = torch.arange(100.0).repeat_interleave(2 * D_MODEL).view(100, 2, D_MODEL).half().to(device)
-    source.d_model, source.model_seconds, source.resumed = D_MODEL, 0.0, None
+    source.d_model, source.model_seconds, source.resumed, source.beside, source.closed = D_MODEL, 0.0, None, False, None
     reader = SimpleNamespace(read=lambda number: Refill(50, None), seek=lambda start: None, close=lambda: None)
     source.mixing = MixingBuffer(reader, seed=0, buffer_rows=100, flag="--text", contents="the texts")
     return source
 
 
 @pytest.mark.parametrize("buffer", ["cpu", "meta"])
-def test_live_batches_do_not_wait(buffer, card):
-    source = live_source(torch.device(buffer))
+def test_live_batches_do_not_wait(buffer, card, monkeypatch):
+    """Nor does the device for their copy from the host, which has a stream of its own."""
+    source, streams, waits = live_source(torch.device(buffer)), [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "uploads")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
     with NoWaits() as watched:
         for batch in source.batches(ROWS, 200, META):
             assert batch.x.device == META and batch.x.shape[1:] == (2, D_MODEL)
     assert "upload" in watched.names
+    assert waits == [stream for stream in streams if stream == "uploads"] and bool(waits) == (buffer == "cpu")
+
+
+@pytest.mark.parametrize("buffer", ["cpu", "meta"])
+def test_no_operation_of_a_live_step_waits(buffer, card, tmp_path, monkeypatch):
+    source = live_source(torch.device(buffer))
+    rows = torch.from_numpy(numbered(100, D_MODEL)).half()[:, None].repeat(1, 2, 1)
+    source.validation, source.val_rows, source.fills = rows, len(rows), [SimpleNamespace(values=rows)]
+    source.name, source.fill_rows, source.stored_scale, source.record = "models", 50, torch.ones(2), {}
+    monkeypatch.setattr(train, "open_source", lambda given, config, *_: (source, config))
+    names = run(tmp_path, monkeypatch, "--variant", "batch_topk", "--aux-coeff", 0.1)
+    assert names.count("_fused_adam_") == STEPS
 
 
 def test_live_batches_are_those_of_the_mixing_order():
