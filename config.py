@@ -70,7 +70,7 @@ class ModelFlags:
 
     # Base model: a Hugging Face id or a folder.
     base_model: str | None = None
-    # Fine-tuned model: a Hugging Face id or a folder, with the same tokenizer. Default: with --ft-adapter the base model.
+    # Fine-tuned model, of the same tokenizer. Default: with --ft-adapter the base model.
     ft_model: str | None = None
     # LoRA or other peft adapter that is merged into the fine-tuned model: a Hugging Face id or a folder (`pip install peft`).
     ft_adapter: str | None = None
@@ -85,16 +85,14 @@ class ModelFlags:
     # Hook in the fine-tuned model, where its path differs. Default: the same as --hook.
     ft_hook: str | None = None
 
-    # Text source, repeatable: a Hub id (`user/name:config:split`), a folder, or a .txt, .jsonl, .csv or .parquet file.
-    # Add =WEIGHT for its share of the tokens: --text web=1 --text chat=1.
+    # Hub id (name:config:split), folder or .txt, .jsonl, .csv, .parquet file; =WEIGHT: its share.
     text: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
 
-    # Columns that hold the text, joined by a blank line, e.g. --text-column prompt answer. Of several sources each uses those
-    # that it has. Default: text, content, messages or conversation, whichever a source has.
+    # Columns that hold the text, joined by a blank line, e.g. --text-column prompt answer (with --chat-template two turns). Of
+    # several sources each uses those that it has. Default: text, content, messages or conversation, whichever a source has.
     text_column: list[str] = field(default_factory=list)
 
-    # Format messages (or prompt and answer columns) with the fine-tuned model's chat template. Plain text stays as it is, so
-    # web text and chats mix.
+    # Format chats with the fine-tuned model's chat template.
     chat_template: bool = False
 
     # Tokens per sequence.
@@ -102,8 +100,7 @@ class ModelFlags:
     # Join documents until a sequence is full. --no-pack: one document a sequence, cut to --seq-len.
     pack: bool = True
 
-    # Precision in which the models run. int8 and nf4 quantise them (`pip install bitsandbytes accelerate`); a model that was
-    # saved quantised loads as it is.
+    # Precision of the models.
     model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
 
     # Leading positions of each sequence left out (BOS, attention sinks: 1 for Gemma 2, 21 for Qwen 2.5, 25 for Llama 3). With
@@ -121,9 +118,9 @@ class ModelFlags:
 
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig(ModelFlags, DatasetFlags):
-    """Train a crosscoder on the activations of two models; without data, on a demonstration.
+    """Train a crosscoder on two models' activations, or without data on made-up ones.
 
-    python train.py --dataset data/gemma --variant batch_topk --d-hidden 16_384 --k 100
+    python train.py --dataset data/pair --variant batch_topk --d-hidden 32_768
     """
 
     # --- live training
@@ -145,9 +142,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Read datasets on the Hub, or folders of .parquet files, while training instead of downloading them first.
     streaming: bool = False
 
-    # Length of the run in tokens (rows). Default: one pass over the dataset; 1,000,000 in the demonstration.
+    # Length of the run in tokens (rows). Default: one pass over the dataset, 1_000_000 in the demonstration.
     num_tokens: int | None = None
-    # Length of the run in passes over the dataset, instead of --num-tokens.
+    # Length of the run in passes, instead of --num-tokens.
     epochs: int | None = None
 
     # Rows held out of training, behind every val_ metric: the split validation, else the last rows (--streaming: the first),
@@ -163,20 +160,21 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # halves: a folder, .pt file or Hub id. --d-hidden and --k are then its own.
     init_from: str | None = None
 
-    # vanilla: ReLU and an L1 penalty. batch_topk: the k * batch largest codes of a batch stay.
+    # Sparse by an L1 penalty, or by k.
     variant: Literal["vanilla", "batch_topk"] = "vanilla"
-    # Number of latents, 8 to 32 times d_model as a rule.
+    # Latents, 8 to 32 times d_model as a rule.
     d_hidden: int | None = None
-    # batch_topk: active latents per token, averaged over a batch.
+    # batch_topk: mean active latents per token.
     k: int | None = None
     # batch_topk: the run starts with this multiple of k. Default: 32, or 1 with --init-from.
     k_start: float | None = None
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
 
-    # Weight of the L1 loss: more is sparser. Default: 2; 1.5 for batch_topk, where it falls to 0 at the end.
+    # Weight of the L1 loss. Default: 2; 1.5 for batch_topk.
     l1_coeff: float | None = None
-    # Share of the run over which the L1 weight rises from 0. Default: 0.8, or 0 with --init-from.
+    # Share of the run over which the L1 weight rises from 0; with batch_topk it falls to 0 again at the end. Default: 0.8, or 0
+    # with --init-from.
     l1_warmup: float | None = None
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093). 0: off.
@@ -191,7 +189,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # --- optimisation
 
-    # Tokens per step. Where tokens are few, smaller: some ten thousand steps are wanted.
+    # Tokens per step; some ten thousand steps are wanted.
     batch_size: int | None = None
     # Tokens computed at once; fewer take less memory. With batch_topk each part keeps its own k * tokens codes. Default: the
     # whole batch.
@@ -213,7 +211,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
     # Precision of the matrix products alone. auto: bfloat16 on CUDA and on processors with AMX.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    # CUDA if there is one, or cpu, cuda:1, ...
     device: str = "auto"
     # Decides weights and row order: same seed and machine, same numbers.
     seed: int = 0
@@ -236,7 +234,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # wandb user or team. Default: yours.
     wandb_entity: str | None = None
 
-    # The run is written to OUTPUT_DIR/RUN_NAME. Default: the variant and the time.
+    # Folder in --output-dir. Default: variant and time.
     run_name: str | None = None
     # Folder of all runs.
     output_dir: str = "runs"
@@ -244,7 +242,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Hub repository (user/name) that the finished crosscoder goes to, with a card made from the run. A new one is private.
     push_to_hub: str | None = None
 
-    # Go on with a run: its folder, or auto for --run-name, new or not. Its config.json has the other flags.
+    # Run to go on with: its folder, or auto for --run-name, new or not. Its config.json has the other flags.
     resume: str | None = None
     # config.json of an earlier run to start from; flags on the command line win over it.
     config: str | None = None
@@ -252,9 +250,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
 
 @dataclass(kw_only=True, frozen=True)
 class CollectConfig(ModelFlags):
-    """Run two models or more over the same text and store their activations at one hook or several.
+    """Run two models or more over the same text and store their activations.
 
-    python collect.py --base-model A --ft-model B --hook model.layers.13 --text chats.jsonl --output data/pair
+    python collect.py --base-model A --ft-model B --hook H --text T --output data
     """
 
     # --- models and text
@@ -262,12 +260,11 @@ class CollectConfig(ModelFlags):
     # Instead of --base-model and --ft-model, also for more than two: given once for each model, the base model first. A branch,
     # tag or commit on the Hub is named with @, e.g. --model EleutherAI/pythia-70m@step1000.
     model: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    # Module to read, e.g. model.layers.13 (after block 13) or model.layers.13.mlp. Several hooks take one pass; each gives its
-    # dataset OUTPUT/HOOK.
+    # Module to read, e.g. model.layers.13; each of several makes OUTPUT/HOOK.
     hook: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)  # type: ignore[assignment]
     # Folder to write. The same command goes on with an unfinished collection there.
     output: str
-    # Rows (tokens) to store, held-out rows included.
+    # Rows (tokens) to store, those held out included.
     num_tokens: int = 1_000_000
 
     # --- storing
@@ -275,7 +272,7 @@ class CollectConfig(ModelFlags):
     # Rows held out: one of every four sequences from the beginning of the texts, until there are enough. Default: a twentieth
     # of --num-tokens, at most 2 million.
     val_tokens: int | None = None
-    # Sequences per forward pass. Fewer take less memory.
+    # Sequences a pass; fewer take less memory.
     batch_size: int = 8
     # Precision of the stored activations: 2 or 4 bytes a value.
     dtype: Literal["float16", "float32"] = "float16"
@@ -284,7 +281,7 @@ class CollectConfig(ModelFlags):
     shard_rows: int = 131_072
     # Decides the shuffling and the held-out sequences.
     seed: int = 0
-    # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    # CUDA if there is one, or cpu, cuda:1, ...
     device: str = "auto"
     # Hub dataset repository (user/name) that the complete collection goes to, for train.py --dataset. A new one is private.
     push_to_hub: str | None = None
@@ -292,38 +289,38 @@ class CollectConfig(ModelFlags):
 
 @dataclass(kw_only=True, frozen=True)
 class FormatsConfig:
-    """Convert a crosscoder between our layout and those of other projects. Codes and reconstructions stay the same.
+    """Convert a crosscoder between our layout and those of other projects.
 
     python formats.py runs/gemma/crosscoder out --to crosscoder_learning
     """
 
-    # What to convert: a folder, a .pt file, or a Hub id (user/name or user/name/folder), in any layout that --to knows.
+    # Folder, .pt file or Hub id (user/name, user/name/folder), in any layout of --to.
     src: Annotated[str, tyro.conf.Positional]
-    # Folder to write; must not hold anything yet.
+    # Folder to write, not there yet or empty.
     dst: Annotated[str, tyro.conf.Positional]
 
-    # Layout to write. crosscoder: ours. crosscoder_learning: CrossCoder or BatchTopKCrossCoder of Minder et al. ckkissane:
-    # cfg.json and cc_weights.pt (vanilla alone). saelens: for each model a JumpReLU SAE with its half of the decoder.
+    # Layout to write. crosscoder: ours. crosscoder_learning: that of Minder et al. ckkissane: cfg.json, cc_weights.pt (vanilla
+    # alone). saelens: of each model a JumpReLU SAE with its half of the decoder.
     to: Literal["crosscoder", "crosscoder_learning", "ckkissane", "saelens"]
 
-    # For a ckkissane source, whose files do not say it: what its training multiplied the activations of the base and the
-    # fine-tuned model with, sqrt(d_model) / mean norm; 1 1 if that is already in the weights.
+    # For a ckkissane source: what base and ft activations were multiplied with, sqrt(d_model) / mean norm; 1 1 if that is in
+    # the weights.
     activation_scale: tuple[float, float] | None = None
 
 
 @dataclass(kw_only=True, frozen=True)
 class AnalyzeConfig(DatasetFlags):
-    """Say what fine-tuning changed: ranked latents, findings, figures and one page, RUN/analysis/report.html.
+    """Rank the latents that fine-tuning changed and write a page, report.html.
 
-    python analyze.py runs/gemma --base-model google/gemma-2-2b --ft-model google/gemma-2-2b-it
+    python analyze.py runs/NAME --base-model A --ft-model B
     """
 
-    # Folder of a run (runs/NAME), or of a saved crosscoder alone, which then needs --dataset.
+    # A run's folder, or a crosscoder with --dataset.
     run: Annotated[str, tyro.conf.Positional]
 
     # --- models
 
-    # Base model, to measure what it loses with replaced activations: an id or a folder.
+    # Base model, for KL, loss, steering: an id or a folder.
     base_model: str | None = None
     # Fine-tuned model: an id or a folder. Default: with --ft-adapter the base model.
     ft_model: str | None = None
@@ -334,7 +331,7 @@ class AnalyzeConfig(DatasetFlags):
     # Hook in the fine-tuned model, where its path differs. Default: the same as --hook.
     ft_hook: str | None = None
 
-    # Precision in which the models run.
+    # Precision of the models.
     model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
     # Sequences per forward pass of the models.
     model_batch_size: int = 4
@@ -355,22 +352,22 @@ class AnalyzeConfig(DatasetFlags):
 
     # --- measuring and showing
 
-    # Rows (tokens) to measure the latents on, held-out ones first. Rare latents need many.
+    # Rows (tokens) to read, held-out ones first. Rare latents need many.
     num_tokens: int = 1_000_000
 
-    # Latents that get a section with examples, e.g. --latents 12,99.
+    # Latents that get a section too, e.g. 12,99.
     latents: str = ""
-    # So many of the first latents by rank in each direction get a section too.
+    # First latents by rank, of each direction.
     sections_per_class: int = 30
     # Strongest examples of such a latent. As many are drawn evenly from the lower ranges of its activation.
     examples: int = 10
     # Tokens shown before and after an example's strongest token.
     context: int = 24
-    # Folder to write; an earlier analysis there is replaced. Default: RUN/analysis.
+    # Folder to write; it is replaced. Default: RUN/analysis.
     output: str | None = None
     # Decides which shared latents and which weaker examples are drawn.
     seed: int = 0
-    # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    # CUDA if there is one, or cpu, cuda:1, ...
     device: str = "auto"
 
     # --- latents in words and for other tools

@@ -100,7 +100,9 @@ def in_groups(cls: type) -> type:
         named = tyro.conf.arg(prefix_name=False, help=text.partition(" Default: ")[0], metavar=metavar_of(f, hints[f.name]),
                               help_behavior_hint=hint_of(f, text))  # fmt: skip
         default = dataclasses.field(default=f.default, default_factory=f.default_factory)
-        groups.setdefault(group, []).append((f.name, Annotated[hints[f.name], named], default))
+        # of the first ones no --no-FLAG is shown, which would take a line
+        hint = hints[f.name] if group else tyro.conf.FlagCreatePairsOff[hints[f.name]]  # type: ignore
+        groups.setdefault(group, []).append((f.name, Annotated[hint, named], default))
     fields = groups.pop("")
     for title, inside in groups.items():
         part = dataclasses.make_dataclass(title.title().replace(" ", ""), inside, kw_only=True)
@@ -130,13 +132,13 @@ def help_of(cls: type) -> dict[str, tuple[str, str]]:
 
 def hint_of(field: dataclasses.Field, text: str) -> str | None:
     """What --help says of the default: what the comment says of it, else the sizes of REAL and PLANTED. None: tyro's way."""
-    real, planted = (f"{sizes[field.name]:,}" if field.name in sizes else "" for sizes in (REAL, PLANTED))
+    real, planted = (f"{sizes[field.name]:_}" if field.name in sizes else "" for sizes in (REAL, PLANTED))
     said = text.partition(" Default: ")[2].rstrip(".")
     if not said and field.default is None and real:
         said = real if planted in (real, "") else f"{real} on your data, {planted} in the demonstration"
     if isinstance(field.default, int) and field.default >= 10_000:
-        said = f"{field.default:,}"
-    return f"(default: {said})" if said else "" if field.default in (None, "") else None
+        said = f"{field.default:_}"
+    return f"(default: {said})" if said else "" if field.default in (None, "", False) else None
 
 
 def metavar_of(field: dataclasses.Field, hint) -> str | None:
