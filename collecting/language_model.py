@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from run.machine import first_line, library_errors
+from run.machine import HUB_SECONDS, close_name, first_line, library_errors
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -49,11 +49,12 @@ def model_path(name: str, flag: str, revision: str | None = None) -> str:
     if os.path.isdir(path):
         return path
     if os.path.isabs(path) or name.startswith(("./", "../")) or name.count("/") > 1:
-        raise ValueError(f"{flag} {name}: there is no such folder; give a Hugging Face id or the folder of a saved model")
+        there = f"there is no such folder{close_name(Path(path))}"
+        raise ValueError(f"{flag} {name}: {there}; give a Hugging Face id or the folder of a saved model")
     if not huggingface_hub.constants.HF_HUB_OFFLINE and cached_commit(name, revision) is None:
         fault = f"{flag} {name}: is no folder here, and the Hub does not give it as a model"
         with library_errors(fault, "check the name and the network"):
-            huggingface_hub.HfApi().repo_info(name, revision=revision, timeout=30)
+            huggingface_hub.HfApi().repo_info(name, revision=revision, timeout=HUB_SECONDS)
     return path
 
 

@@ -6,7 +6,6 @@ Everything here is deterministic: the same arguments give the same sequences, so
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from collecting import chat
-from run.machine import first_line, library_errors
+from run.machine import HUB_SECONDS, close_name, first_line, library_errors
 
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors reach the user as ours, in one line
@@ -125,9 +124,7 @@ def local_path(name: str) -> Path | None:
     if path.exists():
         return path
     if path.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1 or path.suffix in (*TABLES, *TEXTS):
-        there = os.listdir(path.parent) if path.parent.is_dir() else []
-        hint = "".join(f"is it {path.parent / other}?" for other in difflib.get_close_matches(path.name, there, n=1))
-        raise ValueError(f"--text {name}: there is no such file or folder; {hint or 'check the path'}")
+        raise ValueError(f"--text {name}: there is no such file or folder{close_name(path)}; check the path")
     return None
 
 
@@ -143,7 +140,7 @@ def load_hub(name: str, commit: str | None) -> tuple[datasets.IterableDataset, l
     fault = f"--text {name}: is no existing path, and the Hub does not give it as a dataset"
     with library_errors(fault, "check the name and the network, or give a file or folder"):
         if commit is None and not datasets.config.HF_HUB_OFFLINE:  # asks once, where load_dataset tries six times
-            commit = HfApi().repo_info(parts[0], repo_type="dataset", timeout=30).sha
+            commit = HfApi().repo_info(parts[0], repo_type="dataset", timeout=HUB_SECONDS).sha
         rows = datasets.load_dataset(parts[0], config or None, split=split or "train", streaming=True, revision=commit)
     return rows, [], commit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 from ops.files import whole_file
+
+HUB_SECONDS = 10  # that one question to the Hub may take
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,6 +75,12 @@ def choose_precision() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def close_name(path: Path) -> str:
+    """` (is it PATH?)` with what lies beside a path that is not there and has nearly its name, else nothing."""
+    there = os.listdir(path.parent) if path.parent.is_dir() else []
+    return "".join(f" (is it {path.parent / other}?)" for other in difflib.get_close_matches(path.name, there, n=1))
 
 
 def first_line(error: BaseException) -> str:

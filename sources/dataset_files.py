@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.latents import model_names
-from run.machine import first_line, library_errors
+from run.machine import HUB_SECONDS, close_name, first_line
 
 
 class ActivationDatasets(NamedTuple):
@@ -63,10 +63,11 @@ def open_datasets(
 
 
 def on_disk(name: str, flag: str) -> bool:
-    """Whether a file or folder is named that is there, not a Hub id. ValueError if it looks like one and is not there."""
+    """Whether a file or folder is named that is there, not a Hub id. ValueError if it cannot be an id and is not there."""
     path = Path(name).expanduser()
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise ValueError(f"{flag} {name}: no such file or folder")
+    no_id = path.is_absolute() or name.startswith((".", "~")) or name.split(":")[0].count("/") > 1
+    if not path.exists() and (no_id or path.suffix in (".parquet", ".arrow")):
+        raise ValueError(f"{flag} {name}: no such file or folder{close_name(path)}")
     return path.exists()
 
 
@@ -116,12 +117,16 @@ def hub_pair_file(dataset: str, revision: str | None) -> str:
     """Local copy of the pair.json of a paired dataset on the Hub."""
     import datasets
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    offline = datasets.config.HF_HUB_OFFLINE
-    what = f"--dataset {dataset}: no folder here, and as a Hub id its pair.json cannot be fetched"
-    with library_errors(what, kinds=(HfHubHTTPError, OSError)):
+    if revision is None and not datasets.config.HF_HUB_OFFLINE:
+        newest_revision(dataset, "--dataset")  # asks once, where a download without network tries for half a minute
+    missing, offline = f"--dataset {dataset}: no folder here{close_name(Path(dataset))}, and ", datasets.config.HF_HUB_OFFLINE
+    try:
         return hf_hub_download(dataset, "pair.json", repo_type="dataset", revision=revision, local_files_only=offline)
+    except Exception as error:  # noqa: BLE001 - a broken connection has the names of the Hub's HTTP library
+        why = "the Hub does not answer or must not be asked (HF_HUB_OFFLINE)"
+        why = why if offline else f"as a Hub id its pair.json cannot be fetched ({first_line(error)})"
+        raise ValueError(missing + why) from None
 
 
 def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | None = None) -> dict:
@@ -166,7 +171,8 @@ def open_dataset(name: str, flag: str, streaming: bool = False, revision: str | 
         reason = first_line(error.__cause__ or error)
         if file := damaged_file(path):
             raise ValueError(f"{flag}: {file} is truncated or damaged ({reason}); copy or collect it again") from None
-        hub = "" if path.exists() else " (no such folder here, so it was taken for a Hub id, which needs network)"
+        hub = f" (no such folder here{close_name(path)}, so it was taken for a Hub id, which needs network)"
+        hub = "" if path.exists() else hub
         raise ValueError(f"{flag} {name}: cannot be opened: {reason}{hub}") from None
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     if "train" not in splits and len(splits) > 1:
@@ -237,11 +243,10 @@ def newest_revision(name: str, flag: str) -> str | None:
     if on_disk(name, flag):
         return None
     try:
-        return HfApi().dataset_info(name.split(":")[0], timeout=10).sha
+        return HfApi().dataset_info(name.split(":")[0], timeout=HUB_SECONDS).sha
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{flag} {name}: is no file or folder here, and the Hub does not give it ({first_line(error)})"
-        ) from None
+        missing = f"{flag} {name}: is no file or folder here{close_name(Path(name))}"
+        raise ValueError(f"{missing}, and the Hub does not give it ({first_line(error)})") from None
     except Exception:  # noqa: BLE001 - a broken connection has the names of the Hub's HTTP library
         datasets.config.HF_HUB_OFFLINE = True
         return None

@@ -393,7 +393,7 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(hook="model.embed_tokens.input"), "not activations [batch, sequence, d_model]"),
         (("--text", "./none.txt"), dict(), "--text ./none.txt: there is no such file or folder"),
         (("--text", "data/none.txt"), dict(), "--text data/none.txt: there is no such file or folder"),
-        (("--text", tiny["code"] + "t"), dict(), f"there is no such file or folder; is it {tiny['code']}?"),
+        (("--text", tiny["code"] + "t"), dict(), f"there is no such file or folder (is it {tiny['code']}?)"),
         (("--text", tmp_path / "broken.jsonl"), dict(), "broken.jsonl, line 2, cannot be read"),
         ((), dict(hook="model.rotary_emb"), "not activations [batch, sequence, d_model]"),
         ((), dict(ft_model="./none"), "--ft-model ./none: there is no such folder"),

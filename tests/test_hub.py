@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -205,3 +207,21 @@ def test_a_path_that_looks_like_a_hub_id_is_asked_for_once(tmp_path, online, mon
         refused = one_line_error(run_script(*flags, cwd=tmp_path, env=env), flags[0])
         assert "runs/nothing: is no folder here, the folder runs here does not hold it, and the Hub does not give it" in refused
         assert "no such repository" in refused and len([path for path in asked if "runs/nothing" in path]) == 1
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--base-dataset"])
+def test_a_name_that_is_not_here_and_a_hub_that_hangs_up_end_in_one_line_soon(flag, tmp_path, online):
+    (tmp_path / "data" / "gemma").mkdir(parents=True)
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up():
+            while connection := next(iter(server.accept()), None):
+                asked.append(connection.close())
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        env = online[1] | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        flags = [flag, "data/gema", *(["--ft-dataset", "data/gema"] if flag == "--base-dataset" else [])]
+        line = one_line_error(run_script("train.py", *flags, cwd=tmp_path, env=env), "train.py")
+        assert f"{flag} data/gema: " in line and "folder here (is it data/gemma?)" in line
+        assert 0 < len(asked) <= 2  # a connection that is closed at once is tried once more

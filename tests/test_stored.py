@@ -198,6 +198,8 @@ def test_bad_input_is_refused_with_what_where_and_how(tmp_path):
     assert "token of row 37 (split train) is 37" in message and "5 in the fine-tuned" in message
     assert "no such file or folder" in refusal(tmp_path, tmp_path / "nowhere")
     assert "no such file or folder" in refusal(tmp_path, "./nowhere")
+    assert "data/a/b: no such file or folder" in refusal(tmp_path, "data/a/b")  # no Hub id has two of them
+    assert f"no such file or folder (is it {tmp_path / 'good'}?)" in refusal(tmp_path, tmp_path / "goood")
     assert "cannot hold" in refusal(tmp_path, good, val=100) or "cannot give" in refusal(tmp_path, good, val=100)
     assert "has no such column, it has activation, token, sequence" in refusal(tmp_path, good, columns=("acts", None))
     assert "--ft-column token: rows are int32" in refusal(tmp_path, good, columns=(None, "token"))
