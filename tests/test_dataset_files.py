@@ -1,12 +1,14 @@
 """Activation caches of other projects as training data, made here by hand from their documented layouts."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features, List, Value
-from helpers import BASE, FT, collect, metrics, numbered, open_single, run_script
+from helpers import BASE, FT, ROOT, collect, metrics, numbered, open_single, run_script
 
 from sources.batches import estimate_normalization, validation_batches
 
@@ -131,3 +133,24 @@ def test_training_on_bfloat16_caches(tmp_path):
     run_script("train.py", "--base-dataset", base, "--ft-dataset", ft, *flags, "--run-name", "a", check=True)
     lines = metrics(tmp_path / "a")
     assert lines[-1]["val_explained_variance"] > 0.3 > lines[0]["explained_variance"]
+
+
+def test_the_documented_dataset_of_ones_own_is_trained_on_and_analysed_with_its_text(capitals, tmp_path, monkeypatch):
+    """The example of docs/data.md and the commands below it, on fewer sequences and without steering."""
+    section = (ROOT / "docs" / "data.md").read_text().split("### A paired dataset of your own")[1].split("\n### ")[0]
+    (tmp_path / "tiny").symlink_to(capitals["base"].parent)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert "100 * 127" in program
+    exec(program.replace("100 * 127", "40 * 127"), {})
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    train, analyze = ([*shlex.split(line)[1:]] for line in commands.strip().splitlines())
+    printed = run_script(*train, "--wandb", "disabled", cwd=tmp_path, check=True).stdout
+    assert "next       python analyze.py runs/own --base-model tiny/base --ft-model tiny/caps" in printed
+    run_script(*analyze, "--steer", "none", "--patch-tokens", 1000, "--sections-per-class", 3, cwd=tmp_path, check=True)
+    found = [json.loads(line) for line in (tmp_path / "runs/own/analysis/examples.jsonl").read_text().splitlines()]
+    assert {example["text"] for latent in found for example in latent["examples"]} <= {"code", "caps"} and found
+    measured = json.loads((tmp_path / "runs/own/analysis/metrics.json").read_text())
+    assert not measured["notes"]
+    assert measured["patching"]["base"]["loss_recovered"]["all"] > 0.5  # the rows are those of the hook that pair.json names
