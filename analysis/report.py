@@ -37,11 +37,11 @@ SET_NAMES = {  # of the sets of latents in patching
 TABLE = {  # columns of the page's table: heading
     "rank": "rank", "latent": "latent", "direction": "more in", "label": "label", "label_score": "label score",
     "change_score": "the other lacks", "change_error": "± error",
-    "changed": "changed", "frequency": "active on", "relative_norm": "relative norm", "dec_cos_sim": "decoder cosine",
-    "nu_error": "ν error", "nu_reconstruction": "ν reconstruction", "mean_act": "mean active", "max_act": "max",
-    "difference": "difference", "tag": "by norm", "tag_scaling": "by scaling",
+    "changed": "changed", "frequency": "active on", "relative_norm": "relative norm",
+    "nu_error": "ν error", "nu_reconstruction": "ν reconstruction", "tag": "by norm", "tag_scaling": "by scaling",
     "planted_concept": "concept", "planted_kind": "its kind", "planted_cosine": "its cosine",
 }  # fmt: skip
+TABLE_ENDS = {"mean_act": "mean active", "max_act": "max", "dec_cos_sim": "decoder cosine", "difference": "difference"}
 OF_THE_PAGE = {  # definitions of columns that only the page has
     "max_act": "largest activation",
     "nu_error": "share of the latent in the error of the model with the shorter decoder row, without this latent's own part",
@@ -280,10 +280,11 @@ def render(  # noqa: PLR0913 - what the page shows, given by name
     definitions, headings = definitions | OF_THE_PAGE, dict(TABLE)
     for i, text in enumerate(text_names):
         headings |= {f"freq_text_{i}": f"active on, {text}", f"mean_text_{i}": f"mean, {text}"}
+    headings |= TABLE_ENDS
     columns = [
         {
             "name": name, "heading": heading, "definition": definitions[name], "values": [short(v) for v in table[name]],
-            "wide": name.startswith("mean_text"),  # only in the sections, the table is wide enough
+            "wide": name.startswith(("mean_text", "direction")),  # only in the sections: the rank says its direction
         }
         for name, heading in headings.items() if name in table
     ]  # fmt: skip

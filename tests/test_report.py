@@ -152,6 +152,12 @@ def test_the_table_sorts_searches_and_turns_pages(page_of, open_page):
     assert set(first_column(page)) <= set(range(160, 200))
 
 
+def test_each_direction_has_its_own_ranks(page_of, open_page):
+    page = open_page(page_of(200, [7, 150]))
+    assert page.locator("#latents tbody td:first-child").all_inner_texts()[:4] == ["ft 1", "base 1", "ft 2", "base 2"]
+    assert page.locator("#latents th", has_text="more in").count() == 0  # which the rank says
+
+
 def test_examples_show_values_and_link_from_the_table(page_of, open_page):
     page = open_page(page_of(200, [7, 150]))
     section = page.locator("#latent-7")
@@ -218,11 +224,16 @@ def test_a_page_of_no_live_latent(page_of, open_page):
     assert "0 live latents" in page.locator("main").inner_text() and first_column(page) == [0]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_the_page_without_scrolling_sideways(page_of, browser, scheme):
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 390), ("light", 1400)])
+def test_the_page_does_not_scroll_sideways_and_its_table_does_in_its_box(page_of, browser, scheme, width):
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page.goto(page_of(200, range(12)).as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    box = page.locator("#latents").evaluate("t => [t.scrollWidth, t.parentElement.clientWidth, t.parentElement.scrollWidth]")
+    assert box[2] >= box[0] and box[1] <= width - 24
+    assert ("more columns to the right" in page.locator("#count").inner_text()) == (box[0] > box[1])
+    page.locator("#latents").evaluate("t => t.parentElement.scrollLeft = 9999")
+    assert page.locator("#latents tbody td:nth-child(2)").first.bounding_box()["x"] < 60  # which latent a row is of stays
     light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
     assert light == (scheme == "light")
     page.close()
