@@ -17,6 +17,7 @@ from torch import Tensor
 from analysis.data import Data, Text
 from collecting import language_model as lm
 from collecting.chat import answer_marker
+from collecting.earlier_blocks import run_once
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
@@ -226,8 +227,10 @@ def patch_models(
     with progress_bar("patching", sum(map(len, sequences))) as bar:
         for start in range(0, len(sequences), batch_size):
             part = slice(start, start + batch_size)
-            for key, found in patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried):
-                totals[key] = totals.get(key, 0) + found
+            with run_once(*models[0]), run_once(*models[1]):
+                of_batch = patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried)
+                for key, found in of_batch:
+                    totals[key] = totals.get(key, 0) + found
             bar.update(sum(map(len, sequences[part])))
     result = summarise(totals, {name: len(chosen) for name, chosen in latents.items()})
     result["rule"] = (

@@ -27,6 +27,7 @@ from analysis.data import Data
 from analysis.patching import answer_starts, position_losses
 from collecting import steered_model
 from collecting.chat import answer_marker, format_question
+from collecting.earlier_blocks import run_once
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
@@ -126,14 +127,15 @@ def effects(
         )
         targets = torch.tensor(sum(answered, []), device=reference.device)
         together = max(1, rows // len(asked))
-        for first in range(0, len(vectors), together):
-            some = vectors[first : first + together]
-            logits = steered_model.answer_logits(
-                *model, asked * len(some), answered * len(some), some.repeat_interleave(len(asked), 0), **how
-            )
-            for i, part in enumerate(logits.split(len(targets))):
-                totals[first + i] += position_losses(part, reference, targets).sum(0).cpu()
-            bar.update(len(some) * len(asked))
+        found = []
+        with run_once(*model):
+            for some in (vectors[:1], *vectors[1:].split(together)):  # the first by itself: a whole pass is of each prompt once
+                logits = steered_model.answer_logits(
+                    *model, asked * len(some), answered * len(some), some.repeat_interleave(len(asked), 0), **how
+                )
+                found += [position_losses(one, reference, targets).sum(0).cpu() for one in logits.split(len(targets))]
+                bar.update(len(some) * len(asked))
+        totals += torch.stack(found)
     return totals * torch.tensor([-1.0, 1.0]) / max(1, sum(map(len, told)))
 
 

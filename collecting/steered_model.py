@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -100,6 +101,8 @@ def answer_logits(
         ids[row, :length], mask[row, :length] = torch.tensor(prompt + answer), 1
         where[row, :length] = steered(length, len(prompt), skip_first, answer_alone)
         predicts[row, len(prompt) - 1 : length - 1] = True
+    kept = max(lengths) - min(map(len, prompts)) + 1  # positions at the end, of which the logits are asked
+    fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with added(model, hook, vectors, where):
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return logits[predicts.to(logits.device)]
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **fewer).logits
+    return logits[predicts[:, -logits.shape[1] :].to(logits.device)]

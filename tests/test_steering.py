@@ -11,7 +11,7 @@ from helpers import CHATML, HOOK, ROOT, one_line_error, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import steering
-from collecting import chat, steered_model
+from collecting import chat, earlier_blocks, steered_model
 from crosscoder import CrossCoder
 
 CAPITALS = r"\A[^a-z]+\Z"  # no other letter
@@ -105,6 +105,29 @@ def test_an_answer_ends_with_its_end_token(models, tokenizer, monkeypatch):
     found = steered_model.answers(model, HOOK, prompts, nothing, tokens=8, skip_first=1)
     assert found == [answer[: answer.index(end) + 1] if end in answer else answer for answer in whole]
     assert len(found[1]) <= 4 and max(map(len, found)) == 8
+
+
+@pytest.mark.parametrize("hook", [HOOK, "model.layers.1.mlp.output", "model.layers.2.input", "model.layers.1.self_attn"])
+@torch.no_grad()
+def test_the_blocks_before_the_hook_run_once(models, tokenizer, hook):
+    """The answers' logits are those of whole passes, and the first blocks see one pass only."""
+    model, prompts = models[0][0], [prompt.ids for prompt in steering.as_prompts(ASKED, tokenizer)]
+    told = [[5 + i] * (3 + i) for i in range(len(prompts))]
+    vectors = torch.randn(3, len(prompts), 64, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    ask = lambda some: steered_model.answer_logits(  # noqa: E731
+        model, hook, prompts * len(some), told * len(some), some.flatten(0, 1), skip_first=2
+    )
+    whole, passes = torch.cat([ask(vectors[:1]), ask(vectors[1:])]), []
+    watched = model.get_submodule("model.layers.0.input_layernorm").register_forward_hook(lambda *_: passes.append(1))
+    with earlier_blocks.run_once(model, hook):
+        passes.clear()  # those of the check
+        found = torch.cat([ask(vectors[:1]), ask(vectors[1:])])
+    assert len(passes) == 1
+    assert torch.allclose(found, whole, atol=1e-4) and not torch.allclose(
+        whole[: len(whole) // 3], whole[-len(whole) // 3 :], atol=0.1
+    )
+    assert torch.equal(ask(vectors[:1]), whole[: len(whole) // 3]) and len(passes) == 2  # and as before afterwards
+    watched.remove()
 
 
 def test_a_hook_that_no_pass_reaches_is_named(models):
