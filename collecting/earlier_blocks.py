@@ -15,8 +15,10 @@ from collecting.steered_model import plain
 
 @contextmanager
 def run_once(model, hook: str) -> Iterator[None]:
-    """Inside the block the first forward pass is a whole one. Those after it begin at the block of the hook, which gets what it
-    got in the first, repeated for as many rows: they must be of the same sequences. Whole all, where a model has no such blocks.
+    """The first forward pass in this context is a whole one. Those after it begin at the model's block of the hook, which gets
+    what it got in the first pass, repeated for as many rows: they must be of the same sequences.
+
+    A model that has no such blocks, or whose later blocks need more than their input, runs whole each time.
     """
     model = plain(model)
     place = blocks_before(model, hook)
