@@ -31,7 +31,7 @@ from collecting.earlier_blocks import run_once
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
-FACTORS = (1, 2, 4)  # of the typical activation
+FACTORS = (1, 1.4, 2, 2.8)  # of the typical activation: more breaks the text, whatever the direction
 CONTROLS = 19  # random latents: to do more than all of them is a chance of 1 in 20
 TOLD = 2  # of these, whose answers are generated too
 CHANCE = 0.05  # at which a latent would pass for more than random
@@ -247,7 +247,7 @@ def more_often(shown: int, of: int, random_shown: int, random_of: int) -> float:
 def summarise(lines: list[dict]) -> list[dict]:
     """For each group of latents {"latents", "base", "ft", "beyond_random"}: each model's line at the factor that did most.
 
-    Most: the smallest KL, or with a behaviour the rate that moved furthest in the direction of the other model's.
+    Most: the smallest KL, or with a behaviour the rate that moved towards the other model's by most more than with random ones.
 
     beyond_random: in one of the models the KL fell more than with all controls, each at its own best factor (with 19 that is a
     chance of 1 in 20), or the behaviour's rate moved towards the other model's by more than the controls' answers explain
@@ -263,6 +263,12 @@ def summarise(lines: list[dict]) -> list[dict]:
     ]  # fmt: skip
 
 
+def beyond_random(line: dict, up: bool) -> float:
+    """How much further the latents moved the behaviour's rate, up or down, than the random ones moved it either way."""
+    own, random = ((line[name] or 0) - line["shown_before"] for name in ("shown", "shown_random"))
+    return (own if up else -own) - (0 if line["shown_random"] is None else abs(random))
+
+
 def best(lines: list[dict]) -> dict:
     """What `summarise` says of one model: the numbers of its best line, the controls' as their mean."""
     before, count = lines[0]["kl_before"], len(lines[0]["answers"])
@@ -274,7 +280,7 @@ def best(lines: list[dict]) -> dict:
     line = min(lines, key=lambda line: line["kl"])
     if line["shown"] is not None:
         up = (lines[0]["shown_other"], lines[0]["model"] == "base") > (lines[0]["shown_before"], False)
-        line = min(lines, key=lambda line: (-line["shown"] if up else line["shown"], line["kl"]))
+        line = min(lines, key=lambda line: (-beyond_random(line, up), line["kl"]))
         of = min(TOLD, len(line["random"])) * count
         rates = [line[name] if up else 1 - line[name] for name in ("shown", "shown_random") if line[name] is not None]
         p = more_often(round(rates[0] * count), count, round(rates[-1] * of), of)

@@ -20,6 +20,9 @@ STRONGEST, FIRST = 20, 20
 
 def orders(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Live latents, the most changed first, by the columns that a table of latents has; without those that have NaN there."""
+    if "relative_norm" not in table:  # of a dictionary of the difference
+        ranked = np.argsort(table["rank"])
+        return {"rank, --difference": ranked[~table["dead"][ranked]]}
     keys = {"nu reconstruction": np.abs(table["beta_ratio_reconstruction"])}
     keys |= {"relative norm": -table["relative_norm"], "difference": -table["difference"]}
     if "rank" in table:  # a list for each direction, and both in one as in findings.json
@@ -73,17 +76,25 @@ def strongest(crosscoder: CrossCoder, data: Data, values: Callable[[torch.Tensor
 
 
 @torch.no_grad()
-def difference_components(crosscoder: CrossCoder, data: Data) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The first principal components of x_ft - x_base, both signs in turn. None where the models do not differ."""
+def difference_directions(crosscoder: CrossCoder, data: Data) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Dictionaries of x_ft - x_base that nothing was trained for, the direction of most energy first: its principal components,
+    both signs in turn, and as many random directions as the crosscoder has latents. {} where the models do not differ."""
     differ = lambda x: (x := crosscoder.denormalize(x))[:, 1] - x[:, 0]  # noqa: E731
     sums = DifferenceSums()
     for _, x in normalized_rows(crosscoder, data, what="components"):
         sums.add(crosscoder.denormalize(x))
     if not sums.products.any():
-        return None
+        return {}
     axes, mean = sums.components()[1].float(), sums.means()[1][0].float()  # [components, d_model], [d_model]
     both = torch.stack([axes, -axes], dim=1).flatten(0, 1)  # [2 * components, d_model]
-    return lambda x: ((differ(x) - mean) @ both.T).relu()
+    drawn = torch.randn(crosscoder.d_hidden, len(mean), generator=torch.Generator().manual_seed(0))
+    drawn /= drawn.norm(dim=1, keepdim=True)
+    energy = sum(
+        ((differ(x) - mean) @ drawn.T).relu().pow(2).sum(0) for _, x in normalized_rows(crosscoder, data, what="random")
+    )
+    drawn = drawn[energy.argsort(descending=True)]
+    named = {"PCA of the difference": both, "random directions": drawn}
+    return {name: lambda x, rows=rows: ((differ(x) - mean) @ rows.T).relu() for name, rows in named.items()}
 
 
 def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
@@ -97,12 +108,15 @@ def score(run: Path, ranked: Path, relevance: Path) -> list[dict]:
     counts |= {"live": int((~table["dead"]).sum()), "relevant": int((relevant & ~table["dead"]).sum())}
     counts["changed"] = int(table["changed"].sum()) if "changed" in table else ""
     for kind, way in itertools.product(("ft_only", "base_only"), ("", "_scaling")):
-        counts[kind + way] = int(((table["tag" + way] == kind) & ~table["dead"]).sum())
+        told = table.get("tag" + way)
+        counts[kind + way] = "" if told is None else int(((told == kind) & ~table["dead"]).sum())
     found = [{"order": name, **places(order, relevant), **best_f1(*seen)} for name, order in orders(table).items()]
-    if values := difference_components(crosscoder, opened[0]):
+    for name, values in difference_directions(crosscoder, opened[0]).items() if crosscoder.n_models == 2 else ():
         relevant, *seen = strongest(crosscoder, opened[1], values)
-        parts = places(np.arange(len(relevant)), relevant) | {"in_first_random": ""}  # all of them are among the first
-        found.append({"order": "PCA of the difference", **parts, **best_f1(*seen)})
+        parts = places(np.arange(len(relevant)), relevant)
+        if name.startswith("PCA"):
+            parts["in_first_random"] = ""  # all of them are among the first
+        found.append({"order": name, **parts, **best_f1(*seen)})
     return [counts | line for line in found]
 
 

@@ -205,10 +205,10 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
 
 
 def test_what_is_steered_by_itself(capitals):
-    """The fixture names no latents: the first three by rank and all of them together, with prompts from the held-out texts."""
+    """The fixture names no latents: the first by rank, and the first three together, with prompts from the held-out texts."""
     lines, found = read_lines(capitals["analysis"]), json.loads((capitals["analysis"] / "findings.json").read_text())
     first = [one["latent"] for one in (found["changes"] + found["nearest"])[:3]]
-    groups = [[latent] for latent in first] + [first]
+    groups = [first[:1], first]
     told = [(line["latents"], line["model"], line["factor"]) for line in lines]
     assert told == [(g, m, f) for m in ("base", "ft") for g in groups for f in steering.FACTORS]
     data = json.loads((capitals["analysis"] / "metrics.json").read_text())
