@@ -16,7 +16,7 @@ decide that for both variants. For each order of the live latents: the place of 
 first 20 are. F1: the latent and threshold that tell injected sequences of even number best, on those of odd number. The
 principal components of the models' difference, both signs of each in turn, are scored as if they were latents.
 
-Steering (analyze.py --steer) with the first latent, and with the first three together: by how much more often the base model,
+Steering (analyze.py --steer; in `with`) with the first latent, and with the first three together: by how much more often the base model,
 and by how much less often the fine-tuned one, shows the behaviour at held-out prompts; at the factor and with the latents where
 it is furthest from what random latents of the same length do; beside it what these do there.
 
@@ -299,12 +299,12 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
     if variant == "without":
         data = collect(args, place(variant), models, weights, skip_first)
     steering = []
-    if shown:
+    if shown and variant == "with" and "--difference" not in args.train_flags:
         held_out, behaviour = str(args.output / name / "held_out.txt"), f"(?s){ORGANISMS[name].shows}"
         steering = [*models, "--prompts", held_out, "--behaviour", behaviour, "--patch-tokens", "2000"]
     run = train(args, data, steering)
     lines = score(run, data, relevance)
-    if shown:
+    if steering:
         told |= steered(read_jsonl(run / "analysis" / "steering.jsonl"))
     return [told | line | {"seconds": round(time.perf_counter() - started)} for line in lines]
 

@@ -188,8 +188,10 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
         tokens=8,
         skip_first=0,
     ).to_dict("records")
-    for line in lines[1:2] + lines[7:8]:  # factor 2 in either model
-        assert line["latents"] == [0] and line["factor"] == 2 and line["kl"] < 1e-4 < 0.5 < line["kl_before"]
+    exact = [line for line in lines if line["latents"] == [0] and line["factor"] == 2]
+    assert [line["model"] for line in exact] == ["base", "ft"]
+    for line in exact:
+        assert line["kl"] < 1e-4 < 0.5 < line["kl_before"]
         assert [one["steered"] for one in line["answers"]] == [one["other"] for one in line["answers"]]
     planted, other = steering.summarise(lines)
     for one in (planted["base"], planted["ft"]):
@@ -271,12 +273,12 @@ def test_the_same_model_twice_is_moved_by_nothing(capitals, tmp_path):
     flags = ["--patch-tokens", 500, "--num-tokens", 3000, "--sections-per-class", 1, "--output", tmp_path / "out"]
     done = run_script("analyze.py", capitals["run"], *models, *flags, "--behaviour", CAPITALS, check=True)
     found = json.loads((tmp_path / "out" / "findings.json").read_text())["steering"]
-    assert len(found["latents"]) == 4
+    assert len(found["latents"]) == 2
     for group in found["latents"]:
         assert not group["beyond_random"] and group["base"]["kl_before"] == pytest.approx(0, abs=1e-6)
         assert group["base"]["kl"] > 0 and group["ft"]["kl"] > 0
-    assert done.stdout.count("no more than random") == 4
-    assert (tmp_path / "out" / "report.html").read_text().count("<td>no more than random</td>") == 8
+    assert done.stdout.count("no more than random") == 2
+    assert (tmp_path / "out" / "report.html").read_text().count("<td>no more than random</td>") == 4
 
 
 def test_only_the_answer_is_steered_where_asked_and_nothing_with_none(capitals, tmp_path):
@@ -285,8 +287,8 @@ def test_only_the_answer_is_steered_where_asked_and_nothing_with_none(capitals, 
     (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, asked)))
     steer = ["--steer", "3,9,3", "--steer-at", "answer", "--prompts", tmp_path / "prompts.jsonl"]
     run_script("analyze.py", capitals["run"], *capitals["models"], *flags, *steer, check=True)
-    lines = read_lines(tmp_path / "out")
-    assert [line["latents"] for line in lines[:9:3]] == [[3], [9], [3, 9]] and len(lines) == 18
+    lines, n = read_lines(tmp_path / "out"), len(steering.FACTORS)
+    assert [line["latents"] for line in lines[: 3 * n : n]] == [[3], [9], [3, 9]] and len(lines) == 6 * n
     assert [one["prompt"] for one in lines[0]["answers"]] == ["<script>alert(1)</script> {{ 7 * 7 }}", "THE\nCLASS"]
     assert lines[0]["shown"] is None
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
