@@ -270,8 +270,10 @@ def place_buffer(
     place = device if training + buffer <= (1 - FORWARD_ROOM) * free else cpu
     where = [f"{size_text(m._module.get_memory_footprint())} on {m._module.device}" for m in models.models]
     print(
-        f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size_text(buffer)} on {place}, held-out rows "
-        f"{size_text(held_out)} on cpu; crosscoder, Adam's moments and codes about {size_text(training)} on {device}"
+        f"memory   base model {where[0]}, fine-tuned {where[1]}; buffer {size_text(buffer)} on {place}, "
+        + (f"{size_text(ahead)} read ahead, " if ahead else "")
+        + f"held-out rows {size_text(held_out)} on cpu; "
+        f"crosscoder, Adam's moments and codes about {size_text(training)} on {device}"
     )
     on_host = held_out + ahead + (buffer if place.type == "cpu" else 0) + (training if on_cpu else 0)
     on_host *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine

@@ -169,6 +169,7 @@ def test_killed_and_stopped_in_the_middle_of_a_buffer_then_resumed(beside, strai
         process.send_signal(kill)
         errors = process.communicate()[1]
         assert process.returncode == code and "Traceback" not in errors, errors
+        assert ("read ahead" in process.output()[0]) == beside
         state = checkpoint.read(checkpoint.find(run))[1]["stream"]
         assert state["served"] % FILL > 0 and state["window"] > 0 or kill == signal.SIGTERM
         assert state["epoch"] == (0 if kill == signal.SIGKILL else 1)
