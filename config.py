@@ -341,7 +341,7 @@ class AnalyzeConfig(DatasetFlags):
     # --- steering with the models
 
     # Latents to add and take away, e.g. 12,99, one by one and together; none: no steering. Default, given the models: the first
-    # by rank, and the first 3 together. A prompt costs some 320 passes over it and an answer, and 50 answers of 24 tokens.
+    # by rank, and the first 3 together. A prompt costs some 320 passes over it and an answer, and 34 answers of 24 tokens.
     steer: str | None = None
     # Prompts, one a line, or a .jsonl with prompt or messages. Default: 8 user turns or openings of the held-out texts.
     prompts: str | None = None

@@ -33,7 +33,7 @@ from run.machine import progress_bar
 
 FACTORS = (1, 1.4, 2, 2.8)  # of the typical activation: more breaks the text, whatever the direction
 CONTROLS = 19  # random latents: to do more than all of them is a chance of 1 in 20
-TOLD = 2  # of these, whose answers are generated too
+TOLD = 5  # of these, whose answers are counted for a behaviour; without one the first's are generated, to be read
 CHANCE = 0.05  # at which a latent would pass for more than random
 PROMPTS, TOKENS = 8, 24  # prompts taken from a dataset; tokens of an answer
 OPENING, LONGEST = 16, 128  # tokens of a prompt from plain text; of one from a chat at most
@@ -183,7 +183,7 @@ def steer(  # noqa: PLR0913 - settings, given by name
     ]
     how = {"skip_first": skip_first, "answer_alone": answer_alone}
     nothing, shown = torch.zeros(1, crosscoder.d_model, device=place), re.compile(behaviour) if behaviour else None
-    told_of = min(1 + TOLD, *map(len, sets))
+    told_of = min(1 + (TOLD if shown else 1), *map(len, sets))
     total = 2 * len(ids) * (2 + len(factors) * sum(len(one) + told_of for one in sets))
     lines = []
     with progress_bar("steering", total) as bar:
