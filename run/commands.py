@@ -3,6 +3,9 @@
 import runpy
 from functools import partial
 
-collect, train, analyze, formats = (
-    partial(runpy.run_module, name, run_name="__main__", alter_sys=True) for name in ("collect", "train", "analyze", "formats")
-)
+
+def run(entry: str) -> None:
+    runpy.run_module(entry, run_name="__main__", alter_sys=True)  # what it returns would be printed as an error
+
+
+collect, train, analyze, formats = (partial(run, entry) for entry in ("collect", "train", "analyze", "formats"))

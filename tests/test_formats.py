@@ -287,6 +287,14 @@ def test_command_line_converts_there_and_back(tmp_path):
     assert "exists and is not an empty folder" in one_line_error(refused, "formats.py")
 
 
+def test_the_installed_command_ends_as_the_entry_does(tmp_path):
+    make().save_pretrained(tmp_path / "ours")
+    script = "import sys; from run.commands import formats; sys.exit(formats())"  # what pip writes
+    command = [sys.executable, "-c", script, tmp_path / "ours", tmp_path / "out", "--to", "saelens"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "loading torch ...\n") and (tmp_path / "out" / "ft").is_dir()
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("pickle_was_run",))
