@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, one_line_error, run_script
 
 from config import FIRST, LR_FACTOR, PLANTED, REAL, TOPK, AnalyzeConfig, CollectConfig, FormatsConfig, TrainConfig, model_flags
-from run.flags import parse, resolve_sizes
+from run.flags import parse, read_flags, resolve_sizes
 
 ENTRIES = {"train.py": TrainConfig, "collect.py": CollectConfig}
 ALL = {**ENTRIES, "analyze.py": AnalyzeConfig, "formats.py": FormatsConfig}
@@ -148,6 +148,35 @@ def test_sizes_come_from_the_block_unless_given():
     config = resolve_sizes(TrainConfig(k=3, dataset="x", variant="batch_topk"), None, None, "float32")
     assert config.k == 3 and config.d_hidden == REAL["d_hidden"] and TrainConfig(k=3).d_hidden is None
     assert resolve_sizes(TrainConfig(), None, None, "float32").num_tokens == PLANTED["num_tokens"]
+
+
+def documented(pages) -> list[tuple[str, str]]:
+    """(entry, its flags) of every command in the blocks and sentences of the pages."""
+    found = []
+    for page in pages:
+        text = page.read_text().replace("\\\n", " ")
+        lines = [
+            line.split(" #")[0] for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+        ]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for part in (part for line in lines for part in line.split("&&")):
+            if match := re.search(r"(?:python|torchrun|uv run)\b.* ?\b((?:train|collect|analyze|formats)\.py)(.*)", part):
+                found.append(match.groups())
+    return found
+
+
+def test_every_documented_command_is_one_that_its_entry_understands():
+    """Flags, types and choices. `...` stands for a value or for more flags, $NAME for a number."""
+    commands = documented([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+    assert len(commands) > 40
+    needed = {"collect.py": ["--output", "data"], "analyze.py": ["run"], "formats.py": ["a", "b", "--to", "saelens"]}
+    for script, flags in commands:
+        said = re.sub(r"\$\w+", "1", flags.partition(";")[0])
+        words = shlex.split(
+            re.sub(r"(--num-tokens) \.\.\.", r"\1 1", said.replace("--to ...", "--to saelens").replace("--text ...", ""))
+        )
+        left_out = needed.get(script, []) if "..." in words or not words else []
+        assert read_flags(ALL[script], [word for word in words if word != "..."] + left_out), flags
 
 
 def test_help_into_a_pipe_that_closes_early_says_nothing_more():
