@@ -87,3 +87,16 @@ def test_the_command(monkeypatch, capsys):
     roofline.main()
     shown = capsys.readouterr().out
     assert re.search(r"launches  _fused_adam_ +train.py:\d+\n", shown) and "ops/sparse.py" in shown
+
+
+def test_the_guide_says_the_hours_and_gigabytes_of_the_page_on_speed():
+    speed, guide = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("speed", "guide"))
+    rows = re.findall(r"^\| (Gemma-2-2b|an 8B model) \| batch_topk \| ([\d,]+) \| (.*?) \|$", speed, re.MULTILINE)
+    known = {(model, latents): cells.split(" | ") for model, latents, cells in rows}
+    said = re.findall(r"^\| ([\d,]+) \| ([\d.]+) GB \| ([\d.]+) GB \| (.*?) \|$", guide, re.MULTILINE)
+    assert len(said) == 5
+    for latents, gemma, eight, hours in said:
+        small, large = (known[model, latents] for model in ("Gemma-2-2b", "an 8B model"))
+        assert [gemma, eight] == [small[0], large[0]]
+        both = zip(small[1:], large[1:], strict=True)
+        assert hours.split(" | ") == ["; ".join(filter(None, cells)) for cells in both], latents
