@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ops import sparse, threshold
+from ops import sparse, threshold, weights
 from ops.files import whole_file
 from ops.shard import ALONE, Shard
+from ops.variance import squared_error
 
 INIT_BLOCK = 1024  # latents drawn from one seed: any process can draw any part of the dictionary
 CONFIG = ("d_model", "d_hidden", "n_models", "variant", "k", "k_aux", "folded")  # what config.json of a saved one says
@@ -178,18 +179,23 @@ class CrossCoder(nn.Module):
         """
         if self.folded:
             raise ValueError("a folded crosscoder is for inference: train the one it was folded from")
-        W_dec, norms = sparse.with_norms(self.W_dec)
+        W_dec, norms = weights.with_norms(self.W_dec)
         norm_sum = norms.sum(-1)  # [d_hidden]
         count = (k or self.k or 0) * len(x_n) if self.variant == "batch_topk" else None
         rows: Tensor = self.enc_rows
         b_enc: Tensor = self.b_enc
-        of_dead = None
+        x, copies, of_dead = x_n, None, None
+        if sparse.on_cuda(x_n):  # once for all products of the step
+            x = x_n.to(self.compute_dtype).flatten(1)
+            copies = weights.narrow(self.enc_rows, self.compute_dtype), weights.narrow(self.W_dec, self.compute_dtype)
         if dead is not None and aux_coeff:
             some = sparse.places(dead, most_dead)
-            (rows, dead_rows), (b_enc, dead_bias), (W_dec, dead_W_dec) = (sparse.take(t, some) for t in (rows, b_enc, W_dec))
+            (rows, dead_rows), (W_dec, dead_W_dec) = (weights.take(t, some, values=copies is None) for t in (rows, W_dec))
+            b_enc, dead_bias = weights.take(b_enc, some)
             of_dead = dead_rows, dead_bias, dead_W_dec, (norm_sum.detach() * dead)[some]
+            dead_copies = copies and (copies[0][some], copies[1][some])
         decoded, total, times, smallest = sparse.reconstruct(
-            x_n, rows, b_enc, W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard
+            x, rows, b_enc, W_dec, self.compute_dtype, norm_sum.detach(), count, shard=self.shard, copies=copies
         )
         l1_loss = (total * norm_sum).sum() / len(x_n)
         l0_loss = times.sum() / len(x_n)
@@ -197,36 +203,37 @@ class CrossCoder(nn.Module):
         l1_loss, l0_loss = self.shard.all_sum(l1_loss), self.shard.all_sum(l0_loss)
         if count is not None:
             self.threshold.copy_(threshold.follow(self.threshold, self.shard.all_min(smallest)))
-        error = x_n - x_hat
-        l2_loss = error.pow(2).sum((1, 2)).mean()
+        l2_loss, error = squared_error(x_n, x_hat)
         loss = l2_loss + l1_coeff * l1_loss if l1_coeff else l2_loss
         aux_loss = torch.zeros_like(l2_loss)
         if of_dead is not None:
-            aux_loss = self._aux_loss(x_n, error.detach(), *of_dead, most_dead)
+            aux_loss = self._aux_loss(x, error, *of_dead, most_dead, dead_copies)
             loss = loss + aux_coeff * aux_loss
         return Losses(loss, l2_loss, l1_loss, aux_loss, l0_loss, times > 0, x_hat)
 
-    def _aux_loss(self, x_n, residual, rows, bias, W_dec, weight, most_dead) -> Tensor:
+    def _aux_loss(self, x, residual, rows, bias, W_dec, weight, most_dead, copies) -> Tensor:
         """Squared error of predicting the detached residual from dead latents alone (Gao et al., arXiv 2406.04093).
 
         In the units of l2_loss, not over the residual's variance: Adam remembers the gradients of l2_loss that a latent had
         while it was alive, and against those a quotient of order 1 moves nothing (docs/recipes.md). The batch's k_aux * batch
         largest dead scores are used. No decoder bias and no live latent takes part, and winners are positive, so gradient
         reaches the dead latents only. 0 when no latent is dead.
-        rows, bias, W_dec: those of the dead latents. weight: of their scores; on CUDA 0 for latents that only fill up places.
+        x: as `reconstruct` takes it. rows, bias, W_dec, copies: those of the dead latents. weight: of their scores; on CUDA 0
+        for latents that only fill up places.
         """
-        count: int | None = self.k_aux * len(x_n)
+        count: int | None = self.k_aux * len(x)
         if self.variant == "vanilla":
             # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
             # which still gets its gradient.
             bias = bias - bias.detach()
-        if sparse.on_cuda(x_n):
+        if sparse.on_cuda(x):
             bias = bias.where(weight > 0, -LARGEST)  # a place that is filled up is positive at no token
             if most_dead is not None and most_dead * self.shard.size <= self.k_aux:
                 count = None  # there is nothing to select
-        predicted = sparse.reconstruct(x_n, rows, bias, W_dec, self.compute_dtype, weight, count, shard=self.shard).decoded
+        settings = (self.compute_dtype, weight, count)
+        predicted = sparse.reconstruct(x, rows, bias, W_dec, *settings, shard=self.shard, copies=copies).decoded
         predicted, some_dead = self.shard.all_sum(predicted), self.shard.all_sum((weight > 0).sum()) > 0
-        squared = (residual - predicted).pow(2).sum((1, 2)).mean()
+        squared, _ = squared_error(residual, predicted)
         return torch.where(some_dead, squared, 0.0)
 
     @torch.no_grad()

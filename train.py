@@ -30,6 +30,7 @@ from ops.dead import DeadLatents
 from ops.shard import Shard
 from ops.sparse import fast_dtype, sparse_share
 from ops.variance import VarianceTotals, explained_variance
+from ops.weights import Adam
 from run import checkpoint, flags, hub, limits, machine, monitor, resume
 from run.checkpoint import Progress, TrainingState
 from run.machine import say
@@ -96,7 +97,7 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
     if warm:
         warm.copy_to(crosscoder)
     unscale = raw_factor(source).to(device)  # [n_models, 1] stored values -> raw activations
-    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer = Adam(crosscoder.parameters(), lr=config.lr, betas=(config.beta1, config.beta2))
     schedule = partial(lr_factor, steps=steps, warmup=config.lr_warmup, decay=config.lr_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     tokens_since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64, device=device)
@@ -379,7 +380,7 @@ def losses_and_gradients(crosscoder: CrossCoder, x: Tensor, at_once: int, *args)
 def update(crosscoder: CrossCoder, optimizer: torch.optim.Optimizer, grad_clip: float) -> Tensor:
     """One step of the optimizer on the gradient, clipped to this norm. Returns the norm that it had, and frees it."""
     grad_norm = norm_of_gradient(crosscoder)
-    optimizer.grad_scale = (grad_norm / grad_clip).clamp_min(1)  # fused Adam divides the gradient by it
+    optimizer.grad_scale = (grad_norm / grad_clip).clamp_min(1)  # Adam divides the gradient by it
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm

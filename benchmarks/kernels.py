@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from crosscoder import CrossCoder
 from ops import sparse
+from ops.weights import Adam
 
 REGISTERS = 128  # of a thread at most, so that 16 of 64 warps of a multiprocessor can run at once
 CASES = [  # what is looked at: models' width, latents, type of the products
@@ -52,7 +53,7 @@ class Bare:
 
 
 def launches(d_model: int, d_hidden: int, dtype: torch.dtype, batch: int = 4096, k: int = 100) -> list[tuple]:
-    """(kernel, arguments, constants) of every launch of a step of each variant with the auxiliary loss."""
+    """(kernel, arguments, constants) of every launch of a step of each variant with the auxiliary loss, and of Adam."""
     found: list[tuple] = []
 
     def run(kernel, *args, grid, warmup, **constants):
@@ -63,6 +64,9 @@ def launches(d_model: int, d_hidden: int, dtype: torch.dtype, batch: int = 4096,
             crosscoder = CrossCoder(d_model, d_hidden, 2, variant, k, compute_dtype=dtype)
             x, dead = torch.empty(batch, 2, d_model), torch.empty(d_hidden, dtype=torch.bool)
             crosscoder.losses(x, 0.0, 1 / 32, dead).loss.backward()
+            optimizer = Adam(crosscoder.parameters())
+            optimizer.grad_scale = torch.ones(())
+            optimizer.step()
     return found
 
 

@@ -36,6 +36,7 @@ from benchmarks.step import floor
 from config import REAL
 from crosscoder import CrossCoder
 from ops import dead, kernels, sparse
+from ops.weights import Adam
 from run.limits import training_bytes
 
 META = torch.device("meta")
@@ -116,7 +117,7 @@ VIEWS = """view _unsafe_view t transpose permute expand slice select unsqueeze s
 split_with_sizes _reshape_alias lift_fresh unflatten diagonal empty empty_like new_empty empty_strided"""  # and allocations
 FILLS = "zeros zeros_like new_zeros ones_like full new_full full_like fill_ zero_ arange scalar_tensor"
 FREE, WRITE_ONLY = set(VIEWS.split()), set(FILLS.split())
-LAUNCHES = {"cumsum": 3, "_fused_adam_": 2, "_foreach_norm": 2, "index_put_": 2, "_index_put_impl_": 2}  # where not one
+LAUNCHES = {"cumsum": 3, "_foreach_norm": 2, "index_put_": 2, "_index_put_impl_": 2}  # where not one
 SORT_PASSES = 2  # over keys and values, of a radix sort with 8 bits a pass; per byte of a key
 
 
@@ -126,8 +127,6 @@ def tensors_of(values) -> list[Tensor]:
 
 def traffic(name: str, args: tuple, options: dict, out) -> float:
     """Bytes that an operation of PyTorch reads and writes."""
-    if name == "_fused_adam_":  # reads weight, gradient and two moments, writes three; with grad_scale the gradient as well
-        return (28 + 4 * (options.get("grad_scale") is not None)) * sum(t.numel() for t in args[0])
     if name in ("index", "index_select", "gather"):
         return 2 * nbytes(out) + sum(nbytes(t) for t in tensors_of(args[1:]))
     if name == "copy_":
@@ -143,6 +142,11 @@ def traffic(name: str, args: tuple, options: dict, out) -> float:
         key = args[0].element_size()
         return SORT_PASSES * key * args[0].numel() * (key + 8)
     return (0 if name in WRITE_ONLY else sum(inputs.values())) + written
+
+
+def bytes_of(a: dict, *names: str) -> dict:
+    """What these arguments hold, of those that are given; a name twice is read and written."""
+    return {"bytes": sum(nbytes(a[name]) for name in names if a[name] is not None)}
 
 
 def histogram(a: dict) -> dict:
@@ -163,20 +167,16 @@ def weighted_sums(a: dict) -> dict:
     return {"bytes": sum(nbytes(t) for t in once), "gathers": (gather,)}
 
 
-def gate(a: dict) -> dict:
-    """Without a bias nothing is written back."""
-    others = (a[name] for name in ("open_at", "sums", "times") if a[name] is not None)
-    return {"bytes": nbytes(a["values"]) * (1 if a["bias"] is None else 2) + sum(nbytes(t) for t in others)}
-
-
 # What a kernel of ops/kernels.py moves, from its arguments by name.
 KERNELS: dict[str, Callable[[dict], dict]] = {
     "_histogram": histogram,
-    "_count": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["above"]) + nbytes(a["equal"])},
-    "_write": lambda a: {"bytes": nbytes(a["pre"]) + nbytes(a["latents"]) + nbytes(a["values"])},
-    "_find": lambda a: {"bytes": nbytes(a["bins"])},
+    "_count": lambda a: bytes_of(a, "pre", "above", "equal"),
+    "_write": lambda a: bytes_of(a, "pre", "latents", "values"),
+    "_keep": lambda a: bytes_of(a, "pre", "pre", "ties", "least"),
+    "_find": lambda a: bytes_of(a, "bins"),
     "_weighted_sums": weighted_sums,
-    "_gate": gate,
+    "_gate": lambda a: bytes_of(a, "values", *["values"] * (a["bias"] is not None), "open_at", "sums", "times"),
+    "_adam": lambda a: bytes_of(a, *["weight", "mean", "square"] * 2, "gradient", "narrow"),
     "_join": lambda a: {},  # where no latent is active at many times as many tokens as others
 }
 
@@ -307,7 +307,7 @@ def count(case: Case) -> Step:
     counted = Counted()
     with as_on_cuda(counted.launch):
         model = on_meta(case)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        optimizer = Adam(model.parameters(), lr=1e-4)
         since, bad = (torch.zeros(n, dtype=torch.int64, device=META) for n in ((case.d_hidden,), ()))
         unscale = torch.ones(N_MODELS, 1, device=META)
         dead_latents = KnownDead(since, DEAD if case.aux == "all used" else 0)

@@ -25,6 +25,7 @@ from step import machine, peak
 from crosscoder import CrossCoder
 from ops import sparse
 from ops.shard import Shard
+from ops.weights import Adam
 from train import losses_and_gradients, norm_of_gradient
 
 D_MODEL, BATCH, K = 256, 1024, 32
@@ -47,7 +48,7 @@ def measure(d_hidden: int, steps: int, shard: Shard) -> None:
         D_MODEL, d_hidden, 2, "batch_topk", K, None, 1.0, compute_dtype=getattr(torch, sparse.fast_dtype(device)),
         shard=shard,
     ).to(device)  # fmt: skip
-    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=1e-4, fused=True)
+    optimizer = Adam(crosscoder.parameters(), lr=1e-4)
     rows = torch.randn(BATCH, 2, D_MODEL).half()
     for step in range(steps + 2):
         if step == 2:

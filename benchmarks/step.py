@@ -25,6 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from crosscoder import CrossCoder
 from ops import sparse
+from ops.weights import Adam
 
 CPU_CASES = [  # variant, d_model, d_hidden, batch, active latents per token; the first is the one to compare by
     ("batch_topk", 512, 16384, 2048, 64),
@@ -72,7 +73,7 @@ def make_step(way: str, variant: str, d_model: int, d_hidden: int, batch: int, a
     if way == "ours":
         dtype = getattr(torch, sparse.fast_dtype(device))
         model = CrossCoder(d_model, d_hidden, 2, variant, k, dec_init_norm=1.0, compute_dtype=dtype).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        optimizer = Adam(model.parameters(), lr=1e-4)
     else:
         model = Plain(d_model, d_hidden, k).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)

@@ -27,6 +27,8 @@ HARDLY = 1024  # programs of a pass that is hardly ever needed
 TILE = 512  # columns of a wide row that a program adds up, 16 bytes of a row a thread: a sum over rows stays in the thread
 ENTRIES = 8  # rows that it loads together; half as many with inner products, which in bfloat16 else need over 128 registers
 PIECE, FURTHER = 256, 1024  # entries at which groups are cut, at least; cuts at most. A latent may be active at every token
+ADAM = 1024  # values that a program of `_adam` changes, 8 a thread: two loads of 16 bytes of each tensor
+INFINITY = 0x7F800000  # bits of float32's
 STRIP = 128  # tokens that a program of `_gate` goes down, TOKENS / 2 at a time: sums over them stay in its registers
 
 
@@ -97,6 +99,19 @@ def _write(  # noqa: PLR0913 - pointers
             place = (both & 0xFFFF) + tl.minimum(both >> 16, left) - 1
             tl.store(latents + start + place, (latent[None, :] + tl.zeros_like(bits)).to(tl.int64), mask=kept)
             tl.store(values + start + place, code, mask=kept)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _keep(pre, b_enc, weight, cut, ties, least, n, batch, width, blocks, SCAN: tl.constexpr, BLOCKS: tl.constexpr):  # noqa: PLR0913
+    """As `_write`, but codes are left where they lie in `pre`, with zeros between them. Also each block's least score kept."""
+    at, first = tl.load(cut), tl.program_id(0) * BLOCKS
+    for block in range(first, tl.minimum(first + BLOCKS, n)):
+        left = tl.load(ties + block).to(tl.int32)
+        token, latent, code, bits = _scores(pre, b_enc, weight, block, batch, width, blocks, 1, SCAN)
+        tied = (bits == at) & (bits > 0)
+        kept = (bits > at) | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= left))
+        tl.store(pre + token[:, None] * width + latent[None, :], tl.where(kept, code, 0.0), mask=(latent < width)[None, :])
+        tl.store(least + block, tl.min(tl.min(tl.where(kept, bits, 0x7F800000), 1), 0))  # none: infinity
 
 
 @triton.jit
@@ -207,6 +222,26 @@ def _gate(  # noqa: PLR0913 - pointers
         tl.store(times + place, tl.sum(many, 0), mask=latent < width)
 
 
+@triton.jit(do_not_specialize=["units"])
+def _adam(  # noqa: PLR0913 - pointers
+    weight, gradient, mean, square, narrow, factors, beta1, rest1, beta2, rest2, eps, units,
+    UNIT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """A step of Adam (arXiv 1412.6980) on the gradient / factors[0]. factors: also the step size and 1 / sqrt(1 - beta2^t)."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < units.to(tl.int64) * UNIT
+    slope = tl.load(gradient + at, mask=inside, other=0.0) / tl.load(factors)
+    first = beta1 * tl.load(mean + at, mask=inside, other=0.0) + rest1 * slope
+    second = beta2 * tl.load(square + at, mask=inside, other=0.0) + rest2 * slope * slope
+    moved = tl.load(factors + 1) * first / (tl.sqrt(second) * tl.load(factors + 2) + eps)
+    value = tl.load(weight + at, mask=inside, other=0.0) - moved
+    tl.store(mean + at, first, mask=inside)
+    tl.store(square + at, second, mask=inside)
+    tl.store(weight + at, value, mask=inside)
+    if narrow is not None:
+        tl.store(narrow + at, value, mask=inside)
+
+
 def launch(kernel, grid: tuple[int, ...], first: Tensor, /, *args, **constants) -> None:
     """Run a kernel on the device of its first argument: Triton takes CUDA's current device, whatever the tensors' is."""
     with torch.cuda.device_of(first):
@@ -218,8 +253,18 @@ def rows_of_16(batch: int, d_hidden: int, dtype: torch.dtype, device: torch.devi
     return torch.empty(batch, triton.cdiv(d_hidden, 16) * 16, dtype=dtype, device=device)[:, :d_hidden]
 
 
-def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard = ALONE) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest positive scores relu(pre + b_enc) * weight of the whole batch, over all processes.
+class Cut(NamedTuple):
+    """Which scores of a batch are kept, and what the kernels that look at them again are given."""
+
+    scores: tuple[Tensor, Tensor, Tensor]  # pre as `rows_of_16` makes it, bias and weight as wide
+    sizes: tuple[int, int, int]  # batch, width, blocks of a token
+    at: Tensor  # [] int32 bits of the least score
+    above: Tensor  # [batch * blocks] int32 how many lie above it
+    ties: Tensor  # [batch * blocks] int32 how many on it are kept, the first ones
+
+
+def find_cut(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard = ALONE) -> Cut:
+    """Where to cut to keep the `count` largest positive scores relu(pre + b_enc) * weight of a batch, over all processes.
 
     The cut is exact: a histogram of the scores' upper 16 bits finds its bucket, one of the lower 16 bits within that bucket the
     cut itself. Of equal scores there the first ones are kept, by process, token and latent. Most scores lie below a floor that
@@ -227,10 +272,6 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
 
     Args:
         pre: [batch, d_hidden]; b_enc, weight: [d_hidden] float32, weight not negative; count: at least 1.
-
-    Returns:
-        latents [count] int64 and codes [count] float32, ordered by token, then latent, and token_starts [batch + 1] int64.
-        Where fewer scores are positive, entries from token_starts[-1] on are filled up with latent 0 and code 0.
     """
     batch, d_hidden = pre.shape
     width = triton.cdiv(d_hidden, 16) * 16
@@ -270,13 +311,35 @@ def largest(pre: Tensor, b_enc: Tensor, weight: Tensor, count: int, shard: Shard
     launch(_count, (triton.cdiv(n, BLOCKS),), pre, b_enc, weight, cut, above, equal, n, *sizes, **constants)
     before = shard.gather(equal.sum(0, keepdim=True))[: shard.rank].sum()  # on the cut in the processes before
     ties = (left - before - equal.cumsum(0) + equal).clamp_min(0).minimum(equal)  # how many each token and block may keep there
-    starts = torch.zeros(batch * blocks + 1, dtype=torch.int64, device=pre.device)
+    return Cut((pre, b_enc, weight), sizes, cut, above, ties)
+
+
+def largest(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores that `find_cut` of these arguments keeps.
+
+    Returns:
+        latents [count] int64 and codes [count] float32, ordered by token, then latent, and token_starts [batch + 1] int64.
+        Where fewer scores are positive, entries from token_starts[-1] on are filled up with latent 0 and code 0.
+    """
+    scores, sizes, cut, above, ties = find_cut(*args)
+    n, count, device = len(ties), args[3], cut.device
+    starts = torch.zeros(n + 1, dtype=torch.int64, device=device)
     torch.cumsum(above + ties, 0, out=starts[1:])
-    latents = torch.zeros(count, dtype=torch.int64, device=pre.device)
-    codes = torch.zeros(count, device=pre.device)
-    args = (pre, b_enc, weight, cut, ties, starts, latents, codes, batch * blocks, *sizes)
-    launch(_write, (triton.cdiv(batch * blocks, BLOCKS),), *args, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2)
-    return latents, codes, starts[::blocks].contiguous()
+    latents, codes = torch.zeros(count, dtype=torch.int64, device=device), torch.zeros(count, device=device)
+    grid = (triton.cdiv(n, BLOCKS),)
+    launch(_write, grid, *scores, cut, ties, starts, latents, codes, n, *sizes, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2)
+    return latents, codes, starts[:: sizes[2]].contiguous()
+
+
+def keep_largest(*args) -> Tensor:
+    """Overwrite `pre`, which lies as `rows_of_16` makes it, with the codes that `find_cut` of these arguments keeps, and zeros.
+
+    Returns [] float32 the least score kept in this process, inf where none is.
+    """
+    scores, sizes, cut, _, ties = find_cut(*args)
+    n, least = len(ties), torch.empty_like(ties, dtype=torch.int32)
+    launch(_keep, (triton.cdiv(n, BLOCKS),), *scores, cut, ties, least, n, *sizes, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2)
+    return pad(least, (0, 1), value=INFINITY).amin().view(torch.float32)
 
 
 def gate(values: Tensor, bias: Tensor | None, open_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -294,6 +357,14 @@ def gate(values: Tensor, bias: Tensor | None, open_at: Tensor | None = None) -> 
         launch(_gate, grid, values, bias, open_at, sums[0], times, batch, width, **constants)
     total = sums.sum(1)[:, :d_hidden]
     return total[0], total[-1]
+
+
+def adam(weight, gradient, mean, square, narrow, factors, *settings: float) -> None:
+    """One step of `weights.Adam` on a weight; narrow: its copy, if any; settings: beta1, 1 - beta1, the same of beta2, eps."""
+    unit = math.gcd(weight.numel(), 16)  # so that the compiler knows how wide it may load
+    if n := weight.numel():
+        args = (weight, gradient.contiguous(), mean, square, narrow, factors, *settings, n // unit)
+        launch(_adam, (triton.cdiv(n, ADAM),), *args, UNIT=unit, SIZE=ADAM, num_warps=4)
 
 
 class Pieces(NamedTuple):

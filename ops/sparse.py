@@ -26,7 +26,6 @@ PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so th
 DENSE_ABOVE = 1 / 14  # share of active entries above which the dense form is faster
 DENSE_ABOVE_BF16 = 1 / 36  # the same in bfloat16, where products are several times as fast (AMX)
 PICKED_ABOVE = 1 / 100  # share above which, in bfloat16, it is faster to compute all inner products than to leave any out
-COPIED_ABOVE_CUDA = 4  # active entries a latent above which a copy of W_dec costs less than reading float32 rows, by arithmetic
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
 
@@ -54,12 +53,8 @@ class Codes(NamedTuple):
     token_starts: Tensor  # [batch + 1] where each token's entries begin; the last one: how many entries are used
 
 
-def find(x, rows, b_enc, dtype, weight, count, product=None, shard: Shard = ALONE) -> Codes | None:
+def find(x, rows, b_enc, dtype, weight, count, shard: Shard = ALONE) -> Codes | None:
     """The codes that `reconstruct` keeps. None where all positive ones are wanted and dense products are faster."""
-    if on_cuda(x):
-        from ops import kernels
-
-        return None if count is None else Codes(*kernels.largest(product, b_enc, weight, count, shard))
     limit = None
     if count is None:
         weight, limit = torch.ones_like(weight), most_sparse(x, rows, dtype)
@@ -157,6 +152,7 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
     count: int | None = None,
     few: bool | None = None,
     shard: Shard = ALONE,
+    copies: tuple[Tensor, Tensor] | None = None,
 ) -> Reconstruction:
     """Code x with relu(<x, row> + b_enc), keep all positive codes or the `count` of largest score, decode them.
 
@@ -168,76 +164,48 @@ def reconstruct(  # noqa: PLR0913 - tensors of one product, then settings given 
             fewer scores are positive; of equal ones at the cut the first by token, then latent. None: all positive ones.
         few: whether to use the sparse form. None: where it is the faster one.
         shard: of the latents, where rows, b_enc and W_dec are those of this process alone.
+        copies: on CUDA rows and W_dec, [d_hidden, n_models * d_model] in dtype: nothing else is then read of the two.
     """
+    given: tuple
     with torch.no_grad():
-        product = None
         if on_cuda(x):
-            from ops import kernels
-
-            x = x.flatten(1).to(dtype)  # one copy for the encoder and the backward pass
-            product = encode(x, rows, dtype, kernels.rows_of_16(len(x), len(rows), dtype, x.device))
-        found = find(x, rows, b_enc, dtype, weight, count, product, shard)
-        smallest = b_enc.new_full((), torch.inf)
-        if found is not None and count is not None:
-            scores = (found.codes * weight[found.latents]).where(found.codes > 0, torch.inf)
-            smallest = pad(scores, (0, 1), value=torch.inf).amin().float()
-    if few is None and on_cuda(x):  # counting would wait for the device
-        few = count is not None and count < DENSE_ABOVE_CUDA * len(x) * len(rows) * shard.size
-    elif few is None:
-        few = found is not None and len(found.codes) <= most_sparse(x, rows, dtype)
-    if few:
-        decoded, total, times = _Sparse.apply(x, rows, b_enc, W_dec, dtype, found)
-    elif product is not None:
-        decoded, total, times = _DenseOnCuda.apply(x, rows, b_enc, W_dec, dtype, product, found)
-    else:
-        decoded, total, times = _Dense.apply(x, rows, b_enc, W_dec, dtype, found)
+            x = x.to(dtype).flatten(1)
+            form, found, smallest = _on_cuda(x, rows, b_enc, dtype, weight, count, few, shard, copies)
+            given = found, (copies[1] if copies else W_dec.detach().flatten(1).to(dtype))
+        else:
+            found = find(x, rows, b_enc, dtype, weight, count, shard)
+            smallest = _smallest(found, weight, count, b_enc)
+            few = found is not None and len(found.codes) <= most_sparse(x, rows, dtype) if few is None else few
+            form, given = _Sparse if few else _Dense, (found, None)
+    decoded, total, times = form.apply(x, rows, b_enc, W_dec, dtype, *given)
     return Reconstruction(decoded.unflatten(1, W_dec.shape[1:]), total, times, smallest)
+
+
+def _on_cuda(x, rows, b_enc, dtype, weight, count, few, shard, copies):  # noqa: PLR0913 - those of reconstruct
+    """The form to use, the codes for it and the smallest score. No number is counted: that would wait for the device."""
+    from ops import kernels
+
+    product = encode(x, copies[0] if copies else rows, dtype, kernels.rows_of_16(len(x), len(rows), dtype, x.device))
+    if count is None:
+        return _DenseOnCuda, (product, b_enc), _smallest(None, weight, count, b_enc)
+    if few if few is not None else count < DENSE_ABOVE_CUDA * len(x) * len(rows) * shard.size:
+        found = Codes(*kernels.largest(product, b_enc, weight, count, shard))
+        return _Sparse, found, _smallest(found, weight, count, b_enc)
+    smallest = kernels.keep_largest(product, b_enc, weight, count, shard)
+    return _DenseOnCuda, (product, None), smallest  # the product has become the codes
+
+
+def _smallest(found: Codes | None, weight: Tensor, count: int | None, b_enc: Tensor) -> Tensor:
+    """[] smallest score that was kept of these; inf where none was or all positive codes are."""
+    if found is None or count is None:
+        return b_enc.new_full((), torch.inf)
+    scores = (found.codes * weight[found.latents]).where(found.codes > 0, torch.inf)
+    return pad(scores, (0, 1), value=torch.inf).amin().float()
 
 
 def places(dead: Tensor, most: int | None) -> Tensor:
     """Which of [d_hidden] latents are dead, ascending. On CUDA `most` of them (None: all), filled up with live ones."""
     return dead.to(torch.uint8).sort(descending=True, stable=True).indices[:most] if on_cuda(dead) else dead.nonzero()[:, 0]
-
-
-def take(t: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-    """t [d_hidden, ...] itself, and its rows `some`, all different, whose gradient is added to that of t where it lies.
-
-    t itself must go to one operation alone.
-    """
-    return _Take.apply(t, some)
-
-
-def with_norms(W_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """W_dec [d_hidden, n_models, d_model] itself, for one operation alone, and its norms [d_hidden, n_models], as `take`."""
-    return _WithNorms.apply(W_dec)
-
-
-class _WithNorms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, W_dec):
-        ctx.set_materialize_grads(False)
-        norms = W_dec.norm(dim=-1)
-        ctx.save_for_backward(W_dec, norms)
-        return W_dec.view_as(W_dec), norms
-
-    @staticmethod
-    def backward(ctx, d_W_dec, d_norms):
-        if d_norms is None:
-            return d_W_dec
-        W_dec, norms = ctx.saved_tensors
-        d_W_dec = torch.zeros_like(W_dec) if d_W_dec is None else d_W_dec.contiguous()
-        return d_W_dec.addcmul_(W_dec, (d_norms / norms).where(norms > 0, 0)[..., None])
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, t, some):
-        ctx.save_for_backward(some)
-        return t.view_as(t), t[some]
-
-    @staticmethod
-    def backward(ctx, d_t, d_some):
-        return d_t.contiguous().index_add_(0, ctx.saved_tensors[0], d_some), None
 
 
 def most_sparse(x: Tensor, rows: Tensor, dtype: torch.dtype) -> int:
@@ -256,7 +224,7 @@ class _Dense(torch.autograd.Function):
     """On a CPU: so many latents at a time that what is computed of them stays in its cache. Keeps the codes in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x, rows, b_enc, W_dec, dtype, found):
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, found, _):
         ctx.shape = rows.shape
         x, W_dec = x.flatten(1).to(dtype), W_dec.flatten(1).to(dtype)
         if found is not None:
@@ -296,23 +264,19 @@ class _Dense(torch.autograd.Function):
             multiply(d_pre.T, x, d_rows[part])
             multiply(codes.T, d_decoded, d_W_dec[part])
             d_bias[part] = d_pre.sum(0, dtype=d_bias.dtype)
-        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None
+        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None, None
 
 
 class _DenseOnCuda(torch.autograd.Function):
     """The same of all latents at once. Its products are large; what is done to every code between them is one kernel each."""
 
     @staticmethod
-    def forward(ctx, x, rows, b_enc, W_dec, dtype, product, found):
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, given, narrow):
         from ops import kernels
 
-        ctx.shape, W_dec = rows.shape, W_dec.flatten(1).to(dtype)
-        if found is None:
-            codes, (total, times) = product, kernels.gate(product, b_enc)  # where the product was
-        else:
-            kept = kernels.rows_of_16(len(x) + 1, len(rows), dtype, x.device).zero_()  # unused entries go to the last row
-            kept[_tokens(found), found.latents] = found.codes.to(dtype)
-            codes, (total, times) = kept[:-1], kernels.gate(kept[:-1], None)
+        codes, bias = given  # with a bias: the encoder's product, of which all positive codes are kept
+        ctx.shape, W_dec = rows.shape, narrow
+        total, times = kernels.gate(codes, bias)
         decoded = b_enc.new_empty(len(x), W_dec.shape[1])
         multiply(codes, W_dec, decoded)
         ctx.save_for_backward(x, W_dec, codes)
@@ -340,16 +304,16 @@ class _Sparse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, rows, b_enc, W_dec, dtype, found):
+    def forward(ctx, x, rows, b_enc, W_dec, dtype, found, narrow):
         ctx.shape, (latents, codes, token_starts) = rows.shape, found
         tokens, entries = _tokens(found), len(x) * len(rows)
         key, by_latent = torch.where(tokens < len(x), latents, len(rows)).sort(stable=True)
         starts = torch.searchsorted(key, torch.arange(len(rows) + 1, device=x.device))  # [d_hidden + 1] of latents' entries
         tokens = tokens.clamp_max(len(x) - 1)
         x, W_dec, weights, ordered = x.flatten(1), W_dec.flatten(1), codes, codes[by_latent]
-        if on_cuda(x) and len(codes) > COPIED_ABOVE_CUDA * len(rows):
-            W_dec = W_dec.to(dtype)
-        elif not on_cuda(x) and dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
+        if narrow is not None:
+            W_dec = narrow
+        elif dtype == torch.bfloat16 and len(codes) > PICKED_ABOVE * entries:
             W_dec, weights = W_dec.to(dtype), codes.to(dtype)
         ctx.save_for_backward(x, W_dec, latents, tokens, token_starts, by_latent, starts, ordered)
         decoded = weighted_sums(W_dec, latents, weights, token_starts).to(codes.dtype)
@@ -374,7 +338,7 @@ class _Sparse(torch.autograd.Function):
             d_rows = weighted_sums(x, tokens, d_codes, starts)
             d_W_dec = weighted_sums(d_decoded, tokens, ordered, starts)
         d_bias = torch.segment_reduce(d_codes, "sum", offsets=starts, unsafe=True)
-        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None
+        return None, d_rows.view(ctx.shape), d_bias, d_W_dec.view(ctx.shape), None, None, None
 
 
 def _tokens(found: Codes) -> Tensor:

@@ -14,6 +14,30 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     return variance_share((x - x_hat).pow(2).sum((0, 2)), (x - x.mean(0)).pow(2).sum((0, 2)))
 
 
+def squared_error(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over models and d_model of the squared error, mean over the batch; and the error x - x_hat, without gradient.
+
+    x, which gets no gradient, and x_hat: [batch, n_models, d_model]. Keeps the error alone for the backward pass.
+    """
+    return _SquaredError.apply(x, x_hat)
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, x_hat):
+        error = x - x_hat
+        ctx.set_materialize_grads(False)  # else zeros for the error
+        ctx.save_for_backward(error)
+        ctx.mark_non_differentiable(error)
+        return error.pow(2).sum((1, 2)).mean(), error
+
+    @staticmethod
+    def backward(ctx, d_mean, _):
+        (error,) = ctx.saved_tensors
+        d_x_hat = error.new_empty(error.shape)  # row by row, as x_hat lies, whatever x does
+        return None, torch.mul(error, -2 * (d_mean / len(error)), out=d_x_hat)
+
+
 class VarianceTotals:
     """What explained variance over many batches needs, in float64: totals over rows of the same models and width."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ops.sparse import COPIED_ABOVE_CUDA, DENSE_ABOVE_CUDA
+from ops.sparse import DENSE_ABOVE_CUDA
 from run import checkpoint
 from run.machine import first_line, free_disk, free_memory
 
@@ -31,16 +31,17 @@ def training_bytes(config, n_models: int, d_model: int, processes: int, on_cpu: 
     if on_cpu:  # in a step also a temporary copy of the decoder
         state, codes = max((20 * values, 4 * scores), (12 * values, 20 * scores), key=sum)
         return {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * rows}
-    narrow = values if config.compute_dtype == "bfloat16" else 0  # a copy of one of the weights in bfloat16
-    end = (12 * values, 20 * HELD_OUT_AT_ONCE * latents, 24 * rows)
-    loss = (12 * values + narrow, 0, 44 * rows)
-    wide = (2 if narrow else 4) * scores
-    phases, active = [end, loss], (config.k or 0) * (config.k_start or 1)  # the most at once, when the run begins
-    if config.variant == "batch_topk":
-        copied = narrow if active * config.micro_batch_size > COPIED_ABOVE_CUDA * latents else 0
-        phases += [(16 * values + copied, 0, 24 * rows), (12 * values + narrow, 2 * wide, 24 * rows)]
-    if config.variant == "vanilla" or active >= DENSE_ABOVE_CUDA * config.d_hidden:  # products of all codes, and gradients
-        phases += [(16 * values + narrow, 2 * wide, 24 * rows)]
+    state = (
+        14 if config.compute_dtype == "bfloat16" else 12
+    ) * values  # weights, copies of them in bfloat16, Adam's two moments
+    end = (state, 20 * HELD_OUT_AT_ONCE * latents, 24 * rows)
+    wide = (2 if config.compute_dtype == "bfloat16" else 4) * scores
+    phases, active = (
+        [end, (state, 0, 44 * rows)],
+        (config.k or 0) * (config.k_start or 1),
+    )  # the most at once, when the run begins
+    dense = config.variant == "vanilla" or active >= DENSE_ABOVE_CUDA * config.d_hidden  # products of all codes, and gradients
+    phases += [(state + 4 * values, 2 * wide if dense else 0, 24 * rows), (state, wide, 24 * rows)]
     return dict(zip(("d_hidden", "micro_batch_size", "batch_size"), max(phases, key=sum), strict=True))
 
 

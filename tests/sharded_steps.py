@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from crosscoder import CrossCoder
 from ops.shard import Shard
+from ops.weights import Adam
 from run import checkpoint
 from train import norm_of_gradient
 
@@ -29,7 +30,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
     crosscoder.double()
     rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
     crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
-    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=3e-3, fused=True)
+    optimizer = Adam(crosscoder.parameters(), lr=3e-3)
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
     done, lines = 0, []
     if start_from:

@@ -37,6 +37,26 @@ def test_largest_keeps_what_topk_keeps_and_of_equal_scores_the_first(batch, d_hi
     assert len(codes) == count and not codes[used:].any() and not latents[used:].any()
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("batch, d_hidden, count", [(1, 1, 1), (6, 300, 100), (3, 5000, 64), (4, 10, 1000)])
+def test_what_is_kept_in_place_is_what_largest_lists(batch, d_hidden, count, ties):
+    pre, b_enc, weight = draw(batch, d_hidden), draw(d_hidden, seed=1), draw(d_hidden, seed=2).abs()
+    if ties:
+        pre, b_enc, weight = pre.round(), b_enc.round(), torch.ones_like(weight)
+    codes = kernels.rows_of_16(batch, d_hidden, pre.dtype, DEVICE).copy_(pre)
+    least = kernels.keep_largest(codes, b_enc, weight, count)
+    latents, values, starts = kernels.largest(pre, b_enc, weight, count)
+    tokens, used = torch.arange(batch, device=DEVICE).repeat_interleave(starts.diff()), int(starts[-1])
+    expected = torch.zeros_like(pre).index_put_((tokens, latents[:used]), values[:used])
+    assert torch.equal(codes, expected) and least == (values * weight[latents])[:used].min()
+
+
+def test_where_nothing_is_positive_nothing_is_kept():
+    codes = -draw(4, 32).abs()
+    assert kernels.keep_largest(codes, *(torch.zeros(32, device=DEVICE) for _ in range(2)), 5) == torch.inf
+    assert not codes.any()
+
+
 @pytest.mark.parametrize("needed", [1, 2, 50, 700, 10**6])
 def test_a_bin_is_found_as_on_a_cpu(needed):
     bins = torch.zeros(1 << 16, dtype=torch.int32)
@@ -99,6 +119,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     latents, codes, starts = kernels.largest(draw(4, 9), draw(9, seed=1), draw(9, seed=2).abs(), 6)
     kernels.weighted_sums(draw(9, 5), latents, codes, kernels.in_pieces(starts, 6))
     kernels.gate(draw(4, 16), draw(16))
+    kernels.keep_largest(draw(4, 16), draw(16, seed=1), draw(16, seed=2).abs(), 6)
+    kernels.adam(*(draw(9).abs() for _ in range(4)), None, draw(3), 0.9, 0.1, 0.99, 0.01, 1e-8)
     assert {*ours} - {*launched} == {"_scores", "_piece"}  # which the others call
 
 

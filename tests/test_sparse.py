@@ -105,13 +105,6 @@ def test_a_sample_of_unlike_tokens_does_not_change_what_is_kept(monkeypatch):
         torch.testing.assert_close((found.codes * weight[found.latents]).sort(descending=True).values, expected)
 
 
-def test_rows_taken_get_their_gradient_in_that_of_the_whole():
-    t = torch.randn(5, 2, requires_grad=True)
-    whole, rows = sparse.take(t, torch.tensor([3, 1]))
-    (whole.sum() + (rows * torch.tensor([[2.0], [5.0]])).sum()).backward()
-    assert torch.equal(rows, t[[3, 1]]) and torch.equal(t.grad, torch.tensor([1.0, 6, 1, 3, 1])[:, None].expand(5, 2))
-
-
 def test_the_number_of_dead_latents_is_never_above_what_the_host_knows():
     """As on CUDA, where the host knows an old number: latents die and live again, and a run goes on from a checkpoint."""
     batch, after, draw = 10, 1000, torch.Generator().manual_seed(0)

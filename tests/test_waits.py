@@ -184,7 +184,7 @@ def test_a_device_with_too_little_memory_is_refused_before_the_start(card, tmp_p
 @pytest.mark.parametrize("kind", SOURCES)
 def test_no_operation_of_a_step_waits(kind, variant, card, tmp_path, monkeypatch):
     names = run(tmp_path, monkeypatch, *SOURCES[kind](tmp_path), "--variant", variant, "--aux-coeff", 0.1)
-    assert names.count("_fused_adam_") == STEPS
+    assert names.count("_foreach_add_") == STEPS
 
 
 def live_source(device: torch.device) -> Source:
@@ -294,7 +294,7 @@ def test_the_counted_step_is_that_of_the_loop(variant, aux, card, tmp_path, monk
         0 if variant == "batch_topk" else 1,
     ]
     names = run(tmp_path, monkeypatch, *given)
-    ends = [i for i, name in enumerate(names) if name == "_fused_adam_"]
+    ends = [i for i, name in enumerate(names) if name == "_foreach_add_"]
     counted = [op.name for op in count(Case(variant, LATENTS, aux, D_MODEL, 4, ROWS)).operations]
     step = names[ends[-3] : ends[-2]]
     only_in_one = Counter(name for name in step if name not in FREE)
