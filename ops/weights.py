@@ -59,7 +59,7 @@ def narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == weight.dtype:
         return weight.detach().flatten(1)
-    copy, of, version = getattr(weight, "kept_copy", (None, None, None))
+    copy, of, version = getattr(weight, "kept_copy", (None, weight, 0))
     if copy is None or copy.dtype != dtype or version != weight._version or _place(of) != _place(weight):
         copy = _keep(weight, weight.detach().flatten(1).to(dtype))
     return copy

@@ -32,8 +32,8 @@ def test_every_kernel_of_a_step_compiles_without_fences_spills_or_narrow_loads(t
 
 FAULTS = {  # what is put into the kernels, and what must be found then
     'sem="relaxed"': ('sem="acq_rel"', r"_histogram, .*: \d+ fences: an atomic that is not relaxed"),
-    "SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2": (
-        "SCAN=4 * SCAN, BLOCKS=BLOCKS, num_warps=1",
+    "codes, n, *sizes, SCAN=SCAN, BLOCKS=BLOCKS, num_warps=2": (
+        "codes, n, *sizes, SCAN=4 * SCAN, BLOCKS=BLOCKS, num_warps=1",
         r"_write, .*: \d+ spills, 255 registers",
     ),
     "rows + row[:, None] * width": ("rows + row[:, None] * (width + 1)", r"_weighted_sums, .*: no 128-bit load"),

@@ -219,7 +219,7 @@ def test_no_operation_of_a_live_step_waits(buffer, card, tmp_path, monkeypatch):
     source.name, source.fill_rows, source.stored_scale, source.record = "models", 50, torch.ones(2), {}
     monkeypatch.setattr(train, "open_source", lambda given, config, *_: (source, config))
     names = run(tmp_path, monkeypatch, "--variant", "batch_topk", "--aux-coeff", 0.1)
-    assert names.count("_fused_adam_") == STEPS
+    assert names.count("_foreach_add_") == STEPS
 
 
 def test_live_batches_are_those_of_the_mixing_order():
