@@ -150,6 +150,8 @@ def show(watched: Watched, step: int, metrics: dict[str, float]) -> None:
     if "model_fraction" in metrics:
         text += f", models {metrics['model_fraction']:.0%} of the time"
     now, left = time.perf_counter(), f"{timedelta(seconds=round(watched.seconds_left(step, metrics['l0_loss'])))} left"
+    if step == watched.steps_before + 1 < watched.steps:
+        left = "time left not known yet"  # the first step takes longer than the others
     if not watched.bar.disable:
         watched.bar.set_postfix_str(f"{left}, {text}", refresh=False)
     elif now - watched.shown >= LINE_EVERY or step == watched.steps:

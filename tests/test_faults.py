@@ -530,6 +530,7 @@ def test_a_log_file_gets_lines_with_time(tmp_path):
         stamp = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
         assert began - 1 <= stamp <= time.time()
     assert " step 1 of 300, loss " in shown[0] and " step 300 of 300, loss " in shown[-1] and "0:00:00 left" in shown[-1]
+    assert shown[0].endswith("time left not known yet")  # of a first step, which takes longer than all others
     beats = [m["time"] for m in metrics(tmp_path / "a")]
     assert began < beats[0] <= beats[-1] < time.time() and beats == sorted(beats)
 
