@@ -7,8 +7,9 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from datasets import Array2D, Dataset, Features, List, Value
+from datasets import Array2D, Dataset, Features, List, Value, load_from_disk
 from helpers import BASE, FT, ROOT, collect, metrics, numbered, open_single, run_script
+from transformers import AutoModelForCausalLM
 
 from sources.batches import estimate_normalization, validation_batches
 
@@ -153,4 +154,9 @@ def test_the_documented_dataset_of_ones_own_is_trained_on_and_analysed_with_its_
     assert {example["text"] for latent in found for example in latent["examples"]} <= {"code", "caps"} and found
     measured = json.loads((tmp_path / "runs/own/analysis/metrics.json").read_text())
     assert not measured["notes"]
-    assert measured["patching"]["base"]["loss_recovered"]["all"] > 0.5  # the rows are those of the hook that pair.json names
+    model, kept = AutoModelForCausalLM.from_pretrained("tiny/caps"), []
+    hook = json.loads((tmp_path / "data/own/pair.json").read_text())["hook"]
+    model.get_submodule(hook).register_forward_hook(lambda module, given, out: kept.append(out))
+    model(torch.tensor(load_from_disk("data/own/tokens")[:1]["input_ids"]))
+    rows = torch.tensor(load_from_disk("data/own/ft")[:127]["activation"])
+    assert torch.equal(rows, kept[0][0, 1:].half().float())  # those of the hook that pair.json names
