@@ -153,11 +153,14 @@ def steering_words(steered: dict | None) -> list[str]:
     """What steering with the first latents did, and with all of them together to the behaviour."""
     if not steered:
         return []
-    alone = [(one["latents"][0], one["beyond_random"]) for one in steered["latents"] if len(one["latents"]) == 1]
-    beyond = ", ".join(str(latent) for latent, more in alone if more) or "none"
+    tried = {
+        ", ".join(map(str, one["latents"])) + " together" * (len(one["latents"]) > 1): one["beyond_random"]
+        for one in steered["latents"]
+    }
+    beyond = " and ".join(name for name, more in tried.items() if more) or "none"
     words = [
-        f"Steered with the latents {', '.join(str(latent) for latent, _ in alone)}, one by one; further towards the other "
-        f"model than with random latents of the same length: {beyond}."
+        f"Steered with {' and with '.join(tried)}; further towards the other model than with random latents of the same "
+        f"length: {beyond}."
     ]
     last = steered["latents"][-1]
     for name, model in MODELS.items():
