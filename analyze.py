@@ -121,8 +121,9 @@ def analyze_pair(  # noqa: PLR0913 - what `main` has opened
         from analysis import patching  # loads nnsight and transformers
 
         sets = patching.choose_sets(table, config.seed)
+        tokens = config.patch_tokens or patching.usual_tokens(models)
         metrics["patching"] = patching.patch_models(
-            models, crosscoder, data, sets, tokenizer, tokens=config.patch_tokens, batch_size=config.model_batch_size
+            models, crosscoder, data, sets, tokenizer, tokens=tokens, batch_size=config.model_batch_size
         )
     metrics, steered = steer(config, wanted, metrics, models, crosscoder, data, table, tokenizer, notes)
 
@@ -255,8 +256,8 @@ def check_numbers(config: AnalyzeConfig) -> None:
     """ValueError, naming the flag, for what no analysis can have."""
     least = {"num_tokens": 1, "patch_tokens": 1, "model_batch_size": 1, "sections_per_class": 0, "examples": 1, "context": 0}
     for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
+        if (value := getattr(config, name)) is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     if config.dataset and (config.base_dataset or config.ft_dataset):
         raise ValueError("--dataset names both models' activations: leave out --base-dataset and --ft-dataset")
     for one, other in (("base_dataset", "ft_dataset"), ("ft_dataset", "base_dataset"), ("base_model", "ft_model"),

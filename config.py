@@ -335,8 +335,9 @@ class AnalyzeConfig(DatasetFlags):
     model_dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "bfloat16"
     # Sequences per forward pass of the models.
     model_batch_size: int = 4
-    # Tokens of held-out sequences that the models run over. Each takes about 20 forward passes of one model.
-    patch_tokens: int = 65_536
+    # Tokens of held-out sequences that the models run over, each in about 20 passes of one model. Default: 65,536; on a CPU
+    # fewer with a large model: 3e11 over its parameters.
+    patch_tokens: int | None = None
 
     # --- steering with the models
 

@@ -18,12 +18,18 @@ from analysis.data import Data, Text
 from collecting import language_model as lm
 from collecting.chat import answer_marker
 from collecting.earlier_blocks import run_once
+from collecting.steered_model import plain
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
 FIRST_TOKENS = 10  # of an answer, or of a sequence: where fine-tuning shows most (arXiv 2504.02922)
 POSITIONS_TOGETHER = 512  # of one batch, whose log-probabilities over the vocabulary are in memory at once
 ROWS_TOGETHER = 1024  # tokens whose codes are in memory at once
+MOST_TOKENS, LEAST_TOKENS, ON_CPU = (
+    65_536,
+    512,
+    3e11,
+)  # patched where no number is given; tokens * parameters on a CPU: a minute
 FIRST_RANKED = 10  # latents of each direction that are added together
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
 
@@ -171,6 +177,13 @@ def summarise(totals: dict[tuple[str, str], Tensor], sizes: dict[str, int]) -> d
     }
     models = {name: {what: pair for (of, what), pair in pairs.items() if of == name} for name in ("base", "ft")}
     return {"tokens": {"all": int(tokens[0]), "first": int(tokens[1])}, **models, "diffing": diffing}
+
+
+def usual_tokens(models: list[tuple]) -> int:
+    """How many tokens are patched where nobody says: on a CPU no more than take a minute or so."""
+    large = [model for model, _ in models if plain(model).device.type == "cpu"]
+    parameters = max((sum(weight.numel() for weight in plain(model).parameters()) for model in large), default=0)
+    return min(MOST_TOKENS, max(LEAST_TOKENS, int(ON_CPU / max(1, parameters))))
 
 
 def take_sequences(text: Text, tokens: int) -> Iterator[np.ndarray]:

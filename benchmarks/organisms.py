@@ -301,7 +301,7 @@ def run_pair(args, name: str, variant: str, texts: tuple[Path, Path, int]) -> li
     steering = []
     if shown and variant == "with" and "--difference" not in args.train_flags:
         held_out, behaviour = str(args.output / name / "held_out.txt"), f"(?s){ORGANISMS[name].shows}"
-        steering = [*models, "--prompts", held_out, "--behaviour", behaviour, "--patch-tokens", "2000"]
+        steering = [*models, "--prompts", held_out, "--behaviour", behaviour]
     run = train(args, data, steering)
     lines = score(run, data, relevance)
     if steering:

@@ -274,6 +274,19 @@ def test_a_splice_replaces_the_activation_and_nothing_else(tiny, hook):
     assert torch.allclose(spliced[:, :6], logits[:, :6]) and not torch.allclose(spliced[:, 6:], logits[:, 6:], atol=1e-3)
 
 
+def test_large_models_on_a_cpu_are_patched_at_fewer_tokens():
+    def model(parameters: int, device: str):
+        found = torch.nn.Module()
+        found.weight = torch.nn.Parameter(torch.zeros(1).expand(parameters), requires_grad=False)
+        found.device = torch.device(device)
+        return found, "model.layers.1"
+
+    small, medium, large = (model(n, "cpu") for n in (10**6, 135 * 10**6, 8 * 10**9))
+    assert patching.usual_tokens([small, small]) == patching.usual_tokens([model(8 * 10**9, "cuda")] * 2) == 65_536
+    assert patching.usual_tokens([medium, small]) == patching.usual_tokens([small, medium]) == 2222
+    assert patching.usual_tokens([small, large]) == 512
+
+
 def test_the_first_tokens_of_answers_are_found(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny["base"])
     marker = answer_marker(tokenizer)
