@@ -135,14 +135,13 @@ class StreamedActivations(Source):
 
     def seek(self, start: dict | None) -> None:
         start = start or self.beginning
-        self.stream = self.pieces("train", start)
-        if self.closed:
-            self.read_stream_ahead()
+        pieces = self.pieces("train", start)
+        self.stream = self.read_ahead_of(pieces) if self.closed else pieces  # at once: it may be closed from another thread
         self.x, self.where, self.used = self.buffer[:, :0], start, 0  # the last piece read, and its rows that are in the buffer
         self.skip = start["skip"]  # rows of the first piece that are passed over
 
-    def read_stream_ahead(self) -> None:
-        self.stream = Ahead(self.stream, self.pieces_ahead, "stream", self.closed)
+    def read_ahead_of(self, pieces: Iterator) -> Ahead:
+        return Ahead(pieces, self.pieces_ahead, "stream", self.closed)
 
     def read(self, number: int) -> Refill:
         """Put the next rows into half `number % 2`."""
@@ -183,7 +182,7 @@ class StreamedActivations(Source):
         if self.resumed and position < stop:
             self.mixing.load_state_dict(self.resumed, position)
         self.closed = threading.Event()
-        self.read_stream_ahead()
+        self.stream = self.read_ahead_of(self.stream)
         batches = read_ahead(self, batch_size, stop, device, position, dropped, shard)
         try:
             for batch in batches:  # noqa: UP028 - `yield from` would close `batches` first, whose thread may wait for the stream
