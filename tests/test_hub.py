@@ -123,7 +123,7 @@ def test_collection_goes_to_the_hub_and_is_trained_on_from_there(tiny, tmp_path,
 
     # what its pair.json says is known to the analysis and to the card, as that of the folder is
     quick = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--model-dtype", "float32", "--patch-tokens", 500]
-    quick += ["--num-tokens", 1500, "--sections-per-class", 1, "--output"]
+    quick += ["--steer", "none", "--num-tokens", 1500, "--sections-per-class", 1, "--output"]
     run_script("analyze.py", tmp_path / "hub", *quick, tmp_path / "from_hub", check=True, env=env)
     run_script("analyze.py", tmp_path / "hub", *quick, tmp_path / "from_disk", "--dataset", tmp_path / "pair", check=True)
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("from_hub", "from_disk"))
