@@ -25,11 +25,8 @@ from run.machine import progress_bar
 FIRST_TOKENS = 10  # of an answer, or of a sequence: where fine-tuning shows most (arXiv 2504.02922)
 POSITIONS_TOGETHER = 512  # of one batch, whose log-probabilities over the vocabulary are in memory at once
 ROWS_TOGETHER = 1024  # tokens whose codes are in memory at once
-MOST_TOKENS, LEAST_TOKENS, ON_CPU = (
-    65_536,
-    512,
-    3e11,
-)  # patched where no number is given; tokens * parameters on a CPU: a minute
+MOST_TOKENS, LEAST_TOKENS = 65_536, 512  # patched where no number is given
+ON_CPU = 3e11  # tokens * parameters of a model on a CPU: about a minute
 FIRST_RANKED = 10  # latents of each direction that are added together
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
 

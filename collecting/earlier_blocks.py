@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from collecting.steered_model import plain
+
+CHECKED: WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = WeakKeyDictionary()  # what `restarts` said, of model and hook
 
 
 @contextmanager
@@ -22,7 +24,10 @@ def run_once(model, hook: str) -> Iterator[None]:
     """
     model = plain(model)
     place = blocks_before(model, hook)
-    if place is None or not restarts(model, hook):
+    known = CHECKED.setdefault(model, {})
+    if place is not None and hook not in known:
+        known[hook] = restarts(model, hook)
+    if place is None or not known[hook]:
         yield
     else:
         with skipping(*place):
@@ -74,7 +79,6 @@ def skipping(before: list[torch.nn.Module], block: torch.nn.Module) -> Iterator[
                 one.forward = forward
 
 
-@lru_cache(maxsize=8)  # asked for each batch
 @torch.no_grad()
 def restarts(model, hook: str) -> bool:
     """Whether passes that begin at the hook's block give what whole ones do: not where later blocks read more of earlier ones

@@ -31,11 +31,10 @@ def training_bytes(config, n_models: int, d_model: int, processes: int, on_cpu: 
     if on_cpu:  # in a step also a temporary copy of the decoder
         state, codes = max((20 * values, 4 * scores), (12 * values, 20 * scores), key=sum)
         return {"d_hidden": state, "micro_batch_size": codes, "batch_size": 24 * rows}
-    state = (
-        14 if config.compute_dtype == "bfloat16" else 12
-    ) * values  # weights, copies of them in bfloat16, Adam's two moments
+    narrow = config.compute_dtype == "bfloat16"
+    state = (14 if narrow else 12) * values  # weights, copies of them in bfloat16, Adam's two moments
     end = (state, 20 * HELD_OUT_AT_ONCE * latents, 24 * rows)
-    wide = (2 if config.compute_dtype == "bfloat16" else 4) * scores
+    wide = (2 if narrow else 4) * scores
     phases, active = (
         [end, (state, 0, 44 * rows)],
         (config.k or 0) * (config.k_start or 1),
