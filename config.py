@@ -209,7 +209,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Largest norm of the whole gradient; larger ones are scaled down to it.
     grad_clip: float = 1.0
 
-    # Precision of the matrix products alone. auto: bfloat16 on CUDA and on processors with AMX.
+    # Precision of the matrix products alone. auto: bfloat16 on CUDA and on processors that multiply it (AMX, AVX-512).
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # CUDA if there is one, or cpu, cuda:1, ...
     device: str = "auto"

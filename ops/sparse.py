@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # in beta; 
 CHUNK = 1 << 23  # scores that are computed together: more saves no time
 PART = 1 << 21  # entries of a matrix that are computed together on a CPU, so that they stay in its cache
 DENSE_ABOVE = 1 / 14  # share of active entries above which the dense form is faster
-DENSE_ABOVE_BF16 = 1 / 36  # the same in bfloat16, where products are several times as fast (AMX)
+DENSE_ABOVE_BF16 = 1 / 36 if torch.cpu._is_amx_tile_supported() else DENSE_ABOVE  # AMX multiplies several times as fast
 PICKED_ABOVE = 1 / 100  # share above which, in bfloat16, it is faster to compute all inner products than to leave any out
 DENSE_ABOVE_CUDA = 1 / 184  # the same on an H200, by arithmetic: rows gathered at 4.3 TB/s, products at 790 Tflop/s
 
@@ -35,8 +35,9 @@ def on_cuda(x: Tensor) -> bool:
 
 
 def fast_dtype(device: torch.device) -> str:
-    """The type in which this device multiplies fastest: bfloat16 on CUDA and on processors with units for it (AMX)."""
-    return "bfloat16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
+    """The type in which this device multiplies fastest: bfloat16 on CUDA and on processors with instructions for it."""
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device.type == "cuda" or has else "float32"
 
 
 # --- codes
