@@ -220,8 +220,8 @@ def steer(  # noqa: PLR0913 - what `main` has opened
         return metrics, []
     skip_first, alone = data.pair.get("skip_first", 1), config.steer_at == "answer"
     how = {"behaviour": config.behaviour, "answer_alone": alone, "skip_first": skip_first}
-    alone_too = chosen if asked else chosen[:1]
-    groups = [[latent] for latent in alone_too] + [chosen] * (len(chosen) > 1)
+    together = [chosen] if len(chosen) > 1 or not asked else []
+    groups = [[latent] for latent in chosen if asked] + together
     if crosscoder.n_models == 1:  # a difference has more of each latent in the fine-tuned model, and no null
         table = table | {"direction": np.full(len(table["dead"]), "ft"), "changed": np.zeros(len(table["dead"]), bool)}
     lines = steering.steer(

@@ -336,13 +336,13 @@ class AnalyzeConfig(DatasetFlags):
     # Sequences per forward pass of the models.
     model_batch_size: int = 4
     # Tokens of held-out sequences that the models run over, each in about 20 passes of one model. Default: 65,536; on a CPU
-    # fewer with a large model: 3e11 over its parameters.
+    # fewer with a large model: 2e11 over its parameters.
     patch_tokens: int | None = None
 
     # --- steering with the models
 
     # Latents to add and take away, e.g. 12,99, one by one and together; none: no steering. Default, given the models: the first
-    # by rank, and the first 3 together. A prompt costs some 320 passes over it and an answer, and 34 answers of 24 tokens.
+    # 3 by rank, together. A prompt costs, for each group, some 160 passes over it and an answer, and 18 answers of 24 tokens.
     steer: str | None = None
     # Prompts, one a line, or a .jsonl with prompt or messages. Default: 8 user turns or openings of the held-out texts.
     prompts: str | None = None

@@ -26,7 +26,7 @@ FIRST_TOKENS = 10  # of an answer, or of a sequence: where fine-tuning shows mos
 POSITIONS_TOGETHER = 512  # of one batch, whose log-probabilities over the vocabulary are in memory at once
 ROWS_TOGETHER = 1024  # tokens whose codes are in memory at once
 MOST_TOKENS, LEAST_TOKENS = 65_536, 512  # patched where no number is given
-ON_CPU = 3e11  # tokens * parameters of a model on a CPU: about a minute
+ON_CPU = 2e11  # tokens * parameters of a model on a CPU: less than a minute
 FIRST_RANKED = 10  # latents of each direction that are added together
 HIGHEST_SHARE = 0.05  # of the live latents, those with the highest relative norm: Minder et al.'s "effective" fine-tuned-only
 
@@ -177,7 +177,7 @@ def summarise(totals: dict[tuple[str, str], Tensor], sizes: dict[str, int]) -> d
 
 
 def usual_tokens(models: list[tuple]) -> int:
-    """How many tokens are patched where nobody says: on a CPU no more than take a minute or so."""
+    """How many tokens are patched where nobody says: on a CPU no more than take a minute."""
     large = [model for model, _ in models if plain(model).device.type == "cpu"]
     parameters = max((sum(weight.numel() for weight in plain(model).parameters()) for model in large), default=0)
     return min(MOST_TOKENS, max(LEAST_TOKENS, int(ON_CPU / max(1, parameters))))

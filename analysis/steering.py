@@ -31,7 +31,7 @@ from collecting.earlier_blocks import run_once
 from crosscoder import CrossCoder
 from run.machine import progress_bar
 
-FACTORS = (1, 1.4, 2, 2.8)  # of the typical activation: more breaks the text, whatever the direction
+FACTORS = (1, 1.4, 1.7, 2.8)  # of the typical activation: more breaks the text, whatever the direction
 CONTROLS = 19  # random latents: to do more than all of them is a chance of 1 in 20
 TOLD = 5  # of these, whose answers are counted for a behaviour; without one the first's are generated, to be read
 CHANCE = 0.05  # at which a latent would pass for more than random

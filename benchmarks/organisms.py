@@ -16,9 +16,9 @@ decide that for both variants. For each order of the live latents: the place of 
 first 20 are. F1: the latent and threshold that tell injected sequences of even number best, on those of odd number. The
 principal components of the models' difference, both signs of each in turn, are scored as if they were latents.
 
-Steering (analyze.py --steer, in `with`) with the first latent, and with the first three together: by how much more often the
-base model, and by how much less often the fine-tuned one, shows the behaviour at held-out prompts; at the factor and with the
-latents where it is furthest from what random latents of the same length do; beside it what these do there.
+Steering (analyze.py, in `with`) with the first three latents together: by how much more often the base model, and by how much
+less often the fine-tuned one, shows the behaviour at held-out prompts, at the factor where it is furthest from what random
+latents of the same length do; beside it what these do there.
 
 What a step made lies under --output and is not made again; the scores are in organisms.csv.
 """

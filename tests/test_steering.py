@@ -184,6 +184,7 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
         [[0], [1]],
         prompts,
         tokenizer,
+        factors=(1, 2),
         behaviour=CAPITALS,
         tokens=8,
         skip_first=0,
@@ -207,21 +208,20 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
 
 
 def test_what_is_steered_by_itself(capitals):
-    """The fixture names no latents: the first by rank, and the first three together, with prompts from the held-out texts."""
+    """The fixture names no latents: the first three by rank together, with prompts from the held-out texts."""
     lines, found = read_lines(capitals["analysis"]), json.loads((capitals["analysis"] / "findings.json").read_text())
     first = [one["latent"] for one in (found["changes"] + found["nearest"])[:3]]
-    groups = [first[:1], first]
+    groups = [first]
     told = [(line["latents"], line["model"], line["factor"]) for line in lines]
     assert told == [(g, m, f) for m in ("base", "ft") for g in groups for f in steering.FACTORS]
     data = json.loads((capitals["analysis"] / "metrics.json").read_text())
     assert found["steering"] == data["steering"] and [one["latents"] for one in found["steering"]["latents"]] == groups
     assert found["steering"]["prompts"] == steering.PROMPTS
-    for one in found["changes"]:
-        expected = next((group for group in found["steering"]["latents"] if group["latents"] == [one["latent"]]), None)
-        assert one["steering"] == expected
+    assert all(one["steering"] is None for one in found["changes"])  # none was steered with alone
     page = (capitals["analysis"] / "report.html").read_text(encoding="utf-8")
     assert '<h2 id="steering">' in page and page.count('class="pairs"') == 8 * len(groups) * 2
-    assert re.search(rf"^steering   {first[0]}: base, KL to ft [\d.]+ -> [\d.]+ \(random [\d.]+\)", capitals["printed"], re.M)
+    named = ", ".join(map(str, first))
+    assert re.search(rf"^steering   {named}: base, KL to ft [\d.]+ -> [\d.]+ \(random [\d.]+\)", capitals["printed"], re.M)
     assert any(sentence.startswith("Steered with ") for sentence in found["summary"])
 
 
@@ -259,8 +259,11 @@ def test_latents_of_capitals_cause_capitals(capitals, tmp_path):
     flags = ["--prompts", tmp_path / "prompts.txt", "--behaviour", CAPITALS, "--steer", ",".join(map(str, chosen))]
     flags += ["--patch-tokens", 500, "--num-tokens", 3000, "--sections-per-class", 1, "--output", tmp_path / "out"]
     run_script("analyze.py", capitals["run"], *capitals["models"], *flags, check=True)
-    found = json.loads((tmp_path / "out" / "findings.json").read_text())["steering"]["latents"]
+    findings = json.loads((tmp_path / "out" / "findings.json").read_text())
+    found, own = findings["steering"]["latents"], {one["latent"]: one["steering"] for one in findings["changes"]}
     assert [group["latents"] for group in found] == [*([latent] for latent in chosen), chosen]
+    alone = dict(zip(chosen, found[:3], strict=True))
+    assert any(own.values()) and own == {latent: alone.get(latent) for latent in own}
     base, ft = ([group[name] for group in found] for name in ("base", "ft"))
     assert any(one["kl"] < one["kl_before"] < one["kl_random"] for one in base)  # 2.007 < 2.035 < 2.070
     fewer = min(ft[:3], key=lambda one: one["shown"] - one["shown_random"])
@@ -273,12 +276,12 @@ def test_the_same_model_twice_is_moved_by_nothing(capitals, tmp_path):
     flags = ["--patch-tokens", 500, "--num-tokens", 3000, "--sections-per-class", 1, "--output", tmp_path / "out"]
     done = run_script("analyze.py", capitals["run"], *models, *flags, "--behaviour", CAPITALS, check=True)
     found = json.loads((tmp_path / "out" / "findings.json").read_text())["steering"]
-    assert len(found["latents"]) == 2
+    assert len(found["latents"]) == 1
     for group in found["latents"]:
         assert not group["beyond_random"] and group["base"]["kl_before"] == pytest.approx(0, abs=1e-6)
         assert group["base"]["kl"] > 0 and group["ft"]["kl"] > 0
-    assert done.stdout.count("no more than random") == 2
-    assert (tmp_path / "out" / "report.html").read_text().count("<td>no more than random</td>") == 4
+    assert done.stdout.count("no more than random") == 1
+    assert (tmp_path / "out" / "report.html").read_text().count("<td>no more than random</td>") == 2
 
 
 def test_only_the_answer_is_steered_where_asked_and_nothing_with_none(capitals, tmp_path):
