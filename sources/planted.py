@@ -107,33 +107,33 @@ class PlantedConcepts(Source):
             here = rows // BLOCK == block
             out[:, torch.from_numpy(here)] = self._block(split, int(block))[:, rows[here] % BLOCK]
 
-    @lru_cache(maxsize=2)  # noqa: B019 - the source lives as long as the run
+    @lru_cache(maxsize=8)  # noqa: B019 - the source lives as long as the run; the default held-out rows and those being read
     def _block(self, split: str, block: int) -> Tensor:
         """[2, BLOCK, d_model] activations, a function of (seed, split, block) alone."""
         seeds = np.random.SeedSequence([self.seed, split == "train", block])
         draw = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
-        codes = self._hard_codes(draw) if self.hard else self._codes(draw)  # [BLOCK, n_concepts]
-        row, concept = codes.nonzero(as_tuple=True)
+        row, concept, code = self._hard_codes(draw) if self.hard else self._codes(draw)
         starts = torch.searchsorted(row, torch.arange(BLOCK))
-        x = embedding_bag(concept, self.directions.flatten(1), starts, mode="sum", per_sample_weights=codes[row, concept])
+        x = embedding_bag(concept, self.directions.flatten(1), starts, mode="sum", per_sample_weights=code)
         x = x + 0.01 * torch.randn(x.shape, generator=draw)
         return ((x.unflatten(1, (2, -1)) + self.mean) * self.scale[:, None]).transpose(0, 1).contiguous()
 
-    def _codes(self, draw: torch.Generator) -> Tensor:
+    def _codes(self, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, concept and magnitude [active] of what is active in a block, row by row."""
         topics = torch.randn(BLOCK, 10, generator=draw)
         at_rest = self.rate.log() - self.loading.pow(2).sum(0) / 2
         probability = torch.addmm(at_rest, topics, self.loading).exp_()  # [BLOCK, n_concepts], on average the rate
+        uniform = torch.rand(BLOCK, len(self.rate), generator=draw)
+        row, concept = (uniform < probability).nonzero(as_tuple=True)
         # Given that it lies below the probability, uniform / probability is itself uniform on (0, 1): the magnitude.
-        codes = torch.rand(BLOCK, len(self.rate), generator=draw).div_(probability)
-        return codes.masked_fill_(codes >= 1, 0)
+        return row, concept, uniform[row, concept] / probability[row, concept]
 
-    def _hard_codes(self, draw: torch.Generator) -> Tensor:
+    def _hard_codes(self, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         awake = torch.rand(BLOCK, len(self.awake_rate), generator=draw) < self.awake_rate  # [BLOCK, groups]
         given_awake = self.rate / self.awake_rate[self.group]  # [n_concepts]
         active = (torch.rand(BLOCK, len(self.rate), generator=draw) < given_awake) & awake[:, self.group]
-        codes = torch.zeros(BLOCK, len(self.rate))
-        codes[active] = torch.exp(0.5 * torch.randn(int(active.sum()), generator=draw))
-        return codes
+        row, concept = active.nonzero(as_tuple=True)
+        return row, concept, torch.exp(0.5 * torch.randn(len(row), generator=draw))
 
     def fit(self, W_dec: Tensor, dead: Tensor) -> Tensor:
         """[n_concepts, d_hidden] cosine of each concept and each latent's decoder row; -1 for dead latents.
