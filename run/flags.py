@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,6 +90,7 @@ def read_flags(cls: type, argv: list[str] | None, default=tyro.MISSING_NONPROP):
     )
 
 
+@cache
 def in_groups(cls: type) -> type:
     """The dataclass that tyro gets in place of a flat one: the fields of FIRST, then one dataclass for each other heading."""
     hints, titles = typing.get_type_hints(cls, include_extras=True), help_of(cls)

@@ -2,7 +2,7 @@
 
 The child runs the script as `python script.py flags` does, as __main__ with its own signals, environment, folder and exit
 status. What libraries read while they are imported (HF_HUB_CACHE, ...) is that of the tests: where a test changes such a
-variable, it starts Python anew.
+variable, it starts Python anew, or has another server fork.
 """
 
 import atexit
@@ -14,23 +14,54 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
-LIBRARIES = ["torch._dynamo", "datasets", "transformers.models.llama.modeling_llama", "nnsight", "wandb", "matplotlib.pyplot"]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(LIBRARIES)
+ROOT = Path(__file__).parent.parent
+FORKED = multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def environment(variables: dict[str, str]):
+    """These alone while it lasts."""
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(variables)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@cache
+def server(*changed: tuple[str, str | None]) -> forkserver.ForkServer:
+    """A process that holds the libraries, imported with these variables changed or, for None, unset."""
+    made = forkserver.ForkServer()
+    made.set_forkserver_preload(["preloaded"])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    with environment({k: v for k, v in (os.environ | dict(changed) | {"PYTHONPATH": path}).items() if v is not None}):
+        made.ensure_running()
+    return made
 
 
 class Started:
-    """A running script, with the part of subprocess.Popen's interface that the tests use."""
+    """A running script, with the part of subprocess.Popen's interface that the tests use.
 
-    def __init__(self, script, *flags, cwd: Path | None = None):
+    changed: variables that are others than those of the tests when the libraries are imported. Each such set costs a server.
+    """
+
+    def __init__(self, script, *flags, cwd: Path | None = None, changed: tuple = ()):
         self.args = [str(script), *map(str, flags)]
         self.folder = tempfile.TemporaryDirectory()  # goes with this object
         self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         for file in self.files:
             file.touch()
-        self.process = SERVER.Process(target=run, args=(self.args, self.files, dict(os.environ), str(cwd or os.getcwd())))
+        variables = {name: value for name, value in (os.environ | dict(changed)).items() if value is not None}
+        self.process = FORKED.Process(target=run, args=(self.args, self.files, variables, str(cwd or os.getcwd())))
+        forkserver.connect_to_new_process = server(*changed).connect_to_new_process  # which starts the process
         self.process.start()
         atexit.register(self.process.kill)  # where a test fails, pytest would wait for it at its end
         self.pid = self.process.pid
@@ -59,9 +90,9 @@ class Started:
         os.kill(self.pid, number)
 
 
-def finished(script, *flags, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def finished(script, *flags, **options) -> subprocess.CompletedProcess:
     """Run a script to its end."""
-    process = Started(script, *flags, cwd=cwd)
+    process = Started(script, *flags, **options)
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -75,30 +106,26 @@ def several(n: int, script, *flags) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
-    before, processes = dict(os.environ), []
-    try:
-        for rank in range(n):
-            os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    processes = []
+    for rank in range(n):
+        with environment(os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}):
             processes.append(Started(script, *flags))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     return processes
 
 
-def run(argv: list[str], outputs: list[Path], environment: dict[str, str], folder: str) -> None:
+def run(argv: list[str], outputs: list[Path], variables: dict[str, str], folder: str) -> None:
     """What the child does."""
     for number, name in enumerate(outputs, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(variables)
     os.chdir(folder)
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).parent)
     import torch
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:
