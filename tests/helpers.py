@@ -1,7 +1,6 @@
 """What several test files use: the commands as a user runs them, small runs, made-up activations, what a run left behind."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -36,13 +35,13 @@ needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="mounting small or read-o
 # --- commands
 
 
-def run_script(script: str, *flags, check=False, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
-    """Run an entry as a user does, and return its output; with `options` of subprocess.run Python starts anew."""
-    if options:
+def run_script(script: str, *flags, check=False, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """Run an entry as a user does, and return its output; with an environment `env` Python starts anew."""
+    if env:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, **options)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, **options)
     else:
-        result = processes.finished(ROOT / script, *flags, cwd=cwd)
+        result = processes.finished(ROOT / script, *flags, **options)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -64,14 +63,20 @@ def failure(argv: list) -> str:
     return line
 
 
-def launch(n, script, *args, check=True, **options):
-    """The script under torchrun, or plainly for one process."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *(torchrun if n > 1 else []), str(ROOT / script), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+def launch(n, script, *args, check=True) -> subprocess.CompletedProcess:
+    """The script in n processes, with the environment that torchrun would give them; what they print, together."""
+    started = processes.several(n, ROOT / script, *args) if n > 1 else [Started(ROOT / script, *args)]
+    printed = [process.communicate(timeout=200) for process in started]
+    status = max(process.returncode for process in started)
+    assert not check or not any(process.returncode for process in started), printed
+    return subprocess.CompletedProcess([], status, *map("".join, zip(*printed, strict=True)))
+
+
+def torchrun(n, script, *args) -> subprocess.Popen:
+    """The script under the real one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(ROOT / script)]
+    command += map(str, args)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 # --- training runs

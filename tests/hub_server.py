@@ -11,24 +11,36 @@ import hashlib
 import json
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @contextmanager
 def serve(token: str = "hf_test"):
-    """The address of a running server and its repositories {"models/user/name": {path: content}}."""
+    """The address of a running server, its repositories {"models/user/name": {path: content}}, a context in which it is off."""
     repositories = {}
     handler = type("Handler", (Hub,), {"repositories": repositories, "uploads": {}, "commits": {}, "token": token})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", repositories
-    finally:
-        server.shutdown()
-        thread.join()
+
+    @contextmanager
+    def answering(port: int):
+        with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            yield server.server_port
+            server.shutdown()
+            thread.join()
+
+    with ExitStack() as stack:
+        port = stack.enter_context(answering(0))
+
+        @contextmanager
+        def off():
+            stack.close()
+            yield
+            stack.enter_context(answering(port))
+
+        yield f"http://127.0.0.1:{port}", repositories, off
 
 
 class Hub(BaseHTTPRequestHandler):

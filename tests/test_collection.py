@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, failure, launch, read_pair
+from helpers import ROOT, failure, read_pair, torchrun
 from processes import Started, finished, several
 
 HOOKS = ("model.layers.2.input", "model.layers.1.mlp")  # a model runs through them the other way round
@@ -109,8 +109,10 @@ def test_killed_and_completed_by_other_numbers_of_processes(tiny, alone, tmp_pat
 
 
 def test_three_processes_of_torchrun_write_the_files_of_one(tiny, alone, tmp_path):
-    done = launch(3, *command(tiny, tmp_path / "both"))
-    assert done.stdout.count("median norm at") == 2 and done.stderr.count("100%") == 2  # the bars of one process
+    process = torchrun(3, *command(tiny, tmp_path / "both"))
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert printed.count("median norm at") == 2 and errors.count("100%") == 2  # the bars of one process
     for hook in HOOKS:
         assert files(tmp_path / "both" / hook) == files(alone[hook])
 

@@ -8,13 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, launch, metrics, numbered, one_line_error, open_single, run_script, write
+from helpers import ROOT, launch, metrics, numbered, one_line_error, open_single, run_script, torchrun, write
 from processes import Started, several
 from safetensors.torch import load_file
 
@@ -73,7 +72,9 @@ def test_train_under_torchrun(tmp_path):
     """The command line: metrics as with one process, one whole crosscoder, one line a logged step, one summary."""
     flags = [*PLANTED, "--output-dir", tmp_path]  # vanilla: in float32 a selection flips a code now and then
     launch(1, "train.py", *flags, "--run-name", "one")
-    launch(2, "train.py", *flags, "--run-name", "two")
+    process = torchrun(2, "train.py", *flags, "--run-name", "two")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for mine, other in zip(one, two, strict=True):
@@ -371,15 +372,9 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path):
     assert checkpoint.damage(folder) is None and "stopped by SIGTERM, saved at step" in printed
 
 
-def torchrun(*flags) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-    command += map(str, flags)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
 def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
     """It passes the signal on and waits 30 seconds."""
-    process = torchrun(*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
+    process = torchrun(2, "train.py", *PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
     logged(tmp_path / "a", [])
     sent = time.time()
     process.send_signal(signal.SIGTERM)
@@ -395,7 +390,7 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
 
 
 def test_torchrun_ends_with_a_lost_process(tmp_path):
-    process = torchrun(*PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
+    process = torchrun(2, "train.py", *PLANTED, "--num-tokens", 100_000_000, "--output-dir", tmp_path, "--run-name", "a")
     logged(tmp_path / "a", [])
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
