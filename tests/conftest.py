@@ -43,18 +43,26 @@ def tiny(once) -> dict[str, str]:
     """A small Llama trained on Python source and its fine-tune on English prose: base, ft, and the texts code, prose."""
     import tiny_models
 
-    return once("tiny", lambda folder: tiny_models.build(folder, steps=100))
+    return once("tiny", lambda folder: tiny_models.build(folder, steps=100, batch=8, chars=460_000))
+
+
+@pytest.fixture(scope="session")
+def caps(tiny, once) -> dict[str, str]:
+    """The base model's fine-tune on capital letters, beside the others: caps, and its text capitals."""
+    import tiny_models
+
+    return once("caps", lambda _: tiny_models.fine_tune_on_capitals(Path(tiny["base"]).parent, steps=150, batch=8))
 
 
 @pytest.fixture(scope="session")
 def pair(tiny, once) -> Path:
-    """210,000 rows of the two models' middle MLP outputs, collected by the command line."""
+    """105,000 rows of the two models' middle MLP outputs, collected by the command line."""
     from helpers import run_script  # after the environment above: its libraries read it
 
     def collect(folder: Path) -> dict:
         out = folder / "pair"
         flags = ["--base-model", tiny["base"], "--ft-model", tiny["ft"], "--hook", "model.layers.1.mlp", "--seq-len", "256"]
-        flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "210000", "--output", str(out)]
+        flags += ["--text", f"{tiny['code']}=1", "--text", f"{tiny['prose']}=1", "--num-tokens", "105000", "--output", str(out)]
         run_script("collect.py", *flags, "--model-dtype", "float32", check=True)
         return {"pair": out}
 
@@ -62,28 +70,26 @@ def pair(tiny, once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def capitals(tiny, once) -> dict:
+def capitals(tiny, caps, once) -> dict:
     """The base model, its fine-tune on capital letters, their activations, and the analysed run of a crosscoder on them."""
-    import tiny_models
     from helpers import HOOK, run_script
 
     def analyse(out: Path) -> dict:
-        made = tiny_models.fine_tune_on_capitals(Path(tiny["base"]).parent, steps=150)
         collected = run_script(
-            "collect.py", "--base-model", tiny["base"], "--ft-model", made["caps"], "--hook", HOOK, "--seq-len", 128,
-            "--text", tiny["code"], "--text", made["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
+            "collect.py", "--base-model", tiny["base"], "--ft-model", caps["caps"], "--hook", HOOK, "--seq-len", 128,
+            "--text", tiny["code"], "--text", caps["capitals"], "--num-tokens", 80_000, "--model-dtype", "float32",
             "--output", out / "data", check=True,
         ).stdout  # fmt: skip
         trained = run_script(
             "train.py", "--dataset", out / "data", "--d-hidden", 256, "--batch-size", 512, "--epochs", 4, "--l1-coeff", 2,
             "--run-name", "caps", "--output-dir", out, "--wandb", "disabled", check=True,
         ).stdout  # fmt: skip
-        models = ["--base-model", tiny["base"], "--ft-model", made["caps"], "--model-dtype", "float32"]
+        models = ["--base-model", tiny["base"], "--ft-model", caps["caps"], "--model-dtype", "float32"]
         flags = ["--patch-tokens", 4000, "--latents", "5", "--sections-per-class", 10]
         printed = run_script("analyze.py", out / "caps", *models, *flags, check=True).stdout
         return {
             "out": out,
-            "ft": made["caps"],
+            "ft": caps["caps"],
             "models": models,
             "printed": printed,
             "collected": collected,

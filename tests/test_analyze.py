@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -499,10 +498,8 @@ def test_a_full_disk_leaves_the_analysis_before(capitals, tmp_path, most):
 
 @needs_mount
 def test_a_read_only_folder_is_refused_before_the_measuring(capitals, tmp_path):
-    script = (
-        f"mount -t tmpfs -o ro none {tmp_path}; exec {sys.executable} {ROOT}/analyze.py {capitals['run']} --output {tmp_path}"
-    )
-    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    flags = [ROOT / "analyze.py", capitals["run"], "--output", tmp_path]
+    result = run_script("tests/mounted.py", f"mount -t tmpfs -o ro none {tmp_path}", *flags)
     message = one_line_error(result, "analyze.py")
     assert f"--output {tmp_path}: cannot be written to (Read-only file system)" in message and result.stdout == ""
 

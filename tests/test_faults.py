@@ -285,24 +285,41 @@ def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
 LONG, SHORT = ["--num-tokens", 640_000], ["--num-tokens", 640, "--val-tokens", 50_000]
 
 
+FILLS = """
+import errno, multiprocessing, os, runpy, subprocess, sys, time
+from pathlib import Path
+import mounted
+from run import checkpoint
+out, train, *flags = sys.argv[1:]
+mounted.mount(f"mount -t tmpfs -o size=16m none {out}")
+run, sys.argv = Path(out) / "a", [train, "--output-dir", out, "--run-name", "a", *flags]
+training = multiprocessing.get_context("fork").Process(target=runpy.run_path, args=(train,), kwargs={"run_name": "__main__"})
+training.start()
+while not checkpoint.complete(run):
+    assert training.is_alive()
+    time.sleep(0.01)
+with open(f"{out}/ballast", "wb", buffering=0) as ballast:
+    try:
+        while True:
+            ballast.write(bytes(2**16))
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+training.join()
+print("status", training.exitcode, sorted(map(str, run.rglob("*"))), flush=True)
+os.remove(f"{out}/ballast")
+sys.argv = [train, "--resume", str(run), "--num-tokens", "12800"]
+runpy.run_path(train, run_name="__main__")
+"""
+
+
 @needs_mount
 @pytest.mark.parametrize(("length", "what"), [(LONG, "the checkpoint of step"), (SHORT, "the crosscoder could not be written")])
 def test_a_file_system_that_fills_up(tmp_path, length, what):
     """A tmpfs of 16 MB that something else fills after the first checkpoint, which may be the last before the final model."""
-    script = f"""
-        set -e
-        mount -t tmpfs -o size=16m none {tmp_path}
-        {sys.executable} {ROOT}/train.py --output-dir {tmp_path} --run-name a {" ".join(map(str, SMALL))} --d-hidden 512 \
-            {" ".join(map(str, length))} --log-every 100000 --val-every 100000 & training=$!
-        until compgen -G '{tmp_path}/a/checkpoints/step_*' > /dev/null; do kill -0 $training; sleep 0.01; done
-        cat /dev/zero > {tmp_path}/ballast 2> /dev/null || true
-        status=0; wait $training || status=$?
-        echo "status $status"
-        ls -A {tmp_path}/a/*
-        rm {tmp_path}/ballast
-        {sys.executable} {ROOT}/train.py --resume {tmp_path}/a --num-tokens 12800
-    """
-    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=300)
+    (tmp_path / "fills.py").write_text(FILLS)
+    (tmp_path / "out").mkdir()
+    flags = [*SMALL, "--d-hidden", 512, *length, "--log-every", 100_000, "--val-every", 100_000]
+    result = run_script(tmp_path / "fills.py", tmp_path / "out", ROOT / "train.py", *flags)
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert what in message and "No space left on device" in message and "make room" in message
     assert (
@@ -316,9 +333,8 @@ def test_a_file_system_that_fills_up(tmp_path, length, what):
 def test_a_run_on_a_read_only_disk_is_refused(finished, part):
     """Root may write anywhere but there. Before any training: a read-only checkpoints/ would lose all until the first save."""
     folder = finished / part
-    script = f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}; "
-    script += f"exec {sys.executable} {ROOT}/train.py --resume {finished} --num-tokens 9600"
-    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    read_only = f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}"
+    result = run_script("tests/mounted.py", read_only, ROOT / "train.py", "--resume", finished, "--num-tokens", 9600)
     message = one_line_error(result, "train.py")
     assert f"{folder} cannot be written to" in message and f"copy {finished} to where it is" in message
     assert "step" not in result.stderr.replace(message, "")
@@ -327,11 +343,9 @@ def test_a_run_on_a_read_only_disk_is_refused(finished, part):
 @needs_mount
 @pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
 def test_a_run_in_a_read_only_output_dir_is_refused(tmp_path, resume):
-    script = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}; "
-    script += (
-        f"exec {sys.executable} {ROOT}/train.py --output-dir {tmp_path}/runs --run-name a {' '.join(map(str, SMALL + resume))}"
-    )
-    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    read_only = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}"
+    flags = ["--output-dir", tmp_path / "runs", "--run-name", "a", *SMALL, *resume]
+    result = run_script("tests/mounted.py", read_only, ROOT / "train.py", *flags)
     assert f"--output-dir: cannot create {tmp_path}/runs/a (Read-only file system)" in one_line_error(result, "train.py")
 
 
@@ -480,17 +494,17 @@ def test_two_requeued_jobs_of_one_name_at_once(tmp_path):
     assert [m["step"] for m in metrics(tmp_path / "same")] == sorted(m["step"] for m in metrics(tmp_path / "same"))
 
 
-def test_wandb_online_without_a_network_goes_offline_and_the_run_goes_on(tmp_path):
+def test_wandb_online_without_a_network_goes_offline_and_the_run_goes_on(tmp_path, monkeypatch):
     """A key, and a server that refuses connections. No secret of the environment is written or printed."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    env |= {
-        "WANDB_API_KEY": "0123456789" * 4,
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_INIT_TIMEOUT": "3",
-        "HF_TOKEN": "hf_secret",
-    }
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    for name, value in (
+        *[("HOME", str(tmp_path)), ("WANDB_API_KEY", "0123456789" * 4), ("WANDB_BASE_URL", "http://127.0.0.1:9")],
+        *[("WANDB_INIT_TIMEOUT", "3"), ("HF_TOKEN", "hf_secret")],
+    ):
+        monkeypatch.setenv(name, value)
     flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256, "--wandb", "online"]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, check=True)
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("wandb")]
     assert line.startswith("wandb    offline (") and "`wandb sync` uploads it later" in line
     assert (tmp_path / "a" / "summary.json").exists() and list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))

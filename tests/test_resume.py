@@ -324,9 +324,11 @@ def test_wandb_run_keeps_its_id(tmp_path):
     assert len(ids) == 1
 
 
-def test_wandb_auto_without_a_key_is_offline_and_says_so(tmp_path):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+def test_wandb_auto_without_a_key_is_offline_and_says_so(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     flags = ["--num-tokens", 640, "--d-hidden", 64, "--batch-size", 64, "--val-tokens", 256]
-    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, env=env, check=True)
+    result = run_script("train.py", "--output-dir", tmp_path, "--run-name", "a", *flags, check=True)
     assert "wandb    offline (no key found)" in result.stdout
     assert list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))

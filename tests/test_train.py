@@ -187,20 +187,7 @@ def test_a_batch_in_parts_takes_the_same_steps(tmp_path):
 def trained(pair, tmp_path_factory):
     """The three recipes on the tiny Llama pair, one with wandb offline."""
     folder = tmp_path_factory.mktemp("trained")
-    sizes = [
-        "--dataset",
-        pair,
-        "--d-hidden",
-        512,
-        "--batch-size",
-        512,
-        "--lr",
-        2e-3,
-        "--epochs",
-        1,
-        "--val-every",
-        200,
-    ]
+    sizes = ["--dataset", pair, "--d-hidden", 512, "--batch-size", 256, "--lr", 2e-3, "--epochs", 1, "--val-every", 200]
     off, topk = ["--wandb", "disabled"], ["--variant", "batch_topk", "--k", 16]
     return {
         "vanilla": train(folder, "vanilla", *sizes, "--l1-coeff", 0.5, "--wandb", "offline"),
@@ -257,10 +244,10 @@ def test_saved_crosscoder_takes_raw_activations(trained, pair):
 
 
 def test_a_model_paired_with_itself_has_no_exclusive_latents_and_with_shuffled_rows_few_shared(pair, tmp_path):
-    base = load_from_disk(str(pair / "base"))["train"].select(range(60_000)).select_columns("activation")
+    base = load_from_disk(str(pair / "base"))["train"].select(range(30_000)).select_columns("activation")
     base.save_to_disk(str(tmp_path / "base"))
-    base.select(np.random.default_rng(0).permutation(60_000)).save_to_disk(str(tmp_path / "shuffled"))
-    sizes = ["--wandb", "disabled", "--d-hidden", 256, "--batch-size", 512, "--lr", 2e-3, "--epochs", 4, "--l1-coeff", 1]
+    base.select(np.random.default_rng(0).permutation(30_000)).save_to_disk(str(tmp_path / "shuffled"))
+    sizes = ["--wandb", "disabled", "--d-hidden", 256, "--batch-size", 256, "--lr", 2e-3, "--epochs", 4, "--l1-coeff", 1]
     counts = {}
     for ft in ("base", "shuffled"):
         run = train(tmp_path, f"run-{ft}", *sizes, "--base-dataset", tmp_path / "base", "--ft-dataset", tmp_path / ft)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import nbformat
-import tiny_models
 from helpers import ROOT
 from nbclient import NotebookClient
 
@@ -15,11 +14,8 @@ def outputs(cells, kind: str) -> list[str]:
     return [out["data"][kind] for cell in cells for out in cell.get("outputs", []) if kind in out.get("data", {})]
 
 
-def test_the_tutorial_runs(tiny, tmp_path, monkeypatch):
-    models = Path(tiny["base"]).parent
-    if not (models / "caps").exists():
-        tiny_models.fine_tune_on_capitals(models, steps=150)
-    (tmp_path / "tiny").symlink_to(models)
+def test_the_tutorial_runs(caps, tmp_path, monkeypatch):
+    (tmp_path / "tiny").symlink_to(Path(caps["caps"]).parent)
     monkeypatch.setenv("TUTORIAL_FOLDER", str(tmp_path))
     notebook = nbformat.read(PAGE, as_version=4)
     cells = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "docs")}}).execute().cells
