@@ -270,7 +270,7 @@ def test_a_full_disk_at_a_line_of_metrics(tmp_path):
 
 def test_a_full_disk_at_the_final_model_and_what_follows(tmp_path):
     """The limit comes while the held-out rows are read, after the last checkpoint. Then there is room again."""
-    flags = [*QUICK, "--num-tokens", 640, "--val-tokens", 150_000]
+    flags = [*QUICK, "--num-tokens", 640, "--val-tokens", 50_000]
     process, run = start(tmp_path, "a", *flags), tmp_path / "a"
     wait_until(lambda: checkpoint.complete(run), process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
