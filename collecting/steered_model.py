@@ -102,7 +102,9 @@ def answer_logits(
         where[row, :length] = steered(length, len(prompt), skip_first, answer_alone)
         predicts[row, len(prompt) - 1 : length - 1] = True
     kept = max(lengths) - min(map(len, prompts)) + 1  # positions at the end, of which the logits are asked
-    fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # Places, not their number: of a slice the product would be one for each row, with a copy of the head's weights each.
+    places = torch.arange(max(lengths) - kept, max(lengths), device=model.device)
+    fewer = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with added(model, hook, vectors, where):
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **fewer).logits
     return logits[predicts[:, -logits.shape[1] :].to(logits.device)]
