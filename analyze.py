@@ -68,9 +68,10 @@ def main(config: AnalyzeConfig) -> None:
     exports.check(config.export, data)
     labeller = labels.open_labeller(config.label_url, config.label_model, out, data, tokenizer)
     if data.text and config.base_model:
-        from analysis import patching  # loads nnsight and transformers
+        with working("loading the models"):
+            from analysis import patching  # loads nnsight and transformers
 
-        models = patching.open_models(data, vars(config), str(device))
+            models = patching.open_models(data, vars(config), str(device))
 
     if crosscoder.n_models == 1:
         return analyze_difference(config, crosscoder, data, models, tokenizer, labeller, asked, wanted, out, notes)

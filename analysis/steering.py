@@ -144,9 +144,10 @@ def generate(model: tuple, prompts: list[list[int]], vectors: Tensor, rows: int,
     found, every = [], vectors.repeat_interleave(len(prompts), 0)
     asked = prompts * len(vectors)
     for start in range(0, len(asked), rows):
-        part = slice(start, start + rows)
-        found += steered_model.answers(*model, asked[part], every[part], **how)
-        bar.update(len(found[part]))
+        part, before = slice(start, start + rows), bar.n
+        share = len(asked[part]) / how["tokens"]
+        found += steered_model.answers(*model, asked[part], every[part], after_token=lambda n=share: bar.update(n), **how)
+        bar.update(before + len(found[part]) - bar.n)
     return [found[i : i + len(prompts)] for i in range(0, len(found), len(prompts))]
 
 
@@ -284,7 +285,8 @@ def best(lines: list[dict]) -> dict:
         of = min(TOLD, len(line["random"])) * count
         rates = [line[name] if up else 1 - line[name] for name in ("shown", "shown_random") if line[name] is not None]
         p = more_often(round(rates[0] * count), count, round(rates[-1] * of), of)
-        told["beyond_random_shown"] = p * len(lines) <= CHANCE and line["shown"] != line["shown_before"]
+        moved = line["shown"] != line["shown_before"] != line["shown_other"]  # where both show it alike there is no towards
+        told["beyond_random_shown"] = p * len(lines) <= CHANCE and moved
     means = {
         f"{name}_random": float(np.mean(line[f"{name}_random"])) if line[f"{name}_random"] else None
         for name in ("kl", "logprob")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,12 +54,17 @@ def added(model, hook: str, vectors: Tensor, where: Tensor) -> Iterator[None]:
         if hook.endswith(".input")
         else module.register_forward_hook(after)
     )
+    handles = [handle]
+    if (head := plain(model).get_output_embeddings()) is not None:
+        # Of a slice, as of the last positions, torch's product is one for each row, with a copy of the weights each.
+        handles.append(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])))
     try:
         yield
         if not seen:  # nothing would have been added, and no one would know
             raise ValueError(f"--hook {hook}: a forward pass does not reach it; give another module")
     finally:
-        handle.remove()
+        for one in handles:
+            one.remove()
 
 
 def steered(length: int, answer_from: int, skip_first: int, answer_alone: bool) -> Tensor:
@@ -69,9 +74,15 @@ def steered(length: int, answer_from: int, skip_first: int, answer_alone: bool) 
 
 @torch.no_grad()
 def answers(
-    model, hook: str, prompts: list[list[int]], vectors: Tensor, *, tokens: int, skip_first: int, answer_alone: bool = False
-) -> list[list[int]]:
+    model, hook: str, prompts: list[list[int]], vectors: Tensor, *, tokens: int, skip_first: int, answer_alone: bool = False,
+    after_token: Callable[[], None] = lambda: None,
+) -> list[list[int]]:  # fmt: skip
     """The greedy answer of at most `tokens` token ids to each prompt, its end token included, one vector [d_model] a prompt."""
+
+    def no_end(ids: Tensor, _) -> Tensor:
+        after_token()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     model, width = plain(model), max(map(len, prompts))
     ids, mask, where = (torch.zeros(len(prompts), width, dtype=kind) for kind in (torch.long, torch.long, torch.bool))
     for row, prompt in enumerate(prompts):  # padded on the left
@@ -82,7 +93,8 @@ def answers(
     options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "pad_token_id": ends[0] if ends else 0}
     with added(model, hook, vectors, where):
         made = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=tokens, **options
+            ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=tokens, **options,
+            stopping_criteria=[no_end],
         )  # fmt: skip
     found = made[:, width:].tolist()
     return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), tokens)] for answer in found]
@@ -102,9 +114,7 @@ def answer_logits(
         where[row, :length] = steered(length, len(prompt), skip_first, answer_alone)
         predicts[row, len(prompt) - 1 : length - 1] = True
     kept = max(lengths) - min(map(len, prompts)) + 1  # positions at the end, of which the logits are asked
-    # Places, not their number: of a slice the product would be one for each row, with a copy of the head's weights each.
-    places = torch.arange(max(lengths) - kept, max(lengths), device=model.device)
-    fewer = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with added(model, hook, vectors, where):
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **fewer).logits
     return logits[predicts[:, -logits.shape[1] :].to(logits.device)]
