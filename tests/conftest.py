@@ -20,6 +20,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # sizes here are so small that th
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch is here already
 pytest.register_assert_rewrite("helpers")
 
+# The files that take longest begin first, or one of them would be left alone at the end; those that wait for the same models
+# lie apart. The others follow in the order of their names (pytest.ini: --no-loadscope-reorder).
+FIRST = "analyze faults shard compiled collect hub monitor resume live train sources collection labels steering benchmarks"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": i for i, name in enumerate(FIRST.split())}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], dict[str, str]]], dict[str, str]]:
