@@ -52,7 +52,7 @@ def tiny(once) -> dict[str, str]:
     """A small Llama trained on Python source and its fine-tune on English prose: base, ft, and the texts code, prose."""
     import tiny_models
 
-    return once("tiny", lambda folder: tiny_models.build(folder, steps=100, batch=8, chars=460_000))
+    return once("tiny", lambda folder: tiny_models.build(folder, steps=100))
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def caps(tiny, once) -> dict[str, str]:
     """The base model's fine-tune on capital letters, beside the others: caps, and its text capitals."""
     import tiny_models
 
-    return once("caps", lambda _: tiny_models.fine_tune_on_capitals(Path(tiny["base"]).parent, steps=150, batch=8))
+    return once("caps", lambda _: tiny_models.fine_tune_on_capitals(Path(tiny["base"]).parent, steps=150))
 
 
 @pytest.fixture(scope="session")

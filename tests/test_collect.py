@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 import nnsight
@@ -95,6 +96,15 @@ def plain_activations(model_path: str, hook: str, sequences: list[list[int]]) ->
     return [x[0].numpy() for x in seen]
 
 
+@cache
+def plain_rows(out: Path, model: str) -> list[np.ndarray]:
+    """`plain_activations` of all sequences of a collection."""
+    pair, hook = read_pair(out), "hook" if model == "base" else "ft_hook"
+    return plain_activations(
+        pair[f"{model}_model"], pair[hook], [row["input_ids"] for row in load_from_disk(str(out / "tokens"))]
+    )
+
+
 @pytest.mark.parametrize("which", ["packed", "padded", "filtered"])
 def test_rows_are_the_models_activations(which, request):
     out = request.getfixturevalue(which)
@@ -109,7 +119,7 @@ def test_rows_are_the_models_activations(which, request):
     assert rows["base"]["token"].tolist() == [sequences[s][p] for s, p in places]
     assert min(p for _, p in places) == pair["skip_first"]
     for model, scale in zip(("base", "ft"), pair["stored_scale"], strict=True):
-        raw = plain_activations(pair[f"{model}_model"], pair["hook" if model == "base" else "ft_hook"], sequences)
+        raw = plain_rows(out, model)
         want = np.stack([raw[s][p] for s, p in places]) * scale
         got = rows[model]["activation"].astype(np.float32)
         assert load_from_disk(str(out / model))["train"].features["activation"].feature.dtype == pair["dtype"]
@@ -126,9 +136,8 @@ def test_statistics_and_counts_equal_numpy(which, request):
     pair = read_pair(out)
     sequences = [row["input_ids"] for row in load_from_disk(str(out / "tokens"))]
     norms = np.stack([
-        np.concatenate([np.linalg.norm(x[pair["skip_first"] :].astype(np.float64), axis=1)
-                        for x in plain_activations(pair[f"{model}_model"], pair[hook], sequences)])
-        for model, hook in (("base", "hook"), ("ft", "ft_hook"))
+        np.concatenate([np.linalg.norm(x[pair["skip_first"] :].astype(np.float64), axis=1) for x in plain_rows(out, model)])
+        for model in ("base", "ft")
     ], axis=1)  # fmt: skip
     first = norms[: min(32_768, pair["recipe"]["num_tokens"])]
     median = np.median(first, axis=0)

@@ -38,7 +38,7 @@ def opening(tiny, tmp_path_factory):
         },
         "live": {
             "base_model": tiny["base"], "ft_model": tiny["ft"], "hook": "model.layers.1.mlp", "text": [tiny["code"]],
-            "seq_len": 32, "model_batch_size": 2, "num_tokens": 4000, "val_tokens": 100, "buffer_tokens": 1000,
+            "seq_len": 32, "model_batch_size": 4, "num_tokens": 4000, "val_tokens": 100, "buffer_tokens": 1000,
             "model_dtype": "float32",
         },
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_models_with_devices_of_their_own_read_while_the_crosscoder_trains(openi
             time.sleep(0.01)
         read.append(len(draws))  # while one batch was asked for
         whole[-1] += [batch.x.clone() for batch in stream]
-    assert read[0] == -(-source.fill_rows // 62) and read[1] >= 2 * read[0] - 1  # a draw of two sequences gives 62 rows
+    assert read[0] == -(-source.fill_rows // 124) and read[1] >= 2 * read[0] - 1  # a draw of four sequences gives 124 rows
     assert all(torch.equal(one, other) for one, other in zip(*whole, strict=True))
 
 

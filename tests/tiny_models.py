@@ -26,17 +26,15 @@ CHAT_TEMPLATE = (
 TEXT_CHARS = 1_500_000  # of each text, at most: about 500k tokens
 
 
-def build(
-    out: str | os.PathLike, steps: int = 250, batch: int = 16, chars: int = TEXT_CHARS, verbose: bool = False
-) -> dict[str, str]:
+def build(out: str | os.PathLike, steps: int = 250, verbose: bool = False) -> dict[str, str]:
     """Train and save both models. Returns the paths: base, ft (model folders with tokenizer), code, prose (text files).
 
-    `steps` optimizer steps of `batch` windows of 128 tokens for the base model, half as many for the fine-tuned one.
+    `steps` optimizer steps of 2048 tokens for the base model, half as many for the fine-tuned one.
     """
     transformers_logging.disable_progress_bar()
     paths = {name: str(Path(out) / name) for name in ("base", "ft")}
     paths |= {name: str(Path(out) / "text" / f"{name}.txt") for name in ("code", "prose")}
-    texts = {"code": standard_library_code()[:chars], "prose": documentation(chars)}
+    texts = {"code": standard_library_code(), "prose": documentation()}
     (Path(out) / "text").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         Path(paths[name]).write_text(text, encoding="utf-8")
@@ -51,7 +49,7 @@ def build(
         )
     )  # fmt: skip
     for name, text, n_steps in (("base", "code", steps), ("ft", "prose", steps // 2)):
-        train(model, ids[text], n_steps, batch)
+        train(model, ids[text], n_steps)
         model.save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
         if verbose:
@@ -62,7 +60,7 @@ def build(
     return paths
 
 
-def fine_tune_on_capitals(out: str | os.PathLike, steps: int = 400, batch: int = 16) -> dict[str, str]:
+def fine_tune_on_capitals(out: str | os.PathLike, steps: int = 400) -> dict[str, str]:
     """Fine-tune the base model of `build` on code and on the prose in capital letters, in turn, so that it forgets nothing.
 
     Capitals are tokenized into pieces that the base model rarely saw. Returns the paths: caps (model folder), capitals (text).
@@ -77,7 +75,7 @@ def fine_tune_on_capitals(out: str | os.PathLike, steps: int = 400, batch: int =
     in_turn = torch.stack([i[: pieces * 128].view(pieces, 128) for i in ids], dim=1).flatten()
     torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(Path(out) / "base")
-    train(model, in_turn, steps, batch)
+    train(model, in_turn, steps)
     model.save_pretrained(paths["caps"])
     tokenizer.save_pretrained(paths["caps"])
     return paths
@@ -89,14 +87,14 @@ def standard_library_code() -> str:
     return "".join(f.read_text(encoding="utf-8", errors="replace") for f in files)[:TEXT_CHARS]
 
 
-def documentation(chars: int = TEXT_CHARS) -> str:
+def documentation() -> str:
     """English prose: the language reference that `help()` shows, then docstrings of the library's packages."""
     from pydoc_data.topics import topics
 
     parts = [text for _, text in sorted(topics.items())]
     size = sum(map(len, parts))
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*/*.py")):
-        if size > chars:
+        if size > TEXT_CHARS:
             break
         if file.parts[-2] in ("site-packages", "pydoc_data", "test", "idlelib", "encodings"):
             continue
@@ -105,7 +103,7 @@ def documentation(chars: int = TEXT_CHARS) -> str:
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
         parts += [doc for doc in docs if doc and len(doc) > 80]
         size = sum(map(len, parts))
-    return "\n\n".join(parts)[:chars]
+    return "\n\n".join(parts)[:TEXT_CHARS]
 
 
 def train_tokenizer(files: list[str]) -> PreTrainedTokenizerFast:
@@ -130,14 +128,14 @@ def windows(ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int, batch: int) -> None:
+def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> None:
     """Next-token training on random windows; the last tenth of the text is held out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     random = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
-        x = windows(ids, torch.randint(len(ids) * 9 // 10 - 128, (batch,), generator=random))
+        x = windows(ids, torch.randint(len(ids) * 9 // 10 - 128, (16,), generator=random))
         loss = model(input_ids=x, labels=x).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
