@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sources.source import Source
 
 RECENT = 5  # logged steps from which the speed is taken that the rest of the run is expected to have
-SPARSE_COST = 0.3  # of the work of a step with many active codes, what one with few has, on a CPU
+SPARSE_COST = 0.45  # of the work of a step with many active codes, what one with few has, on a CPU
 FIXED_COST = 0.005  # seconds of a step that the number of codes does not change
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal: a log file wants few
 IN_A_ROW = 3  # logged steps that must agree before a warning: one bad batch is no trend
