@@ -12,6 +12,7 @@ it still is what was written. Nothing is pickled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -156,10 +158,19 @@ def write_index(folder: Path, index: dict) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 over the SHA-256 of each block of a file: blocks are hashed in parallel, as one core is slower than the disk."""
-    with open(path, "rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with open(path, "rb") as file:
         starts = range(0, path.stat().st_size, HASHED_TOGETHER)
-        blocks = pool.map(lambda start: hashlib.sha256(os.pread(file.fileno(), HASHED_TOGETHER, start)).digest(), starts)
+        blocks = hashers().map(lambda start: hashlib.sha256(os.pread(file.fileno(), HASHED_TOGETHER, start)).digest(), starts)
         return hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+@functools.cache
+def hashers() -> ThreadPoolExecutor:
+    """Threads, all of them started: CPython waits for ever for one that begins where there is no memory for it."""
+    threads = min(8, os.cpu_count() or 1)
+    pool, all_here = ThreadPoolExecutor(threads), threading.Barrier(threads)
+    list(pool.map(lambda _: all_here.wait(), range(threads)))
+    return pool
 
 
 def checksum_of_index(index: dict) -> str:

@@ -69,6 +69,8 @@ def require_memory(config, source: Source, device: torch.device, processes: int)
 @contextmanager
 def memory_errors(run: Path | None = None):
     """ValueError with one sentence where the memory of a device or of the host runs out. run: where checkpoints lie."""
+    if run:
+        checkpoint.hashers()  # begin while there is memory
     try:
         yield
     except (MemoryError, RuntimeError) as error:

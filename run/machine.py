@@ -107,11 +107,16 @@ def size_text(n_bytes: float) -> str:
     return tqdm.format_sizeof(n_bytes, "B")
 
 
-def progress_bar(what: str | None, total: int, **options) -> tqdm:
+class Bar(tqdm):
+    def __del__(self):
+        """Nothing: tqdm's own fails, with a traceback, where Ctrl-C came while a bar was being made. All are closed."""
+
+
+def progress_bar(what: str | None, total: int, **options) -> Bar:
     """On a terminal, and gone when it is done. Without one (a cluster's log) a line every half minute, from `delay` on."""
     terminal = sys.stderr.isatty()
     usual = {"leave": not terminal, "mininterval": 0.5 if terminal else 30, "delay": 0 if terminal else 30}
-    return tqdm(total=total, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)
+    return Bar(total=total, desc=what, unit=" rows", unit_scale=True, dynamic_ncols=True, **usual | options)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a person at a terminal sees: a first line at once, how long it takes, a clean end, the command that comes next."""
 
 import fcntl
+import gc
 import os
 import pty
 import re
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import pytest
 from helpers import QUICK, ROOT
+from tqdm import tqdm
 
 from config import CollectConfig, TrainConfig
 from run import flags, monitor
 from run.checkpoint import Progress
 from run.flags import parse
+from run.machine import Bar, progress_bar
 
 
 def screen(shown: bytes) -> list[str]:
@@ -61,6 +64,22 @@ def test_ctrl_c_over_the_bar_leaves_a_clean_line(tmp_path):
     (saving,) = [line for line in lines if "SIGINT: saving step" in line]
     assert saving.startswith("SIGINT: ")  # at the beginning of a line
     assert lines[-3].startswith("stopped by SIGINT") and lines[-2:] == [f"python train.py --resume {tmp_path / 'a'}", ""]
+
+
+def test_ctrl_c_while_a_bar_is_made_leaves_no_traceback(monkeypatch):
+    """tqdm closes every bar when it is deleted, and fails at one that was not finished."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: ignored.append(error.exc_value))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for made in (tqdm, Bar):
+        monkeypatch.setattr(made, "_get_free_pos", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made(total=1, disable=False) if made is tqdm else progress_bar("rows", 1)
+        gc.collect()
+        assert [type(error) for error in ignored] == [AttributeError], made
 
 
 @pytest.mark.parametrize("script", ["train.py", "collect.py", "analyze.py", "formats.py"])
