@@ -223,8 +223,8 @@ def steer(  # noqa: PLR0913 - what `main` has opened
     how = {"behaviour": config.behaviour, "answer_alone": alone, "skip_first": skip_first}
     together = [chosen] if len(chosen) > 1 or not asked else []
     groups = [[latent] for latent in chosen if asked] + together
-    if crosscoder.n_models == 1:  # a difference has more of each latent in the fine-tuned model, and no null
-        table = table | {"direction": np.full(len(table["dead"]), "ft"), "changed": np.zeros(len(table["dead"]), bool)}
+    if crosscoder.n_models == 1:  # a difference has more of each latent in the fine-tuned model
+        table = table | {"direction": np.full(len(table["dead"]), "ft")}
     lines = steering.steer(
         models, crosscoder, table, groups, prompts, tokenizer, rows=8 * config.model_batch_size, seed=config.seed, **how
     ).to_dict("records")

@@ -102,10 +102,12 @@ def direction(crosscoder: CrossCoder, table, latents: list[int], instead: list[i
 
 
 def draw_controls(table, latents: list[int], count: int, seed: int) -> list[list[int]]:
-    """`count` sets of as many random live latents, of those not called changed where there are enough."""
-    others = np.setdiff1d(np.flatnonzero(~np.asarray(table["dead"])), latents)
-    same = others[~np.asarray(table["changed"])[others]]
-    pool = np.random.default_rng(seed).permutation(same if len(same) >= count else others)
+    """`count` sets of as many random live latents, of the half ranked last where it has enough: much of the half above, changed
+    by too little to be called so, is about the change as well."""
+    live, rank = np.flatnonzero(~np.asarray(table["dead"])), np.asarray(table["rank"])
+    others = np.setdiff1d(live, latents)
+    last = others[rank[others] > np.median(rank[live])]
+    pool = np.random.default_rng(seed).permutation(last if len(last) >= count else others)
     return np.resize(pool, (min(count, len(pool)), len(latents))).tolist()
 
 
@@ -167,7 +169,7 @@ def steer(  # noqa: PLR0913 - settings, given by name
     Args:
         models: (model, hook) of the base and of the fine-tuned one: causal models of transformers, plain or wrapped by nnsight,
             on one device; hook as "model.layers.13".
-        table: columns mean_act, direction, dead and changed of latents.parquet, [d_hidden] each.
+        table: columns mean_act, direction, dead and rank of latents.parquet, [d_hidden] each.
         groups: latents to steer with, each group together.
         behaviour: a regular expression; an answer shows the behaviour where it is found.
         answer_alone: steer from the last token of a prompt on, not from position `skip_first`.

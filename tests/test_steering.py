@@ -152,7 +152,8 @@ def test_the_direction_is_the_longer_row_in_raw_activations_with_its_typical_len
     parts = steering.direction(crosscoder, table, [ft]) + steering.direction(crosscoder, table, [base])
     assert torch.allclose(both, parts, atol=1e-6)
     for control in steering.draw_controls(table, [ft, base], 19, seed=0):
-        assert not {ft, base} & set(control) and not table["dead"][control].any() and not table["changed"][control].any()
+        assert not {ft, base} & set(control) and not table["dead"][control].any()
+        assert (table["rank"][control] > live["rank"].median()).all()
         assert steering.direction(crosscoder, table, [ft, base], control).norm() == pytest.approx(both.norm().item(), rel=1e-5)
     assert len({tuple(one) for one in steering.draw_controls(table, [ft], 19, seed=0)}) == 19
 
@@ -171,7 +172,7 @@ def test_a_planted_cause_is_found(capitals, tokenizer):
         "mean_act": np.full(40, 10.0),
         "direction": np.full(40, "ft"),
         "dead": np.zeros(40, bool),
-        "changed": np.arange(40) == 0,
+        "rank": 1 + np.arange(40),
     }
     vector = 2 * 10.0 * crosscoder.W_dec[0, 1].detach() / 4
     ft.get_submodule(HOOK).register_forward_hook(lambda module, args, out: out + vector)
