@@ -103,7 +103,7 @@ def direction(crosscoder: CrossCoder, table, latents: list[int], instead: list[i
 
 def draw_controls(table, latents: list[int], count: int, seed: int) -> list[list[int]]:
     """`count` sets of as many random live latents, of the half ranked last where it has enough: what is about the change but by
-    too little to be called changed is mostly in the other half, and latents of that half move the models more."""
+    too little to be called changed is mostly in the other half."""
     live, rank = np.flatnonzero(~np.asarray(table["dead"])), np.asarray(table["rank"])
     others = np.setdiff1d(live, latents)
     last = others[rank[others] > np.median(rank[live])]
