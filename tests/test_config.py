@@ -54,7 +54,7 @@ def test_help_says_which_default_is_used(monkeypatch):
         "--l1-warmup": f"{REAL['l1_warmup']:g}, or 0 with --init-from",
         "--k-start": f"{REAL['k_start']:g}, or 1 with --init-from",
         "--lr ": f"{LR_FACTOR} / sqrt(d_model * d_hidden)",
-        "--lr-decay": "0.4",
+        "--lr-decay": "0.8",
     }.items():
         assert re.search(rf"│ {flag}.*\(default: {re.escape(default)}", shown), flag
 

@@ -80,7 +80,7 @@ def test_planted_run_writes_what_design_promises(tmp_path):
     commit = config["code"]["commit"]  # None in a copy without its history
     assert head.startswith(commit.removesuffix("-dirty")) if head else commit is None
     assert config["given"]["d_hidden"] == 64 and config["given"]["lr"] is None
-    assert config["resolved"]["lr"] == 1.44 / (128 * 64) ** 0.5
+    assert config["resolved"]["lr"] == 2 / (128 * 64) ** 0.5
 
 
 def test_schedules(tmp_path):
