@@ -22,7 +22,10 @@ pytest.register_assert_rewrite("helpers")
 
 # The files that take longest begin first, or one of them would be left alone at the end; those that wait for the same models
 # lie apart. The others follow in the order of their names (pytest.ini: --no-loadscope-reorder).
-FIRST = "analyze faults shard compiled collect hub monitor resume live train sources collection labels steering benchmarks"
+FIRST = (
+    "analyze faults shard compiled collect hub monitor resume live train disks sources analyze_stops collection labels "
+    "steering benchmarks"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,6 +79,16 @@ def torchrun(n, script, *args) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def command(tiny, out, *flags, **options) -> list[str]:
+    """The command line of collect.py; a flag given in `options` replaces the usual one."""
+    options = {"base_model": tiny["base"], "ft_model": tiny["ft"], "hook": "model.layers.1.mlp", "model_dtype": "float32",
+               "seq_len": 128, "output": out} | options  # fmt: skip
+    if "--text" not in flags:
+        flags = ("--text", f"{tiny['code']}=3", "--text", f"{tiny['prose']}=1", *flags)
+    given = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return [str(ROOT / "collect.py"), *given, *map(str, flags)]
+
+
 # --- training runs
 
 
@@ -112,9 +122,21 @@ def wait_for_step(process, run: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
+def wait_until(true, process=None, seconds=120) -> None:
+    deadline = time.time() + seconds
+    while not true():
+        assert time.time() < deadline and (process is None or process.poll() is None), process and process.communicate()
+        time.sleep(0.002)
+
+
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metrics(folder: Path) -> dict:
+    """The metrics.json of an analysis."""
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The kernels against plain PyTorch; `test_crosscoder.py` compares whole training steps. Interpreted where there is no GPU."""
+"""The kernels against plain PyTorch; `test_losses.py` compares whole training steps. Interpreted where there is no GPU."""
 
 from contextlib import contextmanager
 
