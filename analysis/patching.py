@@ -241,7 +241,8 @@ def patch_models(
                 of_batch = patched_batch(models, crosscoder, sequences[part], first[part], skip_first, max_norm, carried)
                 for key, found in of_batch:
                     totals[key] = totals.get(key, 0) + found
-                    bar.update(sum(map(len, sequences[part])) / (13 + 2 * len(carried)))  # sums that a batch gives
+                    share = sum(map(len, sequences[part])) / (13 + 2 * len(carried))  # of the sums that a batch gives
+                    bar.update(min(share, bar.total - bar.n))  # tqdm warns where rounding passes the total
     result = summarise(totals, {name: len(chosen) for name, chosen in latents.items()})
     result["rule"] = (
         f"Replaced are the activations that the dataset holds: the first {skip_first} positions of a sequence and activations "
