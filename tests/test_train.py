@@ -88,8 +88,8 @@ def test_schedules(tmp_path):
     lines = {m["step"]: m for m in metrics(run) if "lr" in m}
     lr, l1 = [[lines[s][name] for s in range(1, 101)] for name in ("lr", "l1_coeff")]
     np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10 * 0.01)
-    np.testing.assert_allclose(lr[10:60], 0.01)
-    np.testing.assert_allclose(lr[60:], np.arange(40, 0, -1) / 40 * 0.01)
+    np.testing.assert_allclose(lr[10:20], 0.01)
+    np.testing.assert_allclose(lr[20:], np.arange(80, 0, -1) / 80 * 0.01)
     np.testing.assert_allclose(l1[:20], np.arange(1, 21) / 20 * 2)
     np.testing.assert_allclose(l1[20:], 2)
 
@@ -207,7 +207,7 @@ def test_explained_variance_rises_on_real_activations(trained, recipe):
 
 def test_l0_falls_and_ends_at_k_for_batch_topk(trained):
     l0 = [m["l0_loss"] for m in metrics(trained["vanilla"]) if "l0_loss" in m]
-    assert l0[-1] < 0.25 * l0[0]
+    assert l0[-1] < 0.3 * l0[0]
     for recipe in ("batch_topk", "with_aux"):
         lines = metrics(trained[recipe])
         assert {m["l0_loss"] for m in lines[:-1] if m["step"] > 0.8 * lines[-1]["step"]} == {16.0}
