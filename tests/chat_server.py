@@ -57,7 +57,7 @@ def serve(answer):
             asked.append(one)
             answered = answer(one)
             status, headers, content = answered if isinstance(answered, tuple) else (200, {}, completion(answered))
-            content = json.dumps(content).encode()
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in ({"Content-Type": "application/json", "Content-Length": len(content)} | headers).items():
                 self.send_header(name, str(value))

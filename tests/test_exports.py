@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import one_line_error, read_pair, run_script, train
+from helpers import one_line_error, open_pair, read_pair, run_script, train
 from safetensors.numpy import load_file
 
-from analysis.data import Text
-from analysis.exports import cut
+from analysis.data import Data, Text, open_text
+from analysis.exports import cut, write_delphi
 from crosscoder import CrossCoder
 
 FEW = ["--num-tokens", 20_000, "--sections-per-class", 4, "--examples", 8, "--context", 8]
@@ -96,6 +96,28 @@ def test_delphi_gets_the_codes_of_whole_sequences(exported, pair, run):
     assert (found > 0).sum() > 10_000 and np.allclose(found, expected, rtol=1e-3, atol=2e-4)
 
 
+def test_delphi_gets_the_codes_of_pieces_of_sequences(pair, run, tmp_path):
+    source = open_pair(str(pair), (None, None), None, 10**9, 0)
+    text = open_text(str(pair), source)
+    ids = [np.array(text.sequences[i]["input_ids"][: 250 - 50 * (i % 3 == 0)]) for i in range(len(text.sequences))]
+    text = text._replace(sequences=[{"input_ids": one} for one in ids])
+    data = Data(source, str(pair), text, 2000, 2000)
+    write_delphi(tmp_path, CrossCoder.from_pretrained(run / "crosscoder"), data, 4000)
+    contexts, first, count, length = cut(text, 4000)
+    assert length == 32 and set(count) == {0, 6, 7}
+    expected = np.zeros((*contexts.shape, 64), np.float32)
+    for (sequence, position), codes in zip(*codes_of(pair, run), strict=True):
+        if position // 32 < count[sequence]:
+            expected[first[sequence] + position // 32, position % 32] = codes
+    found = np.zeros_like(expected)
+    for path in (tmp_path / "latents" / "model.layers.1.mlp").glob("*.safetensors"):
+        file, start = load_file(path), int(path.stem.split("_")[0])
+        context, position, latent = file["locations"].astype(int).T
+        found[context, position, latent + start] = file["activations"]
+        assert (file["tokens"] == contexts).all()
+    assert np.allclose(found, expected, rtol=1e-3, atol=2e-4) and (found > 0).any()
+
+
 def test_neuronpedia_gets_the_latents_with_their_examples(exported):
     (place,) = (exported / "export" / "neuronpedia").glob("*/*")
     assert place.parent.name == "ft" and place.name == "1-crosscoder-a"
@@ -118,6 +140,7 @@ def test_neuronpedia_gets_the_latents_with_their_examples(exported):
         assert [line["tokens"] for line in written] == [e["tokens"] for e in mine]
         for line, e in zip(written, mine, strict=True):
             assert line["values"] == [value or 0 for value in e["values"]] and line["minValue"] == min(line["values"])
+            assert (line["dataSource"], line["dataIndex"]) == (e["text"], str(e["sequence"]))
             assert line["values"][line["maxValueTokenIndex"]] == line["maxValue"] == max(line["values"]) > 0
     assert len({line["id"] for line in lines["activations"]}) == len(lines["activations"])
 

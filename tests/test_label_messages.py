@@ -7,11 +7,11 @@ from analysis.endpoint import found_json
 
 
 def test_held_out_examples_share_no_text_with_those_shown():
-    def example(sequence, position, tokens="abcde"):
-        return {"sequence": sequence, "position": position, "peak": 2, "tokens": list(tokens), "values": [0, 0, 1, 0, None]}
+    def example(sequence, position, tokens="abcde", peak=2):
+        return {"sequence": sequence, "position": position, "peak": peak, "tokens": list(tokens), "values": [0, 0, 1, 0, None]}
 
-    first, overlapping, other = example(1, 10), example(1, 14, "efghi"), example(2, 50, "vwxyz")
-    same_words, apart, last = example(3, 7), example(1, 15, "fghij"), example(9, 9, "klmno")
+    first, overlapping, other = example(1, 10), example(1, 14, "efghi"), example(2, 15, "vwxyz")
+    same_words, apart, last = example(3, 7), example(1, 13, "fghij", 0), example(9, 9, "klmno")
     shown, held_out = labels.split_examples({"examples": [first, overlapping, other, same_words, last, apart]})
     assert shown == [first, other, last] and held_out == [apart]
 
@@ -49,6 +49,8 @@ def test_what_the_lens_says_is_told():
     [
         ('{"description": "braces {like} [these]"}', {"description": "braces {like} [these]"}),
         ('<think>{"description": "no"}</think> Sure [1]: {"description": "yes"}.', {"description": "yes"}),
+        ('<think>{"contains": [0, 1]}</think> [1, 0]', [1, 0]),
+        ('{"a": 1}, or {rather} {"a": 2}, as in [1]', {"a": 2}),
         ("```json\n[1, 0]\n```", [1, 0]),
         ('{"a": 1} {"b"', {"a": 1}),
     ],
