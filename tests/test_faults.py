@@ -233,11 +233,11 @@ def test_a_log_file_gets_lines_with_time(tmp_path):
 # --- all at once
 
 
-def test_soak_with_three_kills():
-    flags = ["--kills", 3, "--inside-saves", 1, "--inside-final-save", 1]
+def test_soak_with_two_kills():
+    flags = ["--kills", 2, "--inside-saves", 1, "--inside-final-save", 1]
     shown = run_script("benchmarks/soak.py", *flags, check=True).stdout
     assert (
-        shown.startswith("3 kills (")
+        shown.startswith("2 kills (")
         and ", 1 inside the final save, " in shown
         and "the same bits, 0 temporary files left" in shown
     )
