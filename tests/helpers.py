@@ -79,7 +79,7 @@ def torchrun(n, script, *args) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def command(tiny, out, *flags, **options) -> list[str]:
+def collect_command(tiny, out, *flags, **options) -> list[str]:
     """The command line of collect.py; a flag given in `options` replaces the usual one."""
     options = {"base_model": tiny["base"], "ft_model": tiny["ft"], "hook": "model.layers.1.mlp", "model_dtype": "float32",
                "seq_len": 128, "output": out} | options  # fmt: skip

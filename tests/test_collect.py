@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import CHATML, command, failure, read_pair, read_rows
+from helpers import CHATML, collect_command, failure, read_pair, read_rows
 from processes import Started, finished
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +26,7 @@ from run.held_out import is_candidate
 
 def collect(tiny, out, *flags, **options) -> str:
     """Run to the end; returns what was printed."""
-    done = finished(*command(tiny, out, *flags, **options))
+    done = finished(*collect_command(tiny, out, *flags, **options))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -197,7 +197,7 @@ def test_same_command_on_a_complete_folder_says_so(tiny, packed):
 
 
 def start_and_wait_for_a_shard(tiny, out) -> Started:
-    process = Started(*command(tiny, out, **RECIPE))
+    process = Started(*collect_command(tiny, out, **RECIPE))
     while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["shards"]["train"]:
         assert process.poll() is None, process.output()
         time.sleep(0.002)
@@ -227,10 +227,10 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
     (out / "base/train/data-00015.partial").write_bytes(b"half a shard")
     (out / "ft/train/data-00015.arrow").write_bytes(b"a shard that was never counted")
     # a restart by another recipe is refused, and leaves everything as it is
-    line = failure(command(tiny, out, **RECIPE | {"seq_len": 64}))
+    line = failure(collect_command(tiny, out, **RECIPE | {"seq_len": 64}))
     assert "seq-len 128 and not 64" in line
     # a disk that takes no whole shard, as a full one does; what was complete stays, nothing else
-    process = Started(*command(tiny, out, **RECIPE))
+    process = Started(*collect_command(tiny, out, **RECIPE))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     errors, progress = process.communicate()[1], json.loads((out / "progress.json").read_text())
     assert process.returncode == 1 and "Traceback" not in errors and progress["shards"]["train"] == shards
@@ -238,7 +238,7 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
     assert f"--output {out}: cannot be written (File too large); {kept}" in errors.splitlines()[-1]
     assert not list(out.rglob("*.partial"))
     # killed while it makes the folders readable
-    process = Started(*command(tiny, out, **RECIPE))
+    process = Started(*collect_command(tiny, out, **RECIPE))
     while not (out / "base" / "train" / "state.json").exists():
         assert process.poll() is None, process.output()
         time.sleep(0.001)
@@ -254,7 +254,7 @@ def test_killed_and_stopped_then_restarted_gives_the_same_files(tiny, packed, tm
 
 def test_stopped_before_the_first_shard_says_that_nothing_is_kept(tiny, tmp_path):
     """And without a terminal too, the first look at the norms shows that it goes on."""
-    process = Started(*command(tiny, tmp_path / "pair", **RECIPE))
+    process = Started(*collect_command(tiny, tmp_path / "pair", **RECIPE))
     while "norms of the first rows" not in process.output()[1]:
         assert process.poll() is None, process.output()
         time.sleep(0.002)
@@ -308,7 +308,7 @@ def test_unpacked_texts_are_sorted_by_length_and_a_kill_changes_nothing(tiny, tm
     lengths = np.random.default_rng(0).integers(1, 120, 2000)
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": "a " * n + f"{i}."}) for i, n in enumerate(lengths)))
     flags = ["--text", tmp_path / "docs.jsonl", "--no-pack", "--shard-rows", 8192, "--num-tokens", 80_000, "--val-tokens", 0]
-    process = Started(*command(tiny, tmp_path / "killed", *flags))
+    process = Started(*collect_command(tiny, tmp_path / "killed", *flags))
     while not (tmp_path / "killed" / "base" / "train" / "data-00001.arrow").exists():
         assert process.poll() is None, process.output()
         time.sleep(0.002)
@@ -371,7 +371,7 @@ def test_bad_input_gives_one_line(tiny, packed, tmp_path):
         ((), dict(val_tokens=10**7), "--val-tokens 10000000: must lie between"),
     ]  # fmt: skip
     for flags, options, want in cases:
-        assert want in failure(command(tiny, out, *flags, **options))
+        assert want in failure(collect_command(tiny, out, *flags, **options))
     assert not out.exists()
     assert (tmp_path / "full" / "thesis.tex").read_text() == "keep me"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import command, failure, one_line_error, read_pair, read_rows, run_script
+from helpers import collect_command, failure, one_line_error, read_pair, read_rows, run_script
 from processes import Started, finished
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +30,7 @@ def test_a_restart_over_another_model_or_text_is_refused_by_name(tiny, tmp_path)
     Dataset.from_list(rows).save_to_disk(tmp_path / "table")
     texts = ["--text", tmp_path / "docs.jsonl", "--text", tmp_path / "table"]
     models = {"base_model": given["base"], "ft_model": given["ft"]}
-    argv = command(tiny, tmp_path / "out", *texts, **models, num_tokens=100_000, shard_rows=4000)
+    argv = collect_command(tiny, tmp_path / "out", *texts, **models, num_tokens=100_000, shard_rows=4000)
     process = Started(*argv)
     while not (tmp_path / "out" / "base" / "train" / "data-00001.arrow").exists():
         assert process.poll() is None, process.output()
@@ -64,7 +64,7 @@ def test_nan_in_one_head_or_after_one_token(tiny, tmp_path, everywhere):
     else:
         weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(with_nan)("@").input_ids] = torch.nan
     save_file(weights, with_nan / "model.safetensors", {"format": "pt"})
-    done = finished(*command(tiny, tmp_path / "pair", ft_model=with_nan, num_tokens=20_000))
+    done = finished(*collect_command(tiny, tmp_path / "pair", ft_model=with_nan, num_tokens=20_000))
     if everywhere:
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "activations of the fine-tuned model all hold inf or nan" in done.stderr.splitlines()[-1]
@@ -81,7 +81,7 @@ def test_activation_beyond_float16_is_refused(tiny, tmp_path):
     weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(huge)("\x01").input_ids] *= 1e8
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
     (tmp_path / "rare.txt").write_text("x = 1\n" * 40_000 + "\x01")
-    argv = command(tiny, tmp_path / "pair", "--text", tmp_path / "rare.txt", base_model=huge, hook="model.embed_tokens",
+    argv = collect_command(tiny, tmp_path / "pair", "--text", tmp_path / "rare.txt", base_model=huge, hook="model.embed_tokens",
                    max_norm_ratio="1e9", num_tokens=200_000, seq_len=1024)  # fmt: skip
     done = finished(*argv)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -96,7 +96,7 @@ def test_names_that_the_hub_does_not_know_are_asked_for_once(tiny, tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for options, flag in (({}, "--text tiny/text"), ({"base_model": "tiny/bas"}, "--base-model tiny/bas")):
-        argv = command(tiny, tmp_path / "never", "--text", "tiny/text", **options)
+        argv = collect_command(tiny, tmp_path / "never", "--text", "tiny/text", **options)
         done = run_script("collect.py", *argv[1:], env=env)
         message = one_line_error(done, "collect.py")
         assert done.stderr.count("\n") == 2 and message.startswith(f"collect.py: error: {flag}: is no ")
