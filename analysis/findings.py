@@ -141,9 +141,9 @@ def in_words(found: dict, changes: list[dict], nearest: list[dict]) -> list[str]
         words.append(f"Without a dictionary: {of_component(found['components'][0])}")
     if kl := found["kl"]:
         closed = [
-            f"{one['latents']} {label} close {percent(one['share_closed'])}"
+            f"{one['latents']} {label} {'close' if share >= 0 else 'widen it by'} {percent(abs(share))}"
             for name, label in (("first_ranked", "latents ranked first"), ("as_many_random", "random ones"))
-            if (one := kl.get(name)) and one["share_closed"] is not None
+            if (one := kl.get(name)) and (share := one["share_closed"]) is not None
         ]
         words += [f"Of the KL divergence from base to fine-tuned model, {', '.join(closed)}."] if closed else []
     return words + steering_words(found.get("steering"))

@@ -256,3 +256,13 @@ def test_what_has_no_number_is_null(page_of):
     start = html.index('id="columns">') + len('id="columns">')
     columns = {c["name"]: c for c in json.loads(html[start : html.index("</script>", start)])}
     assert columns["nu_error"]["values"][3] is None and columns["relative_norm"]["values"][0] == 1.0
+
+
+def test_latents_that_widen_the_kl_are_not_said_to_close_it():
+    table = made_up_table(20)
+    null = {"center": 0.05, "spread": 0.01, "cut": 0.19, "false_discovery_rate": 0.05, "blocks": 16, "tested": 19}
+    sets = {"first_ranked": {"latents": 5, "kl": {"all": 1.5}}, "as_many_random": {"latents": 5, "kl": {"all": 2.01}}}
+    metrics = made_up_metrics(table) | {"patching": {"diffing": {"base model": {"before": {"all": 2.0}} | sets}}}
+    found = findings.find(table, null, metrics, made_up_sections(range(20), 4), ["text"], "a pair", "python analyze.py run")
+    said = "KL divergence from base to fine-tuned model, 5 latents ranked first close 25 %, 5 random ones widen it by 0.5"
+    assert f"Of the {said} %." in found["summary"] and said in findings.as_markdown(found)
