@@ -217,13 +217,15 @@ class CrossCoder(nn.Module):
         In the units of l2_loss, not over the residual's variance: Adam remembers the gradients of l2_loss that a latent had
         while it was alive, and against those a quotient of order 1 moves nothing (docs/recipes.md). The batch's k_aux * batch
         largest dead scores are used. No decoder bias and no live latent takes part, and winners are positive, so gradient
-        reaches the dead latents only. Their codes leave out the encoder bias, which still gets its gradient: what keeps a
-        latent silent, in vanilla at every token, would keep the gradient from it too. 0 when no latent is dead.
+        reaches the dead latents only. 0 when no latent is dead.
         x: as `reconstruct` takes it. rows, bias, W_dec, copies: those of the dead latents. weight: of their scores; on CUDA 0
         for latents that only fill up places.
         """
         count: int | None = self.k_aux * len(x)
-        bias = bias - bias.detach()
+        if self.variant == "vanilla":
+            # A dead vanilla latent is positive at no token, so no gradient would reach it: its codes here leave out the bias,
+            # which still gets its gradient.
+            bias = bias - bias.detach()
         if sparse.on_cuda(x):
             bias = bias.where(weight > 0, -LARGEST)  # a place that is filled up is positive at no token
             if most_dead is not None and most_dead * self.shard.size <= self.k_aux:
