@@ -176,7 +176,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which the L1 weight rises from 0; with batch_topk it falls to 0 again at the end. Default: 0.8, or 0
     # with --init-from.
     l1_warmup: float | None = None
-    # The weight rises with this power of the step. 3 keeps it low for longer: rarer exclusive concepts are then found, while
+    # The L1 weight rises with this power of the step. 3 keeps it low for longer: rarer exclusive concepts are then found, while
     # more of the rare shared ones stay mixed.
     l1_power: float = 1.0
 

@@ -82,7 +82,7 @@ def test_activation_beyond_float16_is_refused(tiny, tmp_path):
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
     (tmp_path / "rare.txt").write_text("x = 1\n" * 40_000 + "\x01")
     argv = collect_command(tiny, tmp_path / "pair", "--text", tmp_path / "rare.txt", base_model=huge, hook="model.embed_tokens",
-                   max_norm_ratio="1e9", num_tokens=200_000, seq_len=1024)  # fmt: skip
+                           max_norm_ratio="1e9", num_tokens=200_000, seq_len=1024)  # fmt: skip
     done = finished(*argv)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("collect.py: error: --dtype float16: an activation is too large")
