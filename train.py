@@ -27,6 +27,7 @@ from torch import Tensor
 from crosscoder import CrossCoder, Losses
 from ops import latents
 from ops.dead import DeadLatents
+from ops.resample import is_due, resample_idle
 from ops.shard import Shard
 from ops.sparse import fast_dtype, sparse_share
 from ops.variance import VarianceTotals, explained_variance
@@ -137,6 +138,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
             lr = optimizer.param_groups[0]["lr"]
             grad_norm = update(crosscoder, optimizer, config.grad_clip)
             scheduler.step()
+            if is_due(step, steps, config.resample_until):
+                resample_idle(crosscoder, optimizer, x, out.x_hat)
 
             progress.tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)
@@ -253,12 +256,12 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def l1_weight(step: int, steps: int, config: TrainConfig) -> float:
-    """Weight of the L1 loss at this step: a rise, linear by default; for batch_topk also a linear fall to 0 at the end.
+    """Weight of the L1 loss at this step: a linear rise, and for batch_topk a linear fall to 0 at the end.
 
     There the penalty only has to separate concepts: k makes the codes sparse, and without a penalty nothing stays shrunk.
     Vanilla's codes are sparse by the penalty alone, so there it stays.
     """
-    rise = min(1.0, step / max(1.0, config.l1_warmup * steps)) ** config.l1_power
+    rise = min(1.0, step / max(1.0, config.l1_warmup * steps))
     fall = min(1.0, (steps - step) / max(1.0, L1_RELEASE * steps)) if config.variant == "batch_topk" else 1.0
     return config.l1_coeff * rise * fall
 
@@ -298,10 +301,7 @@ def name_of(signals: list[int]) -> str:
 def training_metrics(out: Losses, x: Tensor, dead: Tensor, crosscoder: CrossCoder, grad_norm: Tensor) -> dict[str, float]:
     """Metrics of one training batch of normalised activations [batch, n_models, d_model], in one copy to the host."""
     values = {
-        "loss": out.loss,
-        "l2_loss": out.l2_loss,
-        "l1_loss": out.l1_loss,
-        "l0_loss": out.l0_loss,
+        **{name: getattr(out, name) for name in ("loss", "l2_loss", "l1_loss", "l0_loss")},
         **by_model("explained_variance", explained_variance(x, out.x_hat)),
         "aux_loss": out.aux_loss,
         "dead_fraction": crosscoder.shard.all_sum(dead.sum()) / crosscoder.d_hidden,

@@ -33,7 +33,7 @@ ABOVE_0 = (
 )  # fmt: skip
 BETWEEN = {
     "seed": (0, 2**31), "batch_size": (1, 2**24), "l1_coeff": (0, 1e6), "aux_coeff": (0, 1e6), "l1_warmup": (0, 1),
-    "l1_power": (0, 10), "lr_warmup": (0, 1), "lr_decay": (0, 1), "k_start": (1, 1e6), "k_anneal": (0, 1),
+    "resample_until": (0, 1), "lr_warmup": (0, 1), "lr_decay": (0, 1), "k_start": (1, 1e6), "k_anneal": (0, 1),
     "dead_window": (1e-9, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
 }  # fmt: skip
 
@@ -346,7 +346,8 @@ def resolve_sizes(given: TrainConfig, saved: dict | None, warm, fast_dtype: str,
         usual = usual | (WARM_TOPK if warm else TOPK)
     if warm:
         usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
-    known: dict[str, Any] = {name: value for name, value in (saved or usual).items() if getattr(given, name, value) is None}
+    began = usual | (saved or {})  # a run of an earlier version has not all
+    known: dict[str, Any] = {name: value for name, value in began.items() if getattr(given, name, value) is None}
     if given.compute_dtype == "auto":
         known["compute_dtype"] = saved["compute_dtype"] if saved else fast_dtype
     config = dataclasses.replace(given, **known)

@@ -3,7 +3,7 @@
     python tests/sharded_steps.py OUT [OTHER]
 
 For each variant fifty steps in float64 from the start, and where OTHER is the OUT of an earlier call also the last thirty of
-them from OTHER's checkpoint. OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
+them from OTHER's checkpoint. Idle latents are resampled from step 10 to step 30. OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
 and steps.safetensors, a line of metrics for each step.
 """
 
@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from crosscoder import CrossCoder
+from ops import resample
 from ops.shard import Shard
 from ops.weights import Adam
 from run import checkpoint
 from train import norm_of_gradient
 
+resample.NEAR = 1.0  # in ten dimensions any direction is near to one of 150 others
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
 DEAD_AFTER = 3 * BATCH
 
@@ -28,8 +30,10 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
     torch.manual_seed(0)  # torch's random state is a part of the checkpoints that are compared
     crosscoder = CrossCoder(D_MODEL, D_HIDDEN, 2, variant, K, 3, 1.0, compute_dtype=torch.float64, shard=shard)
     crosscoder.double()
-    rare = torch.arange(D_HIDDEN)[crosscoder.latents] % 3 == 0
+    number = torch.arange(D_HIDDEN)[crosscoder.latents]
+    rare = number % 3 == 0
     crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
+    crosscoder.W_dec.data *= torch.where(number % 7 == 1, 0.1 + 0.0005 * number, 1.0)[:, None, None]  # some are idle
     optimizer = Adam(crosscoder.parameters(), lr=3e-3)
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
     done, lines = 0, []
@@ -41,6 +45,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         done = state["step"]
     for step in range(done + 1, 51):
         x = torch.randn(BATCH, 2, D_MODEL, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x[step % BATCH, step % 2] *= 5  # what one model alone has
         x = shard.gather_rows(x[shard.part(BATCH)])  # as the reader does it
         losses = crosscoder.losses(x, 0.1, 0.5, since_fired >= DEAD_AFTER)
         losses.loss.backward()
@@ -49,9 +54,13 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
             p.grad /= norm.clamp_min(1.0)  # train.py leaves it to Adam, whose factor is float32
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if resample.is_due(step, 50, 0.6):
+            resample.resample_idle(crosscoder, optimizer, x, losses.x_hat)
         since_fired.add_(BATCH).masked_fill_(losses.fired, 0)
+        norms = crosscoder.decoder_norms().sum(-1)
+        idle_now = shard.all_sum((norms < 0.4).sum())
         dead = shard.all_sum((since_fired >= DEAD_AFTER).sum())
-        lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, dead]]))
+        lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, idle_now, dead]]))
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.step_tensors(optimizer, crosscoder)
             out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,72 @@
+"""Idle latents start anew at what one of the models holds and no latent explains yet.
+
+A token at which the models' residuals differ in size most likely holds a concept that only one of them has and that the
+dictionary misses. The rarest of these have too few tokens to win a latent by gradient alone. So a latent that shared concepts
+have left idle is given the token's residual as its direction, as Bricken et al. ("Towards Monosemanticity", Anthropic 2023)
+resample dead neurons from inputs of high loss.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from crosscoder import CrossCoder
+
+# Found on planted worlds, seeds 101 to 103 (docs/recipes.md). More often fills the dictionary with copies of the same concept.
+BEGIN = 0.2  # share of the run after which the frequent concepts have their latents and what is idle stays idle
+TIMES = 300  # as often would be looked in a whole run
+TOKENS = 64  # of a batch for each latent that may be resampled
+IDLE = 0.4  # decoder norms below this multiple of the usual one
+UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
+ONE_SIDED = 0.1  # and by more than this share of their sum: what both models miss, and rounding, is not that
+NEAR = 0.4  # cosine of a latent that already points there
+
+
+def is_due(step: int, steps: int, until: float) -> bool:
+    """Whether idle latents are resampled after this step. until: the share of the run at which that ends."""
+    return BEGIN * steps <= step <= until * steps and step % max(1, steps // TIMES) == 0
+
+
+@torch.no_grad()
+def resample_idle(crosscoder: CrossCoder, optimizer: torch.optim.Adam, x: Tensor, x_hat: Tensor) -> None:
+    """Point idle latents at the residuals of tokens that one model alone leaves unexplained.
+
+    Decoder row and encoder get the residual's direction over all models and the mean norm of the latents in use, the bias 0;
+    Adam forgets their gradient and takes the mean squared gradient of the latents in use, by which they learn as fast as those.
+    With one model, or several that are the same, nothing happens. Needs no look at the device by the host.
+
+    x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
+    """
+    shard, W_dec = crosscoder.shard, crosscoder.W_dec.flatten(1)  # [latents, n_models * d_model]
+    residual = x - x_hat
+    squared = residual.square().sum(-1)  # [batch, n_models]
+    gap = squared.amax(1) - squared.amin(1)  # [batch]
+    count = min(max(1, len(x) // TOKENS), crosscoder.d_hidden)
+    widest, token = gap.topk(count)
+    directions = torch.nn.functional.normalize(residual[token].flatten(1), dim=1)  # [count, n_models * d_model]
+    nearest = (directions @ W_dec.T / W_dec.norm(dim=1)).amax(1)  # [count]
+    missing = (widest > UNUSUAL * gap.mean()) & (widest > ONE_SIDED * squared[token].sum(-1))  # [count]
+    missing &= -shard.all_min(-nearest) < NEAR
+
+    norms = crosscoder.decoder_norms().sum(-1)  # [latents]
+    usual = shard.all_sum(norms.square().sum()) / shard.all_sum(norms.sum())  # their mean, where a large one counts for more
+    in_use = (norms >= IDLE * usual).to(norms.dtype)
+    least = shard.gather_rows(norms).topk(count, largest=False).values  # [count] rising, of all processes
+    norm, latent = norms.topk(min(count, len(norms)), largest=False)  # of this one
+    place = torch.searchsorted(least, norm).clamp_max(count - 1)  # the least of all takes the first token, and so on
+    chosen = (norm <= least[-1]) & (norm < IDLE * usual) & missing[place]
+
+    def mean_in_use(values: Tensor) -> Tensor:
+        """[latents, ...] -> [...] mean over the latents in use of all processes."""
+        return shard.all_sum(in_use @ values) / shard.all_sum(in_use.sum())
+
+    for weight in (crosscoder.W_dec, crosscoder.enc_rows, crosscoder.b_enc):
+        of_adam = optimizer.state[weight]
+        rows, means, squares = (t.view(len(t), -1) for t in (weight, of_adam["exp_avg"], of_adam["exp_avg_sq"]))
+        size = mean_in_use(rows.norm(dim=1)) if weight is not crosscoder.b_enc else 0.0
+        for t, new in ((rows, directions[place, : rows.shape[1]] * size), (means, 0.0), (squares, mean_in_use(squares))):
+            t[latent] = torch.where(chosen[:, None], new, t[latent])
