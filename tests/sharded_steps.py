@@ -3,7 +3,9 @@
     python tests/sharded_steps.py OUT [OTHER]
 
 For each variant fifty steps in float64 from the start, and where OTHER is the OUT of an earlier call also the last thirty of
-them from OTHER's checkpoint. Idle latents are resampled from step 10 to step 30. OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
+them from OTHER's checkpoint. Idle latents are resampled from step 10 to step 30.
+
+OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
 and steps.safetensors, a line of metrics for each step.
 """
 

@@ -89,7 +89,7 @@ def test_begins_at_the_explained_variance_of_the_source(tmp_path, data, trained,
     active = (crosscoder.encode(data[1]) > 0).sum(-1).float().mean().item()
     assert line["l0_loss"] == pytest.approx(active, rel=0.15) and (line["l1_coeff"] > 0) == (variant == "vanilla")
     record = json.loads((run / "config.json").read_text())["resolved"]
-    assert (record["d_hidden"], record["k_start"], record["l1_warmup"]) == (F, 1.0, 0.0)
+    assert (record["d_hidden"], record["k_start"], record["l1_warmup"], record["resample_until"]) == (F, 1.0, 0.0, 0.0)
     assert record["k"] == 4 or variant == "vanilla"
 
 
