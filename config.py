@@ -176,7 +176,6 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which the L1 weight rises from 0; with batch_topk it falls to 0 again at the end. Default: 0.8, or 0
     # with --init-from.
     l1_warmup: float | None = None
-
     # The L1 weight rises with this power of the step. 3 keeps it low for longer: rarer exclusive concepts are then found, while
     # more of the rare shared ones stay mixed.
     l1_power: float = 1.0
@@ -188,8 +187,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # A latent is dead when it has not fired for this share of the run, at most 10 million tokens.
     dead_window: float = 0.1
 
-    # From a fifth of the run to this share of it, idle latents are resampled at tokens that one model alone leaves unexplained:
-    # rare exclusive concepts are found so. 0: never. Default: 0.6, or 0 with --init-from.
+    # From a fifth of the run to this share of it, idle latents (small decoder norms) start anew at what the residual of one
+    # model holds and the other's does not: rare exclusive concepts are found so. 0: never. Default: 0.6, or 0 with --init-from.
     resample_until: float | None = None
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose.

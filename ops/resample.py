@@ -16,14 +16,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from crosscoder import CrossCoder
 
-# Found on planted worlds, seeds 101 to 103 (docs/recipes.md). More often fills the dictionary with copies of the same concept.
+# Found on planted worlds, seeds 101 and 102 (docs/recipes.md). More often fills the dictionary with copies of the same concept.
 BEGIN = 0.2  # share of the run after which the frequent concepts have their latents and what is idle stays idle
-TIMES = 300  # as often would be looked in a whole run
+TIMES = 300  # looks that a whole run would have, up to twice as many where it has under 600 steps
 TOKENS = 64  # of a batch for each latent that may be resampled
-IDLE = 0.4  # decoder norms below this multiple of the usual one
+IDLE = 0.4  # decoder norms, each in the model where it is largest, below this multiple of the usual one
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
 ONE_SIDED = 0.1  # and by more than this share of their sum: what both models miss, and rounding, is not that
-NEAR = 0.4  # cosine of a latent that already points there
+NEAR = 0.4  # cosine of a latent that already points there, or of a token that was chosen before
 
 
 def is_due(step: int, steps: int, until: float) -> bool:
@@ -48,17 +48,19 @@ def resample_idle(crosscoder: CrossCoder, optimizer: torch.optim.Adam, x: Tensor
     count = min(max(1, len(x) // TOKENS), crosscoder.d_hidden)
     widest, token = gap.topk(count)
     directions = torch.nn.functional.normalize(residual[token].flatten(1), dim=1)  # [count, n_models * d_model]
-    nearest = (directions @ W_dec.T / W_dec.norm(dim=1)).amax(1)  # [count]
+    nearest = (directions @ W_dec.T / W_dec.norm(dim=1).clamp_min(1e-12)).amax(1)  # [count] cosine
     missing = (widest > UNUSUAL * gap.mean()) & (widest > ONE_SIDED * squared[token].sum(-1))  # [count]
-    missing &= -shard.all_min(-nearest) < NEAR
+    missing &= (-shard.all_min(-nearest) < NEAR) & ((directions @ directions.T).tril(-1).amax(1) < NEAR)
 
-    norms = crosscoder.decoder_norms().sum(-1)  # [latents]
+    norms = crosscoder.decoder_norms().amax(-1)  # [latents]; a sum over models would call exclusive latents half idle
     usual = shard.all_sum(norms.square().sum()) / shard.all_sum(norms.sum())  # their mean, where a large one counts for more
     in_use = (norms >= IDLE * usual).to(norms.dtype)
-    least = shard.gather_rows(norms).topk(count, largest=False).values  # [count] rising, of all processes
-    norm, latent = norms.topk(min(count, len(norms)), largest=False)  # of this one
-    place = torch.searchsorted(least, norm).clamp_max(count - 1)  # the least of all takes the first token, and so on
-    chosen = (norm <= least[-1]) & (norm < IDLE * usual) & missing[place]
+    norm, latent = (t[:count] for t in norms.sort(stable=True))  # of this process, the most idle first
+    number = latent + crosscoder.latents.start
+    idlest = shard.gather_rows(number)[shard.gather_rows(norm).argsort(stable=True)[:count]]  # [count] of all processes
+    takes = number[:, None] == idlest  # the most idle of all takes the first token, and so on
+    place = takes.int().argmax(1)
+    chosen = takes.any(1) & (norm < IDLE * usual) & missing[place]
 
     def mean_in_use(values: Tensor) -> Tensor:
         """[latents, ...] -> [...] mean over the latents in use of all processes."""

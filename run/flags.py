@@ -346,7 +346,7 @@ def resolve_sizes(given: TrainConfig, saved: dict | None, warm, fast_dtype: str,
         usual = usual | (WARM_TOPK if warm else TOPK)
     if warm:
         usual = usual | WARM | {"d_hidden": warm.d_hidden, "k": warm.k or min(usual["k"], warm.d_hidden)}
-    began = usual | (saved or {})  # a run of an earlier version has not all
+    began = {"resample_until": 0.0} | saved if saved else usual  # runs of earlier versions resampled nothing
     known: dict[str, Any] = {name: value for name, value in began.items() if getattr(given, name, value) is None}
     if given.compute_dtype == "auto":
         known["compute_dtype"] = saved["compute_dtype"] if saved else fast_dtype

@@ -23,7 +23,8 @@ from ops.weights import Adam
 from run import checkpoint
 from train import norm_of_gradient
 
-resample.NEAR = 1.0  # in ten dimensions any direction is near to one of 150 others
+resample.TOKENS = 16  # four latents at once
+resample.NEAR = 0.75  # in ten dimensions any direction is nearer than 0.6 to one of 150 others, only some than this
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
 DEAD_AFTER = 3 * BATCH
 
@@ -47,7 +48,7 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         done = state["step"]
     for step in range(done + 1, 51):
         x = torch.randn(BATCH, 2, D_MODEL, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        x[step % BATCH, step % 2] *= 5  # what one model alone has
+        x[(step + torch.tensor([0, 20, 40])) % BATCH, step % 2] *= 5  # what one model alone has
         x = shard.gather_rows(x[shard.part(BATCH)])  # as the reader does it
         losses = crosscoder.losses(x, 0.1, 0.5, since_fired >= DEAD_AFTER)
         losses.loss.backward()

@@ -88,15 +88,24 @@ def the_same_models(crosscoder, x, x_hat):
 
 def a_latent_points_there(crosscoder, x, x_hat):
     for row, j in zip(ONE_SIDED, (1, 2), strict=True):
-        crosscoder.W_dec.data[j] = 3 * normalize((x - x_hat)[row].flatten(), dim=0).view(2, D)
+        crosscoder.W_dec.data[j] = 0.3 * normalize((x - x_hat)[row].flatten(), dim=0).view(2, D)
     return x_hat
+
+
+def every_token_is_one_sided(crosscoder, x, x_hat):
+    missed = torch.randn(BATCH, 2, D, device=DEVICE)
+    missed[:, 1] = 0
+    return x - missed
 
 
 def not_a_number(crosscoder, x, x_hat):
     return x_hat.where(torch.arange(BATCH, device=DEVICE)[:, None, None] != 9, torch.nan)
 
 
-@pytest.mark.parametrize("change", [nothing_idle, both_models_miss_it, the_same_models, a_latent_points_there, not_a_number])
+@pytest.mark.parametrize(
+    "change",
+    [nothing_idle, both_models_miss_it, the_same_models, every_token_is_one_sided, a_latent_points_there, not_a_number],
+)
 def test_nothing_changes_where(change, begun):
     crosscoder, optimizer, x, x_hat = begun
     x_hat = change(crosscoder, x, x_hat)
@@ -104,6 +113,36 @@ def test_nothing_changes_where(change, begun):
     resample.resample_idle(crosscoder, optimizer, x, x_hat)
     after = all_tensors(crosscoder, optimizer)
     assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_latents_of_norm_0_are_the_most_idle_and_two_tokens_of_one_concept_get_one_latent(begun):
+    crosscoder, optimizer, x, x_hat = begun
+    first, second = ONE_SIDED
+    crosscoder.W_dec.data[[9, 17]] = 0
+    x_hat = x_hat.clone()
+    x_hat[second] = x[second] - 0.9 * (x - x_hat)[first]
+    before = crosscoder.W_dec.detach().clone()
+    resample.resample_idle(crosscoder, optimizer, x, x_hat)
+    changed = (crosscoder.W_dec != before).flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [9]
+
+
+def test_an_exclusive_latent_of_four_models_is_in_use():
+    torch.manual_seed(0)
+    crosscoder = CrossCoder(D, F, 4, dec_init_norm=1.0)
+    crosscoder.W_dec.data[:5, 1:] = 0
+    optimizer = Adam(crosscoder.parameters(), lr=1e-3)
+    x = torch.randn(BATCH, 4, D)
+    crosscoder.losses(x, 1.0).loss.backward()
+    optimizer.step()
+    missed = torch.zeros(BATCH, 4, D)
+    missed[3, 2] = torch.randn(D)
+    before = crosscoder.W_dec.detach().clone()
+    resample.resample_idle(crosscoder, optimizer, x, x - missed)
+    assert torch.equal(crosscoder.W_dec, before)
+    crosscoder.W_dec.data[7] *= 0.3  # idle in all of them
+    resample.resample_idle(crosscoder, optimizer, x, x - missed)
+    assert not torch.equal(crosscoder.W_dec[7], before[7]) and torch.equal(crosscoder.W_dec[:7], before[:7])
 
 
 def test_of_one_model_nothing_is_one_sided():
