@@ -24,6 +24,7 @@ IDLE = 0.4  # decoder norms, each in the model where it is largest, below this m
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
 ONE_SIDED = 0.1  # and by more than this share of their sum: what both models miss, and rounding, is not that
 NEAR = 0.4  # cosine of a latent that already points there, or of a token that was chosen before
+SLOWED = 1.5  # Adam's squared gradient of a resampled latent, in units of the mean of the latents in use
 
 
 def is_due(step: int, steps: int, until: float) -> bool:
@@ -35,8 +36,9 @@ def is_due(step: int, steps: int, until: float) -> bool:
 def resample_idle(crosscoder: CrossCoder, optimizer: torch.optim.Adam, x: Tensor, x_hat: Tensor) -> None:
     """Point idle latents at the residuals of tokens that one model alone leaves unexplained.
 
-    Decoder row and encoder get the residual's direction over all models and the mean norm of the latents in use, the bias 0;
-    Adam forgets their gradient and takes the mean squared gradient of the latents in use, by which they learn as fast as those.
+    Decoder row and encoder get the residual's direction over all models and the mean norm of the latents in use, the bias 0.
+    Adam forgets their gradient and takes SLOWED times the mean squared gradient of the latents in use: those that learn faster
+    are turned away by the many tokens at which they should not have been active before the few arrive at which they should.
     With one model, or several that are the same, nothing happens. Needs no look at the device by the host.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
@@ -70,5 +72,6 @@ def resample_idle(crosscoder: CrossCoder, optimizer: torch.optim.Adam, x: Tensor
         of_adam = optimizer.state[weight]
         rows, means, squares = (t.view(len(t), -1) for t in (weight, of_adam["exp_avg"], of_adam["exp_avg_sq"]))
         size = mean_in_use(rows.norm(dim=1)) if weight is not crosscoder.b_enc else 0.0
-        for t, new in ((rows, directions[place, : rows.shape[1]] * size), (means, 0.0), (squares, mean_in_use(squares))):
+        square = SLOWED * mean_in_use(squares)
+        for t, new in ((rows, directions[place, : rows.shape[1]] * size), (means, 0.0), (squares, square)):
             t[latent] = torch.where(chosen[:, None], new, t[latent])
