@@ -176,9 +176,6 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which the L1 weight rises from 0; with batch_topk it falls to 0 again at the end. Default: 0.8, or 0
     # with --init-from.
     l1_warmup: float | None = None
-    # The L1 weight rises with this power of the step. 3 keeps it low for longer: rarer exclusive concepts are then found, while
-    # more of the rare shared ones stay mixed.
-    l1_power: float = 1.0
 
     # Weight of the auxiliary loss, in which dead latents predict the residual (Gao et al., arXiv 2406.04093). 0: off.
     aux_coeff: float = 1.0

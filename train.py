@@ -256,12 +256,12 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def l1_weight(step: int, steps: int, config: TrainConfig) -> float:
-    """Weight of the L1 loss at this step: a rise, linear by default; for batch_topk also a linear fall to 0 at the end.
+    """Weight of the L1 loss at this step: a linear rise, and for batch_topk a linear fall to 0 at the end.
 
     There the penalty only has to separate concepts: k makes the codes sparse, and without a penalty nothing stays shrunk.
     Vanilla's codes are sparse by the penalty alone, so there it stays.
     """
-    rise = min(1.0, step / max(1.0, config.l1_warmup * steps)) ** config.l1_power
+    rise = min(1.0, step / max(1.0, config.l1_warmup * steps))
     fall = min(1.0, (steps - step) / max(1.0, L1_RELEASE * steps)) if config.variant == "batch_topk" else 1.0
     return config.l1_coeff * rise * fall
 

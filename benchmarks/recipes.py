@@ -101,7 +101,6 @@ QUICK = ("small", "narrow", "null", "wide")  # the half of the grid that takes a
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
     "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}"],
-    "ours, batch_topk, late penalty": ["--variant", "batch_topk", "--k", "{k}", "--l1-power", "3"],
     # ckkissane/crosscoder-model-diff-replication: scale without centring, L1 2 after 5 %, no warm-up, decay over the last 20 %
     "L1 (ckkissane)": [
         *["--no-center", "--l1-coeff", "2", "--lr", "5e-5", "--dec-init-norm", "0.08", "--l1-warmup", "0.05"],

@@ -33,7 +33,7 @@ ABOVE_0 = (
 )  # fmt: skip
 BETWEEN = {
     "seed": (0, 2**31), "batch_size": (1, 2**24), "l1_coeff": (0, 1e6), "aux_coeff": (0, 1e6), "l1_warmup": (0, 1),
-    "l1_power": (0, 10), "resample_until": (0, 1), "lr_warmup": (0, 1), "lr_decay": (0, 1), "k_start": (1, 1e6),
+    "resample_until": (0, 1), "lr_warmup": (0, 1), "lr_decay": (0, 1), "k_start": (1, 1e6),
     "k_anneal": (0, 1), "dead_window": (1e-9, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
 }  # fmt: skip
 
