@@ -183,3 +183,10 @@ def test_help_into_a_pipe_that_closes_early_says_nothing_more():
     command = f"{sys.executable} train.py --help | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.startswith("usage: train.py") and not result.stderr
+
+
+def test_a_resumed_run_of_an_earlier_version_does_not_begin_to_resample():
+    saved = {"d_hidden": 64, "k": 4, "k_start": 1.0, "compute_dtype": "float32"}
+    given = TrainConfig(variant="batch_topk")
+    assert resolve_sizes(given, saved, None, "float32").resample_until == 0
+    assert resolve_sizes(given, None, None, "float32").resample_until == 0.6
