@@ -37,8 +37,8 @@ def resample_idle(crosscoder: CrossCoder, optimizer: torch.optim.Adam, x: Tensor
     """Point idle latents at the residuals of tokens that one model alone leaves unexplained.
 
     Decoder row and encoder get the residual's direction over all models and the mean norm of the latents in use, the bias 0.
-    Adam forgets their gradient and takes SLOWED times the mean squared gradient of the latents in use, a compromise between worlds
-    that want more and less (docs/recipes.md).
+    Adam forgets their gradient and takes SLOWED times the mean squared gradient of the latents in use, a compromise between
+    worlds that want more and less (docs/recipes.md).
     With one model, or several that are the same, nothing happens. Needs no look at the device by the host.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
