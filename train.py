@@ -27,7 +27,7 @@ from torch import Tensor
 from crosscoder import CrossCoder, Losses
 from ops import latents
 from ops.dead import DeadLatents
-from ops.resample import is_due, resample_idle
+from ops.resample import look_after, resample_idle
 from ops.shard import Shard
 from ops.sparse import fast_dtype, sparse_share
 from ops.variance import VarianceTotals, explained_variance
@@ -138,8 +138,8 @@ def main(given: TrainConfig, shard: Shard) -> int:  # noqa: C901 - the training 
             lr = optimizer.param_groups[0]["lr"]
             grad_norm = update(crosscoder, optimizer, config.grad_clip)
             scheduler.step()
-            if is_due(step, steps, config.resample_until):
-                resample_idle(crosscoder, optimizer, x, out.x_hat)
+            if look := look_after(step, steps, config.resample_until):
+                resample_idle(crosscoder, x, out.x_hat, look)
 
             progress.tokens += len(x)
             tokens_since_fired.add_(len(x)).masked_fill_(out.fired, 0)

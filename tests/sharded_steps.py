@@ -24,6 +24,7 @@ from run import checkpoint
 from train import norm_of_gradient
 
 resample.TOKENS = 16  # four latents at once
+resample.SMALL = 1.0  # no longer idle at once, so that the metrics show it
 resample.NEAR = 0.75  # in ten dimensions any direction is nearer than 0.6 to one of 150 others, only some than this
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
 DEAD_AFTER = 3 * BATCH
@@ -57,8 +58,8 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
             p.grad /= norm.clamp_min(1.0)  # train.py leaves it to Adam, whose factor is float32
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if resample.is_due(step, 50, 0.6):
-            resample.resample_idle(crosscoder, optimizer, x, losses.x_hat)
+        if look := resample.look_after(step, 50, 0.6):
+            resample.resample_idle(crosscoder, x, losses.x_hat, look)
         since_fired.add_(BATCH).masked_fill_(losses.fired, 0)
         norms = crosscoder.decoder_norms().sum(-1)
         idle_now = shard.all_sum((norms < 0.4).sum())
