@@ -15,19 +15,18 @@ import tyro
 
 # Sizes of a run on real activations, meant for one GPU. The recipe is that of the open Gemma-2-2b crosscoders.
 REAL = dict(
-    d_hidden=16_384, k=100, k_start=32.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8, resample_until=0.0,
+    d_hidden=16_384, k=100, k_start=32.0, batch_size=4096, l1_coeff=2.0, l1_warmup=0.8, resample_until=0.6,
     val_tokens=131_072, buffer_tokens=262_144, log_every=50, val_every=1000, save_every=1000,
 )  # fmt: skip
 # Sizes of the demonstration on planted concepts: a minute on two CPU cores.
 PLANTED = dict(
-    d_hidden=2048, k=16, k_start=32.0, batch_size=1024, l1_coeff=2.0, l1_warmup=0.8, resample_until=0.0,
+    d_hidden=2048, k=16, k_start=32.0, batch_size=1024, l1_coeff=2.0, l1_warmup=0.8, resample_until=0.6,
     num_tokens=1_000_000, val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
-# With --variant batch_topk, where k decides how sparse the codes are and the penalty only separates concepts. Vanilla keeps
-# more of the resampled latents that found nothing: of its exclusive ones more were false (docs/recipes.md).
-TOPK = dict(l1_coeff=1.5, resample_until=0.6)
+# With --variant batch_topk, where k decides how sparse the codes are and the penalty only separates concepts.
+TOPK = dict(l1_coeff=1.5)
 # With --init-from: a trained dictionary is sparse and its concepts are apart from the first step.
-WARM, WARM_TOPK = dict(k_start=1.0, l1_warmup=0.0), dict(l1_coeff=0.0)
+WARM, WARM_TOPK = dict(k_start=1.0, l1_warmup=0.0, resample_until=0.0), dict(l1_coeff=0.0)
 # Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted worlds (d_model 64 to 256, d_hidden 512 to 4096,
 # batches of 512 to 2048, seeds 101 to 103) and the tiny Llama pair of tests/; for Gemma-2-2b with 73,728 latents it gives
 # 1.5e-4, near what others use, but nothing of that size was tuned here.
@@ -186,7 +185,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     dead_window: float = 0.1
 
     # From a fifth of the run to this share of it, idle latents (small decoder norms) start anew at what the residual of one
-    # model holds and the other's does not: rare exclusive concepts are found so. 0: never. Default: 0.6 for batch_topk, else 0.
+    # model holds and the other's does not: rare exclusive concepts are found so. 0: never. Default: 0.6, with --init-from 0.
     resample_until: float | None = None
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose.
