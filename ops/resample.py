@@ -23,7 +23,7 @@ TOKENS = 64  # of a batch for each latent that may be resampled
 IDLE = 0.4  # decoder norms, each in the model where it is largest, below this multiple of the usual one
 SMALL = 0.2  # that multiple of a resampled latent: it harms the tokens without its concept little, and grows with the others
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
-ONE_SIDED = 0.1  # and by more than this share of their sum: what both models miss, and rounding, is not that
+ONE_SIDED = 0.3  # and by more than this share of their sum: what both models miss, and what is as good as found, is not that
 NEAR = 0.4  # cosine of a latent that already points there, or of a token that was chosen before
 
 
