@@ -104,7 +104,7 @@ RECIPES = {
     # ckkissane/crosscoder-model-diff-replication: scale without centring, L1 2 after 5 %, no warm-up, decay over the last 20 %
     "L1 (ckkissane)": [
         *["--no-center", "--l1-coeff", "2", "--lr", "5e-5", "--dec-init-norm", "0.08", "--l1-warmup", "0.05"],
-        *["--lr-warmup", "0", "--lr-decay", "0.2", "--aux-coeff", "0"],
+        *["--lr-warmup", "0", "--lr-decay", "0.2", "--aux-coeff", "0", "--resample-until", "0"],
     ],
 }
 UNSQUARED = "BatchTopK (crosscoder_learning)"  # trained by train_unsquared

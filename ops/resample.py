@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 # Found on planted worlds, seeds 101 and 102 (docs/recipes.md).
 BEGIN = 0.2  # share of the run after which the frequent concepts have their latents and what is idle stays idle
-LOOKS = 300  # that a whole run would have, up to twice as many where it has under 600 steps
+LOOKS = 300  # that a whole run of many steps would have; of some hundred, up to one a step
 TOKENS = 64  # of a batch for each latent that may be resampled
 IDLE = 0.4  # decoder norms, each in the model where it is largest, below this multiple of the usual one
-SMALL = 0.2  # that multiple of a resampled latent: it harms the tokens without its concept little, and grows with the others
+SMALL = 0.2  # norm of a resampled row over all models, of the usual row: harms tokens without its concept little, and grows
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
-ONE_SIDED = 0.3  # and by more than this share of their sum: what both models miss, and what is as good as found, is not that
+ONE_SIDED = 0.3  # and by more than this share of their sum: not what both models miss, nor small errors of a found concept
 NEAR = 0.4  # cosine of a latent that already points there, or of a token that was chosen before
 
 
@@ -38,22 +38,23 @@ def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -
     """Point idle latents at the residuals of tokens that one model alone leaves unexplained.
 
     Decoder row and encoder get the residual's direction over all models, the encoder with the mean norm of the latents in use,
-    the decoder row with a share of it, and the bias becomes 0. Idle latents take turns: what was resampled needs time to grow
-    until it is no longer idle. With one model, or several that are the same, nothing happens. Needs no look at the device by
-    the host.
+    the decoder row with a share of theirs, and the bias becomes 0. Idle latents take turns, as what was resampled needs time
+    to grow until it is no longer idle; where they are few, the same ones have several looks in a row. With one model, or
+    several that are the same, nothing happens. Needs no look at the device by the host.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
-    look: the number of this look; each begins where the one before it ended, among the idle latents.
+    look: its number. With `count` latents that could be resampled, it takes the idle ones from latent look * count on.
     """
     shard, W_dec = crosscoder.shard, crosscoder.W_dec.flatten(1)  # [latents, n_models * d_model]
     residual = x - x_hat
     squared = residual.square().sum(-1)  # [batch, n_models]
-    gap = squared.amax(1) - squared.amin(1)  # [batch]
-    count = min(max(1, len(x) // TOKENS), crosscoder.d_hidden)
+    most, least = squared.amax(1), squared.amin(1)  # [batch]
+    gap = most - least
+    count = min(-(-len(x) // TOKENS), crosscoder.d_hidden)  # rounded up: the same where a few rows were left out
     widest, token = gap.topk(count)
     directions = torch.nn.functional.normalize(residual[token].flatten(1), dim=1)  # [count, n_models * d_model]
     nearest = (directions @ W_dec.T / W_dec.norm(dim=1).clamp_min(1e-12)).amax(1)  # [count] cosine
-    missing = (widest > UNUSUAL * gap.mean()) & (widest > ONE_SIDED * squared[token].sum(-1))  # [count]
+    missing = (widest > UNUSUAL * gap.mean()) & (widest > ONE_SIDED * (most + least)[token])  # [count]
     missing &= (-shard.all_min(-nearest) < NEAR) & ((directions @ directions.T).tril(-1).amax(1) < NEAR)
 
     norms = crosscoder.decoder_norms().amax(-1)  # [latents]; a sum over models would call exclusive latents half idle

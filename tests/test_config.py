@@ -189,4 +189,5 @@ def test_a_resumed_run_of_an_earlier_version_does_not_begin_to_resample():
     saved = {"d_hidden": 64, "k": 4, "k_start": 1.0, "compute_dtype": "float32"}
     given = TrainConfig()
     assert resolve_sizes(given, saved, None, "float32").resample_until == 0
-    assert resolve_sizes(given, None, None, "float32").resample_until == 0.6
+    for variant in ("vanilla", "batch_topk"):
+        assert resolve_sizes(TrainConfig(variant=variant), None, None, "float32").resample_until == 0.6

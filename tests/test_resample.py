@@ -62,6 +62,9 @@ def test_idle_latents_take_the_most_one_sided_residuals(begun):
             torch.testing.assert_close(normalize(after[name][j].flatten(), dim=0), normalize(residual.flatten(), dim=0))
             norm = before[name][in_use].flatten(1).norm(dim=1).mean()
             torch.testing.assert_close(after[name][j].norm(), share * norm)
+        largest = [before["W_dec"][in_use], after["W_dec"][j][None]]
+        grown, new = (rows.norm(dim=2).amax(1).mean() for rows in largest)
+        assert new < resample.IDLE * grown  # it must grow to stay
         assert after["b_enc"][j] == 0
 
 
@@ -70,7 +73,11 @@ def test_idle_latents_take_the_most_one_sided_residuals(begun):
 )
 def test_idle_latents_take_turns(look, turn, begun):
     """Each look begins four latents, as many as could be resampled, after the one before it."""
+    crosscoder, x, x_hat = begun
     assert resampled(*begun, look) == sorted(turn)
+    for j, row in zip(turn, ONE_SIDED, strict=True):
+        rows = [normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[j], (x - x_hat)[row])]
+        torch.testing.assert_close(*rows)
 
 
 def nothing_idle(crosscoder, x, x_hat):
@@ -135,8 +142,21 @@ def test_an_exclusive_latent_of_four_models_is_in_use():
     missed = torch.zeros(BATCH, 4, D)
     missed[3, 2] = torch.randn(D)
     assert resampled(crosscoder, x, x - missed, F) == []
-    crosscoder.W_dec.data[7] *= 0.3  # idle in all of them
-    assert resampled(crosscoder, x, x - missed, F) == [7]
+    idle = 0.3 * crosscoder.W_dec.detach()[7]  # in all of them
+    three = missed.clone()
+    three[3, :2] = torch.randn(2, D)
+    for missing in (missed, three):  # what one of them has, and three
+        crosscoder.W_dec.data[7] = idle
+        assert resampled(crosscoder, x, x - missing, F) == [7]
+
+
+@pytest.mark.parametrize("ratio, want", [(1.5, []), (2.5, [3])])
+def test_one_sided_is_nearly_twice_as_much(ratio, want, begun):
+    crosscoder, x, _ = begun
+    missed = torch.zeros_like(x)
+    missed[5] = normalize(torch.randn_like(x[5]), dim=-1)
+    missed[5, 1] *= ratio**0.5
+    assert resampled(crosscoder, x, x - missed, F) == want
 
 
 def test_of_one_model_nothing_is_one_sided():
