@@ -189,4 +189,4 @@ def test_a_run_finds_rare_exclusive_concepts_so(tmp_path):
         recovered = world.fit(W_dec, torch.zeros(512, dtype=torch.bool)).amax(1) > RECOVERED
         assert recovered[~rare].all()
         found[until] = int(recovered[rare].sum())
-    assert found[0] <= 4 and found[0.6] >= found[0] + 5, found
+    assert found[0] <= 4 and found[0.6] >= 15, found
