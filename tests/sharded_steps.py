@@ -25,7 +25,7 @@ from train import norm_of_gradient
 
 resample.TOKENS = 16  # four latents at once
 resample.SMALL = 1.0  # what was resampled is at once no longer idle, so that the metrics show it
-resample.ONE_SIDED = 0.1  # the same latents are chosen at many looks
+resample.ONE_SIDED = 0.1  # more tokens count, so that latents are resampled at many looks
 resample.NEAR = 0.75  # in ten dimensions any direction is nearer than 0.6 to one of 150 others, only some than this
 D_MODEL, D_HIDDEN, BATCH, K = 10, 150, 64, 5
 DEAD_AFTER = 3 * BATCH
