@@ -184,8 +184,9 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # A latent is dead when it has not fired for this share of the run, at most 10 million tokens.
     dead_window: float = 0.1
 
-    # From a fifth of the run to this share of it, idle latents (small decoder norms) start anew at what the residual of one
-    # model holds and the other's does not: rare exclusive concepts are found so. 0: never. Default: 0.6, or 0 with --init-from.
+    # From a fifth of the run to this share of it, idle latents (small decoder norms) and copies (of a latent with a larger one)
+    # start anew at what the residual of one model holds and the other's does not: rare exclusive concepts are found so.
+    # 0: never. Default: 0.6, or 0 with --init-from.
     resample_until: float | None = None
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose.

@@ -12,8 +12,15 @@ from sources.planted import RECOVERED, SHARED, PlantedConcepts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D, F, BATCH = 64, 48, 256  # four latents can be resampled at once
+TURNS = 3  # looks until all have had their turn: 16 latents at each
 IDLE = [3, 11, 20, 21, 30, 47]
 ONE_SIDED = {5: 0, 77: 1}  # row -> the model that alone leaves it unexplained, widest first
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(resample, "TURNS", TURNS)
+    monkeypatch.setattr(resample, "AT_ONCE", 5)  # latents that are compared with all others
 
 
 @pytest.fixture
@@ -39,6 +46,12 @@ def all_weights(crosscoder) -> dict[str, torch.Tensor]:
     return {name: getattr(crosscoder, name).detach().clone() for name in ("W_dec", "enc_rows", "b_enc")}
 
 
+def usual_norm(W_dec) -> torch.Tensor:
+    """Mean of the decoder norms [latents], each in the model where it is largest, weighted by themselves."""
+    norms = W_dec.norm(dim=2).amax(1)
+    return (norms * norms).sum() / norms.sum()
+
+
 def resampled(crosscoder, x, x_hat, look) -> list[int]:
     """The latents whose decoder row this look changes."""
     before = crosscoder.W_dec.detach().clone()
@@ -51,33 +64,43 @@ def test_idle_latents_take_the_most_one_sided_residuals(begun):
     before = all_weights(crosscoder)
     resample.resample_idle(*begun, look=F)
     after = all_weights(crosscoder)
-    others = torch.tensor([j for j in range(F) if j not in IDLE[:2]])
+    taken = [3, 21]
+    others = torch.tensor([j for j in range(F) if j not in taken])
     in_use = torch.tensor([j for j in range(F) if j not in IDLE])
     for name, t in after.items():
         assert torch.equal(t[others], before[name][others]), name
-    for j, (row, model) in zip(IDLE, ONE_SIDED.items(), strict=False):
+    for j, (row, model) in zip(taken, ONE_SIDED.items(), strict=True):
         residual = (x - x_hat)[row]
         assert residual[model].norm() > 3 * residual[1 - model].norm()
-        for name, share in (("W_dec", resample.SMALL), ("enc_rows", 1.0)):
+        for name in ("W_dec", "enc_rows"):
             torch.testing.assert_close(normalize(after[name][j].flatten(), dim=0), normalize(residual.flatten(), dim=0))
-            norm = before[name][in_use].flatten(1).norm(dim=1).mean()
-            torch.testing.assert_close(after[name][j].norm(), share * norm)
-        largest = [before["W_dec"][in_use], after["W_dec"][j][None]]
-        grown, new = (rows.norm(dim=2).amax(1).mean() for rows in largest)
-        assert new < resample.IDLE * grown  # it must grow to stay
+        torch.testing.assert_close(after["enc_rows"][j].norm(), before["enc_rows"][in_use].flatten(1).norm(dim=1).mean())
+        largest = after["W_dec"][j].norm(dim=1).amax()
+        torch.testing.assert_close(largest, resample.SMALL * usual_norm(before["W_dec"]))
         assert after["b_enc"][j] == 0
+    assert resample.SMALL < resample.IDLE  # it must grow to stay
 
 
-@pytest.mark.parametrize(
-    "look, turn", [(0, [3, 11]), (1, [11, 20]), (4, [20, 21]), (6, [30, 47]), (11, [47, 3]), (12, [3, 11])]
-)
-def test_idle_latents_take_turns(look, turn, begun):
-    """Each look begins four latents, as many as could be resampled, after the one before it."""
+@pytest.mark.parametrize("look, turn", [(0, [3, 21]), (1, []), (2, [11, 20]), (3, [3, 21]), (8, [11, 20])])
+def test_latents_take_turns(look, turn, begun):
+    """A third of them at each look; of six idle ones four get a residual within three looks."""
     crosscoder, x, x_hat = begun
-    assert resampled(*begun, look) == sorted(turn)
-    for j, row in zip(turn, ONE_SIDED, strict=True):
+    assert resampled(*begun, look) == turn
+    for j, row in zip(turn, ONE_SIDED, strict=False):
         rows = [normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[j], (x - x_hat)[row])]
         torch.testing.assert_close(*rows)
+
+
+@pytest.mark.parametrize("cosine, smaller, want", [(0.9, 0.7, [12]), (0.9, 1.4, [15]), (0.7, 0.7, [])])
+def test_the_smaller_of_two_latents_that_point_the_same_way_is_a_copy(cosine, smaller, want, begun):
+    crosscoder, x, x_hat = begun
+    crosscoder.W_dec.data[IDLE] *= 8  # they are in use
+    kept, other = (normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec.data[15], torch.randn(2, D, device=DEVICE)))
+    other = normalize(other - (other @ kept) * kept, dim=0)
+    row = cosine * kept + (1 - cosine**2) ** 0.5 * other
+    crosscoder.W_dec.data[12] = smaller * crosscoder.W_dec.data[15].norm() * row.view(2, D)
+    assert resampled(*begun, look=1) == []  # not its turn
+    assert resampled(*begun, look=0) == want
 
 
 def nothing_idle(crosscoder, x, x_hat):
@@ -120,7 +143,8 @@ def test_nothing_changes_where(change, begun):
     crosscoder, x, x_hat = begun
     x_hat = change(crosscoder, x, x_hat)
     before = all_weights(crosscoder)
-    resample.resample_idle(crosscoder, x, x_hat, 1)
+    for look in range(TURNS):
+        resample.resample_idle(crosscoder, x, x_hat, look)
     after = all_weights(crosscoder)
     assert all(torch.equal(after[name], t) for name, t in before.items())
 
@@ -128,10 +152,18 @@ def test_nothing_changes_where(change, begun):
 def test_latents_of_norm_0_are_idle_and_two_tokens_of_one_concept_get_one_latent(begun):
     crosscoder, x, x_hat = begun
     first, second = ONE_SIDED
-    crosscoder.W_dec.data[[1, 2]] = 0
+    crosscoder.W_dec.data[[1, 4]] = 0
     x_hat = x_hat.clone()
     x_hat[second] = x[second] - 0.9 * (x - x_hat)[first]
-    assert resampled(crosscoder, x, x_hat, F) == [1]
+    assert resampled(crosscoder, x, x_hat, 1) == [1]
+
+
+def test_a_free_latent_gets_what_is_missing_and_not_what_is_wider(begun):
+    crosscoder, x, x_hat = begun
+    found, missed = ONE_SIDED
+    crosscoder.W_dec.data[1] = 0.5 * crosscoder.W_dec.data[1].norm() * normalize((x - x_hat)[found].flatten(), dim=0).view(2, D)
+    assert resampled(*begun, look=2) == [11]
+    torch.testing.assert_close(*(normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[11], (x - x_hat)[missed])))
 
 
 def test_an_exclusive_latent_of_four_models_is_in_use():
@@ -141,13 +173,13 @@ def test_an_exclusive_latent_of_four_models_is_in_use():
     x = torch.randn(BATCH, 4, D)
     missed = torch.zeros(BATCH, 4, D)
     missed[3, 2] = torch.randn(D)
-    assert resampled(crosscoder, x, x - missed, F) == []
+    assert resampled(crosscoder, x, x - missed, 1) == []
     idle = 0.3 * crosscoder.W_dec.detach()[7]  # in all of them
     three = missed.clone()
     three[3, :2] = torch.randn(2, D)
     for missing in (missed, three):  # what one of them has, and three
         crosscoder.W_dec.data[7] = idle
-        assert resampled(crosscoder, x, x - missing, F) == [7]
+        assert resampled(crosscoder, x, x - missing, 1) == [7]
 
 
 @pytest.mark.parametrize("ratio, want", [(1.5, []), (2.5, [3])])
