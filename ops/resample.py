@@ -23,12 +23,12 @@ LOOKS = 300  # that a whole run of many steps would have; of some hundred, up to
 TURNS = 20  # looks until it is a latent's turn again: time to grow until it is no longer idle
 TOKENS = 64  # of a batch for each latent that may be resampled
 IDLE = 0.4  # decoder norms, each in the model where it is largest, below this multiple of the usual one
-COPY = 0.8  # cosine of its decoder row with that of a latent of larger norm
-SMALL = 0.3  # largest norm of a resampled row, of the usual one: harms tokens without its concept little, and grows
+COPY = 0.4  # a row whose cosine with one of larger norm is above 1 - COPY / n_models; without one of the models it is below
+SMALL = 0.3  # norm of a resampled row where it is largest, of the usual one: harms tokens without its concept little, and grows
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
 ONE_SIDED = 0.3  # and by more than this share of their sum: not what both models miss, nor small errors of a found concept
-NEAR = 0.4  # cosine of a latent that already points there, or of a token that was chosen before
-AT_ONCE = 256  # latents that are compared with all others at once, which bounds the memory
+NEAR = 0.4  # cosine of a latent that already points there, or of a token with a wider difference
+AT_ONCE = 256  # vectors that are compared with all latents at once, which bounds the memory
 
 
 def look_after(step: int, steps: int, until: float) -> int:
@@ -42,35 +42,44 @@ def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -
     """Point idle latents and copies at the residuals of tokens that one model alone leaves unexplained.
 
     Decoder row and encoder get the residual's direction over all models, the encoder with the mean norm of the latents in use,
-    the decoder row with a share of what is usual, and the bias becomes 0. With one model, or several that are the same, nothing
-    happens. Needs no look at the device by the host.
+    the decoder row with SMALL of the usual one, and the bias becomes 0. With one model, or several that are the same, nothing
+    happens. The host does not wait for the device.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
     look: its number. It sees the latents whose own number leaves the same rest by TURNS.
     """
-    shard = crosscoder.shard
-    norms = crosscoder.decoder_norms().amax(-1)  # [latents]; a sum over models would call exclusive latents half idle
-    directions, missing = one_sided_residuals(crosscoder, x - x_hat)
+    shard, n_models = crosscoder.shard, x.shape[1]
+    if n_models == 1:
+        return
+    norms = largest_norms(crosscoder.W_dec)  # [latents]; a sum over models would call exclusive latents half idle
     usual = shard.all_sum(norms.square().sum()) / shard.all_sum(norms.sum())  # their mean, where a large one counts for more
     in_use = norms >= IDLE * usual
     first = crosscoder.latents.start
     turn = slice((look - first) % TURNS, None, TURNS)  # of this process's latents
     rows, norm = (shard.gather_rows(of[turn]) for of in (crosscoder.W_dec.flatten(1), norms))  # [turn, ...] of all processes
-    free = (norm < IDLE * usual) | (nearest(crosscoder, normalize(rows, dim=1), norms, norm) > COPY)  # [turn]
-    place = free.cumsum(0) - 1  # the first of them takes the first residual, and so on
-    chosen = free & (place < len(missing))
+    copy = nearest(crosscoder, normalize(rows, dim=1), above=norm) > 1 - COPY / n_models  # [turn]
+    free = (norm < IDLE * usual) | copy
+
+    directions, missing = one_sided_residuals(crosscoder, x - x_hat)
+    place = (free.cumsum(0) - 1).clamp_min(0)  # the first free latent takes the first residual, and so on
+    enough = place < len(missing)
     place = place.clamp_max(len(missing) - 1)
-    chosen &= missing[place]
+    chosen = free & enough & missing[place]  # [turn]
 
     before = len(range(look % TURNS, first, TURNS))  # of the turn, those of the processes before this one
     mine = slice(before, before + len(norms[turn]))
     new = directions[place[mine]]  # [its turn, n_models * d_model]
-    largest = new.view(len(new), *crosscoder.W_dec.shape[1:]).norm(dim=2).amax(1, keepdim=True)  # [its turn, 1]
+    largest = largest_norms(new.unflatten(1, (n_models, -1)))[:, None]  # [its turn, 1]
     length = shard.all_sum(crosscoder.enc_rows.flatten(1).norm(dim=1).where(in_use, 0).sum()) / shard.all_sum(in_use.sum())
     values = SMALL * usual / largest * new, length * new, 0 * largest
     for weight, value in zip((crosscoder.W_dec, crosscoder.enc_rows, crosscoder.b_enc), values, strict=True):
         old = weight.view(len(weight), -1)[turn]  # [its turn, n_models * d_model], or [its turn, 1] of the bias
         old.copy_(torch.where(chosen[mine, None], value, old))
+
+
+def largest_norms(rows: Tensor) -> Tensor:
+    """[n] norms of rows [n, n_models, d_model], each in the model where it is largest."""
+    return rows.norm(dim=2).amax(1)
 
 
 def one_sided_residuals(crosscoder: CrossCoder, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,25 +90,22 @@ def one_sided_residuals(crosscoder: CrossCoder, residual: Tensor) -> tuple[Tenso
     squared = residual.square().sum(-1)  # [batch, n_models]
     most, least = squared.amax(1), squared.amin(1)  # [batch]
     gap = most - least
-    count = min(-(-len(gap) // TOKENS), crosscoder.d_hidden)  # rounded up: the same where a few rows were left out
+    count = -(-len(gap) // TOKENS)  # rounded up: the same where a few rows were left out
     widest, token = gap.topk(count)
     directions = normalize(residual[token].flatten(1), dim=1)  # [count, n_models * d_model]
     missing = (widest > UNUSUAL * gap.mean()) & (widest > ONE_SIDED * (most + least)[token])
-    missing &= (nearest(crosscoder, directions) < NEAR) & ((directions @ directions.T).tril(-1).amax(1) < NEAR)
+    missing &= nearest(crosscoder, directions, above=torch.zeros_like(widest)) < NEAR
+    missing &= (directions @ directions.T).tril(-1).amax(1) < NEAR
     order = missing.int().argsort(descending=True, stable=True)
     return directions[order], missing[order]
 
 
-def nearest(crosscoder: CrossCoder, directions: Tensor, norms: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """[n] largest cosine of each unit vector [n, n_models * d_model] with a decoder row.
-
-    norms, norm: of the decoder rows [latents] and of the vectors [n]; where given, with one of larger norm alone.
-    """
-    W_dec, best = crosscoder.W_dec.flatten(1), []  # [latents, n_models * d_model]
-    lengths = W_dec.norm(dim=1).clamp_min(1e-12)  # [latents]
-    for i in range(0, len(directions), AT_ONCE):
-        cosine = directions[i : i + AT_ONCE] @ W_dec.T / lengths  # [at most AT_ONCE, latents]
-        if norm is not None:
-            cosine.masked_fill_(norms <= norm[i : i + AT_ONCE, None], -1)
-        best.append(cosine.amax(1))
+def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:
+    """[n] largest cosine of each unit vector [n, n_models * d_model] with a decoder row of a largest norm above [n]."""
+    W_dec = crosscoder.W_dec.flatten(1)  # [latents, n_models * d_model]
+    lengths, norms = W_dec.norm(dim=1).clamp_min(1e-12), largest_norms(crosscoder.W_dec)  # [latents]
+    best = []
+    for some, least in zip(directions.split(AT_ONCE), above.split(AT_ONCE), strict=True):
+        cosine = (some @ W_dec.T).div_(lengths)  # [at most AT_ONCE, latents]
+        best.append(cosine.masked_fill_(norms <= least[:, None], -1).amax(1))
     return -crosscoder.shard.all_min(-torch.cat(best))

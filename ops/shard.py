@@ -3,10 +3,10 @@
     torchrun --standalone --nproc-per-node N train.py ...
 
 Training, each process owns a slice of the latents; rows, the reconstruction and b_dec are the same in all of them. What they
-exchange in a step does not grow with the dictionary; rows of live models go from the process that made them to all.
-Collecting, they exchange counts alone. NCCL between CUDA devices; gloo between CPUs, and for what the host must know (did
-someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that is killed or no
-longer answers ends the others within a minute, with a ConnectionError.
+exchange in a step does not grow with the dictionary, except at a look for idle latents; rows of live models go from the process
+that made them to all. Collecting, they exchange counts alone. NCCL between CUDA devices; gloo between CPUs, and for what the
+host must know (did someone get a signal, did someone read a NaN), so that asking does not wait for the device. A process that
+is killed or no longer answers ends the others within a minute, with a ConnectionError.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Shard:
             dist.all_gather(counts, torch.tensor([len(x)]))
         longest = int(max(counts))
         padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-        return torch.cat([rows[:n] for rows, n in zip(self.gather(padded).split(longest), map(int, counts), strict=True)])
+        return torch.cat([rows[:n] for rows, n in zip(self.gather(padded).chunk(self.size), map(int, counts), strict=True)])
 
     def broadcast(self, x: Tensor, process: int) -> Tensor:
         """x as the given process has it; the others give memory of its shape, which is overwritten."""

@@ -3,7 +3,7 @@
     python tests/sharded_steps.py OUT [OTHER]
 
 For each variant fifty steps in float64 from the start, and where OTHER is the OUT of an earlier call also the last thirty of
-them from OTHER's checkpoint. Idle latents are resampled from step 10 to step 30.
+them from OTHER's checkpoint. Idle latents and copies are resampled from step 10 to step 30.
 
 OUT/VARIANT and OUT/VARIANT-resumed get checkpoints of steps 20 and 50, the saved crosscoder
 and steps.safetensors, a line of metrics for each step.
@@ -11,6 +11,7 @@ and steps.safetensors, a line of metrics for each step.
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +40,10 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
     rare = number % 3 == 0
     crosscoder.b_enc.data[rare] = -4.0  # fires on one token in some hundreds: dead now and then, and revived
     crosscoder.W_dec.data *= torch.where(number % 7 == 1, 0.1 + 0.0005 * number, 1.0)[:, None, None]  # some are idle
+    direction = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction /= direction.norm()
+    same = number % 40 == 7  # four, in four processes each in another one
+    crosscoder.W_dec.data[same] = (1 + 0.001 * number[same])[:, None, None] * direction
     optimizer = Adam(crosscoder.parameters(), lr=3e-3)
     since_fired = torch.zeros(len(crosscoder.b_enc), dtype=torch.int64)
     done, lines = 0, []
@@ -61,11 +66,18 @@ def train(out: Path, variant: str, start_from: Path | None, shard: Shard) -> Non
         optimizer.zero_grad(set_to_none=True)
         if look := resample.look_after(step, 50, 0.6):
             resample.resample_idle(crosscoder, x, losses.x_hat, look)
+        if step == 31:
+            with patch.object(resample, "TURNS", 2 * D_HIDDEN):  # there are looks at which no latent has its turn
+                resample.resample_idle(crosscoder, x, losses.x_hat, 2 * D_HIDDEN - 1)
         since_fired.add_(BATCH).masked_fill_(losses.fired, 0)
         norms = crosscoder.decoder_norms().sum(-1)
+        W_dec = torch.nn.functional.normalize(crosscoder.W_dec.flatten(1), dim=1)
+        copies = shard.all_sum((W_dec @ direction.flatten() > 0.8).sum())
         idle_now = shard.all_sum((norms < 0.4).sum())
         dead = shard.all_sum((since_fired >= DEAD_AFTER).sum())
-        lines.append(torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, idle_now, dead]]))
+        lines.append(
+            torch.stack([v.detach().double() for v in [*losses[:5], crosscoder.threshold, norm, copies, idle_now, dead]])
+        )
         if step in (20, 50):
             tensors = crosscoder.state_dict() | checkpoint.step_tensors(optimizer, crosscoder)
             out.mkdir(parents=True, exist_ok=True)

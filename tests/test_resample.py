@@ -91,16 +91,33 @@ def test_latents_take_turns(look, turn, begun):
         torch.testing.assert_close(*rows)
 
 
-@pytest.mark.parametrize("cosine, smaller, want", [(0.9, 0.7, [12]), (0.9, 1.4, [15]), (0.7, 0.7, [])])
-def test_the_smaller_of_two_latents_that_point_the_same_way_is_a_copy(cosine, smaller, want, begun):
+@pytest.mark.parametrize(
+    "cosine, smaller, norm, want",
+    [(0.83, 0.7, 1, [12]), (0.83, 0.7, 0.5, [12]), (0.83, 1.4, 1, [16]), (0.77, 0.7, 1, []), (0.77, 0.7, 3, [])],
+)
+def test_the_smaller_of_two_latents_that_point_the_same_way_is_a_copy(cosine, smaller, norm, want, begun):
     crosscoder, x, x_hat = begun
     crosscoder.W_dec.data[IDLE] *= 8  # they are in use
-    kept, other = (normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec.data[15], torch.randn(2, D, device=DEVICE)))
+    crosscoder.W_dec.data[16] *= norm  # 12 has its turn at look 0, 16 at look 1
+    kept, other = (normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec.data[16], torch.randn(2, D, device=DEVICE)))
     other = normalize(other - (other @ kept) * kept, dim=0)
     row = cosine * kept + (1 - cosine**2) ** 0.5 * other
-    crosscoder.W_dec.data[12] = smaller * crosscoder.W_dec.data[15].norm() * row.view(2, D)
-    assert resampled(*begun, look=1) == []  # not its turn
-    assert resampled(*begun, look=0) == want
+    crosscoder.W_dec.data[12] = smaller * crosscoder.W_dec.data[16].norm() * row.view(2, D)
+    assert [j for look in range(TURNS) for j in resampled(*begun, look)] == want
+
+
+@pytest.mark.parametrize("n_models", [2, 3, 4])
+def test_a_latent_that_one_model_lacks_is_no_copy_of_one_that_all_have(n_models):
+    torch.manual_seed(0)
+    crosscoder = CrossCoder(D, F, n_models, dec_init_norm=1.0)
+    crosscoder.W_dec.data[7] = 1.1 * crosscoder.W_dec.data[12]
+    crosscoder.W_dec.data[12, 0] = 0
+    x = torch.randn(BATCH, n_models, D)
+    missed = torch.zeros_like(x)
+    missed[3, 1] = torch.randn(D)
+    assert resampled(crosscoder, x, x - missed, 0) == []
+    crosscoder.W_dec.data[12] = crosscoder.W_dec.data[7] / 1.1
+    assert resampled(crosscoder, x, x - missed, 0) == [12]
 
 
 def nothing_idle(crosscoder, x, x_hat):
@@ -164,6 +181,39 @@ def test_a_free_latent_gets_what_is_missing_and_not_what_is_wider(begun):
     crosscoder.W_dec.data[1] = 0.5 * crosscoder.W_dec.data[1].norm() * normalize((x - x_hat)[found].flatten(), dim=0).view(2, D)
     assert resampled(*begun, look=2) == [11]
     torch.testing.assert_close(*(normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[11], (x - x_hat)[missed])))
+
+
+@pytest.mark.parametrize("rows, count", [(BATCH, 4), (63, 1)])
+def test_a_residual_goes_to_one_latent(rows, count, begun):
+    """A batch of `rows` has residuals for `count` latents, all of them missing; more latents are free at this look."""
+    crosscoder, x, _ = begun
+    crosscoder.W_dec.data[range(0, F, 2)] *= 0.01
+    missed = torch.zeros_like(x)
+    missed[:7, 1] = 3 * torch.eye(7, D, device=DEVICE)
+    assert resampled(crosscoder, x[:rows], (x - missed)[:rows], 0) == [0, 3, 6, 12, 18, 21, 24, 30][:count]
+
+
+@pytest.mark.parametrize("cosine, want", [(0.37, [3, 21]), (0.43, [3])])
+def test_near_is_a_cosine_of_two_fifths(cosine, want, begun):
+    crosscoder, x, _ = begun
+    missed = torch.zeros_like(x)
+    missed[5, 1, 0] = 3
+    missed[77, 1, :2] = 2.9 * torch.tensor([cosine, (1 - cosine**2) ** 0.5], device=DEVICE)
+    assert resampled(crosscoder, x, x - missed, 0) == want
+
+
+@pytest.mark.parametrize("multiple, want", [(7, []), (9, [3])])
+def test_unusual_is_eight_times_the_mean_difference(multiple, want, begun):
+    crosscoder, x, _ = begun
+    missed = torch.zeros_like(x)
+    missed[:, 1, 0] = 1
+    missed[5, 1, 1] = ((multiple * (BATCH - 1) / (BATCH - multiple)) - 1) ** 0.5
+    assert resampled(crosscoder, x, x - missed, 0) == want
+
+
+def test_a_dictionary_smaller_than_a_turn(monkeypatch, begun):
+    monkeypatch.setattr(resample, "TURNS", 100)
+    assert [resampled(*begun, look) for look in (3, 99)] == [[3], []]
 
 
 def test_an_exclusive_latent_of_four_models_is_in_use():

@@ -44,6 +44,7 @@ def test_fifty_steps_of_several_processes_are_those_of_one(folders, n, variant):
     expected, weights = metrics_and_weights(folders / "1" / variant)
     assert (expected[:, 3] > 0).any() and (expected[:, -1] > 0).any()  # the auxiliary loss was at work
     assert expected[9, -2] > expected[20, -2] + 2 and expected[20, -2] > expected[30, -2]  # and idle latents were resampled
+    assert expected[9, -3] >= 4 and expected[30, -3] < expected[9, -3]  # and copies, each of a latent in another process
     found, found_weights = metrics_and_weights(folders / str(n) / variant)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert found_weights.keys() == weights.keys()
