@@ -46,7 +46,7 @@ def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -
     happens. The host does not wait for the device.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
-    look: its number. It sees the latents whose own number leaves the same rest by TURNS.
+    look: its number. It sees one latent in TURNS: those whose number leaves the same rest by TURNS.
     """
     shard, n_models = crosscoder.shard, x.shape[1]
     if n_models == 1:
@@ -101,7 +101,7 @@ def one_sided_residuals(crosscoder: CrossCoder, residual: Tensor) -> tuple[Tenso
 
 
 def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:
-    """[n] largest cosine of each unit vector [n, n_models * d_model] with a decoder row of a largest norm above [n]."""
+    """[n] largest cosine of each unit vector [n, n_models * d_model] with a decoder row of a norm `above` this [n]."""
     W_dec = crosscoder.W_dec.flatten(1)  # [latents, n_models * d_model]
     lengths, norms = W_dec.norm(dim=1).clamp_min(1e-12), largest_norms(crosscoder.W_dec)  # [latents]
     best = []
