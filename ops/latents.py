@@ -220,7 +220,8 @@ def latent_scaling(sums: ScalingSums, W_dec: Tensor, of: int) -> LatentScaling:
     return LatentScaling(error=along_error + own, reconstruction=along_x - along_error, activation=along_x)
 
 
-# Minder et al. call a latent specific to the fine-tuned model below both of these.
+# Minder et al. call a latent specific to the fine-tuned model below both of these. A ratio may be negative: what other latents
+# leave there points away from the concept. Below -1 the other model has more along it than this one.
 NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW = 0.2, 0.5
 
 
@@ -234,7 +235,8 @@ def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -
     exclusive = []
     for scaling, of in ((base, 0), (ft, 1)):
         nu_error, nu_reconstruction = scaling.nu(of)
-        low = (nu_error.abs() < NU_ERROR_BELOW) & (nu_reconstruction.abs() < NU_RECONSTRUCTION_BELOW)
+        low = (nu_error < NU_ERROR_BELOW) & (nu_reconstruction < NU_RECONSTRUCTION_BELOW)
+        low &= torch.minimum(nu_error, nu_reconstruction) > -1
         exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
     return 1 - exclusive[0].long() + exclusive[1].long()
 

@@ -73,6 +73,19 @@ def test_latent_scaling_sees_what_norms_do_not():
     assert nu_error[0] < 0.1 < 0.9 < nu_error[1] and nu_reconstruction[0] < 0.1 < 0.9 < nu_reconstruction[2]
 
 
+@pytest.mark.parametrize(("share", "expected"), [(-2, 1), (-0.5, 2), (0.1, 2), (0.4, 1)])
+def test_what_points_away_from_the_concept_is_not_the_concept(share, expected):
+    """The other model's activations hold `share` times the concept that this model has."""
+    f = torch.rand(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    W_dec = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)
+    x_hat = torch.einsum("bj,jmd->bmd", f, W_dec)
+    x = x_hat.clone()
+    x[:, 0, 0] += share * f[:, 0]
+    base, ft = (latents.latent_scaling(scaling_sums(x, f, x_hat, W_dec, of), W_dec, of) for of in (0, 1))
+    assert ft.nu(1)[0].item() == pytest.approx(share)
+    assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [expected]
+
+
 def test_a_latent_that_never_fires_is_not_exclusive():
     x, f, W_dec = torch.randn(10, 2, 3), torch.zeros(10, 1), torch.randn(1, 2, 3)
     base, ft = (latents.latent_scaling(scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
