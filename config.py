@@ -24,7 +24,7 @@ PLANTED = dict(
     num_tokens=1_000_000, val_tokens=16_384, log_every=50, val_every=500, save_every=500,
 )  # fmt: skip
 # With --variant batch_topk, where k decides how sparse the codes are and the penalty only separates concepts.
-TOPK = dict(l1_coeff=1.5)
+TOPK = dict(l1_coeff=1.3)
 # With --init-from: a trained dictionary is sparse and its concepts are apart from the first step.
 WARM, WARM_TOPK = dict(k_start=1.0, l1_warmup=0.0, resample_until=0.0), dict(l1_coeff=0.0)
 # Peak learning rate = LR_FACTOR / sqrt(d_model * d_hidden). Found on planted worlds (d_model 64 to 256, d_hidden 512 to 4096,
@@ -171,7 +171,7 @@ class TrainConfig(ModelFlags, DatasetFlags):
     # Share of the run over which k falls to its final value, by equal factors.
     k_anneal: float = 0.8
 
-    # Weight of the L1 loss. Default: 2; 1.5 for batch_topk.
+    # Weight of the L1 loss. Default: 2; 1.3 for batch_topk.
     l1_coeff: float | None = None
     # Share of the run over which the L1 weight rises from 0; with batch_topk it falls to 0 again at the end. Default: 0.8, or 0
     # with --init-from.
@@ -185,8 +185,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     dead_window: float = 0.1
 
     # From a fifth of the run to this share of it, idle latents (small decoder norms) and copies (of a latent with a larger one)
-    # start anew at what the residual of one model holds and the other's does not: rare exclusive concepts are found so.
-    # 0: never. Default: 0.6, or 0 with --init-from.
+    # start anew at what the residual of one model holds and the other's does not: rare exclusive concepts are found so. Copies
+    # are also tried on large residuals of any kind. 0: never. Default: 0.6, or 0 with --init-from.
     resample_until: float | None = None
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose.

@@ -1,9 +1,12 @@
-"""Idle latents and copies start anew at what one of the models holds and no latent explains yet.
+"""Idle latents and copies start anew at what no latent explains yet.
 
 A token at which the models' residuals differ in size most likely holds a concept that only one of them has and that the
 dictionary misses. The rarest of these have too few tokens to win a latent by gradient alone. So a latent that shared concepts
 have left idle, or one that points where a larger one does, is given the token's residual as its direction, as Bricken et al.
 ("Towards Monosemanticity", Anthropic 2023) resample dead neurons from inputs of high loss.
+
+A rare concept of all models may be missed too: a latent that fires only where two of them occur together leaves each alone
+unexplained. Little marks those tokens, so only copies, which the dictionary can spare, are tried on them.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ COPY = 0.4  # a row whose cosine with one of larger norm is above 1 - COPY / n_m
 SMALL = 0.3  # norm of a resampled row where it is largest, of the usual one: harms tokens without its concept little, and grows
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
 ONE_SIDED = 0.3  # and by more than this share of their sum: not what both models miss, nor small errors of a found concept
+TIGHT = 0.1  # a copy whose cosine is above 1 - TIGHT / n_models is not tried: where nothing is missing most are, and would die
+LARGE = 1.25  # a token's squared residual, of what one latent gives: below it hardly any hold a concept that is missing
 NEAR = 0.4  # cosine of a latent that already points there, or of a token with a wider difference
-AT_ONCE = 256  # vectors that are compared with all latents at once, which bounds the memory
+AT_ONCE = 256  # vectors that meet all latents at once, which bounds the memory
 
 
 def look_after(step: int, steps: int, until: float) -> int:
@@ -41,9 +46,9 @@ def look_after(step: int, steps: int, until: float) -> int:
 def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -> None:
     """Point idle latents and copies at the residuals of tokens that one model alone leaves unexplained.
 
-    Decoder row and encoder get the residual's direction over all models, the encoder with the mean norm of the latents in use,
-    the decoder row with SMALL of the usual one, and the bias becomes 0. With one model, or several that are the same, nothing
-    happens. The host does not wait for the device.
+    Copies that are left, unless idle or tight, are tried on large residuals of any kind. Decoder row and encoder get the
+    residual's direction over all models, the encoder with the mean norm of the latents in use, the decoder row with SMALL of
+    the usual one, and the bias becomes 0. With one model nothing happens. The host does not wait for the device.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
     look: its number. It sees one latent in TURNS: those whose number leaves the same rest by TURNS.
@@ -54,19 +59,24 @@ def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -
     norms = largest_norms(crosscoder.W_dec)  # [latents]; a sum over models would call exclusive latents half idle
     usual = shard.all_sum(norms.square().sum()) / shard.all_sum(norms.sum())  # their mean, where a large one counts for more
     in_use = norms >= IDLE * usual
-    first = crosscoder.latents.start
-    turn = slice((look - first) % TURNS, None, TURNS)  # of this process's latents
+    begin = crosscoder.latents.start
+    turn = slice((look - begin) % TURNS, None, TURNS)  # of this process's latents
     rows, norm = (shard.gather_rows(of[turn]) for of in (crosscoder.W_dec.flatten(1), norms))  # [turn, ...] of all processes
-    copy = nearest(crosscoder, normalize(rows, dim=1), above=norm) > 1 - COPY / n_models  # [turn]
-    free = (norm < IDLE * usual) | copy
+    idle = norm < IDLE * usual  # [turn]
+    cosine = nearest(crosscoder, normalize(rows, dim=1), above=norm)
+    copy = cosine > 1 - COPY / n_models
 
-    directions, missing = one_sided_residuals(crosscoder, x - x_hat)
-    place = (free.cumsum(0) - 1).clamp_min(0)  # the first free latent takes the first residual, and so on
-    enough = place < len(missing)
-    place = place.clamp_max(len(missing) - 1)
-    chosen = free & enough & missing[place]  # [turn]
+    one_sided, missing = one_sided_residuals(crosscoder, x - x_hat)
+    directions, large = large_residuals(crosscoder, x[: len(norm)], x_hat[: len(norm)])  # a token for each
+    directions = torch.cat([one_sided, directions])
+    free = idle | copy
+    first = free & (free.cumsum(0) <= missing.sum())  # [turn]; the first free latent takes the first residual, and so on
+    left = copy & (cosine < 1 - TIGHT / n_models) & ~idle & ~first
+    left &= left.cumsum(0) <= len(large)
+    place = torch.where(left, len(missing) + left.cumsum(0), free.cumsum(0)).sub(1).clamp(0, len(directions) - 1)
+    chosen = (first | left) & torch.cat([missing, large])[place]
 
-    before = len(range(look % TURNS, first, TURNS))  # of the turn, those of the processes before this one
+    before = len(range(look % TURNS, begin, TURNS))  # of the turn, those of the processes before this one
     mine = slice(before, before + len(norms[turn]))
     new = directions[place[mine]]  # [its turn, n_models * d_model]
     largest = largest_norms(new.unflatten(1, (n_models, -1)))[:, None]  # [its turn, 1]
@@ -98,6 +108,18 @@ def one_sided_residuals(crosscoder: CrossCoder, residual: Tensor) -> tuple[Tenso
     missing &= (directions @ directions.T).tril(-1).amax(1) < NEAR
     order = missing.int().argsort(descending=True, stable=True)
     return directions[order], missing[order]
+
+
+def large_residuals(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors [rows, n_models * d_model] of the residuals, and which of them may hold a concept that no latent explains.
+
+    Those are the ones of more than LARGE times the squared norm that one latent gives. x, x_hat: [rows, n_models, d_model].
+    """
+    residual, shard = (x - x_hat).flatten(1), crosscoder.shard
+    f = crosscoder.encode(x[:AT_ONCE], normalized=True)  # [at most AT_ONCE, latents]; as many tokens tell the usual
+    given = (f * crosscoder.W_dec.flatten(1).norm(dim=1)).square()
+    usual = shard.all_sum(given.square().sum()) / shard.all_sum(given.sum())  # their mean, where a large one counts for more
+    return normalize(residual, dim=1), residual.square().sum(1) > LARGE * usual
 
 
 def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:
