@@ -185,8 +185,8 @@ class TrainConfig(ModelFlags, DatasetFlags):
     dead_window: float = 0.1
 
     # From a fifth of the run to this share of it, idle latents (small decoder norms) and copies (of a latent with a larger one)
-    # start anew at what the residual of one model holds and the other's does not: rare exclusive concepts are found so. Copies
-    # are also tried on large residuals of any kind. 0: never. Default: 0.6, or 0 with --init-from.
+    # start anew at what the residual of one model holds and the other's does not: rare exclusive concepts are found so. With
+    # batch_topk copies are also tried on large residuals of any kind. 0: never. Default: 0.6, or 0 with --init-from.
     resample_until: float | None = None
 
     # Norm of each decoder row per model at the start; the encoder starts as its transpose.

@@ -46,9 +46,9 @@ def look_after(step: int, steps: int, until: float) -> int:
 def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -> None:
     """Point idle latents and copies at the residuals of tokens that one model alone leaves unexplained.
 
-    Copies that are left, unless idle or tight, are tried on large residuals of any kind. Decoder row and encoder get the
-    residual's direction over all models, the encoder with the mean norm of the latents in use, the decoder row with SMALL of
-    the usual one, and the bias becomes 0. With one model nothing happens. The host does not wait for the device.
+    With batch_topk copies that are left, unless idle or tight, are tried on large residuals of any kind. Decoder row and
+    encoder get the residual's direction over all models, the encoder with the mean norm of the latents in use, the decoder row
+    with SMALL of the usual one, and the bias becomes 0. With one model nothing happens. The host does not wait for the device.
 
     x, x_hat: [batch, n_models, d_model] normalised activations and their reconstruction, the same in every process.
     look: its number. It sees one latent in TURNS: those whose number leaves the same rest by TURNS.
@@ -113,13 +113,15 @@ def one_sided_residuals(crosscoder: CrossCoder, residual: Tensor) -> tuple[Tenso
 def large_residuals(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors [rows, n_models * d_model] of the residuals, and which of them may hold a concept that no latent explains.
 
-    Those are the ones of more than LARGE times the squared norm that one latent gives. x, x_hat: [rows, n_models, d_model].
+    Those are the ones of more than LARGE times the squared norm that one latent gives; none with vanilla, whose penalty shrinks
+    all codes, so that most residuals are large. x, x_hat: [rows, n_models, d_model].
     """
     residual, shard = (x - x_hat).flatten(1), crosscoder.shard
     f = crosscoder.encode(x[:AT_ONCE], normalized=True)  # [at most AT_ONCE, latents]; as many tokens tell the usual
     given = (f * crosscoder.W_dec.flatten(1).norm(dim=1)).square()
     usual = shard.all_sum(given.square().sum()) / shard.all_sum(given.sum())  # their mean, where a large one counts for more
-    return normalize(residual, dim=1), residual.square().sum(1) > LARGE * usual
+    large = residual.square().sum(1) > LARGE * usual
+    return normalize(residual, dim=1), large & (crosscoder.variant == "batch_topk")
 
 
 def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:

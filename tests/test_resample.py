@@ -136,6 +136,8 @@ def test_copies_that_nothing_one_sided_needs_take_large_residuals(begun):
     size[:3] = torch.tensor([1.2, 1.3, 3])
     missed *= (size * concept).sqrt()[:, None, None] / missed.flatten(1).norm(dim=1)[:, None, None]
     before = crosscoder.W_dec.detach().clone()
+    assert resampled(crosscoder, x, x - missed, 0) == []  # vanilla
+    crosscoder.variant = "batch_topk"
     assert resampled(crosscoder, x, x - missed, 0) == copies[1:3]
     for j, row in zip(copies[1:3], (1, 2), strict=True):
         torch.testing.assert_close(*(normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[j], missed[row])))
