@@ -221,7 +221,7 @@ def latent_scaling(sums: ScalingSums, W_dec: Tensor, of: int) -> LatentScaling:
 
 
 # Minder et al. call a latent specific to the fine-tuned model below both of these. A ratio may be negative: what other latents
-# leave there points away from the concept. Below -1 the other model has more along it than this one.
+# leave there points away from the concept. The bound of -1 is ours: below it the other model holds more of the opposite.
 NU_ERROR_BELOW, NU_RECONSTRUCTION_BELOW = 0.2, 0.5
 
 
@@ -237,6 +237,9 @@ def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -
         nu_error, nu_reconstruction = scaling.nu(of)
         low = (nu_error < NU_ERROR_BELOW) & (nu_reconstruction < NU_RECONSTRUCTION_BELOW)
         low &= torch.minimum(nu_error, nu_reconstruction) > -1
+        low &= (
+            torch.minimum(scaling.error[of], scaling.reconstruction[of]) > 0
+        )  # a ratio is negative because of the other model
         exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
     return 1 - exclusive[0].long() + exclusive[1].long()
 

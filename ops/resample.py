@@ -5,8 +5,8 @@ dictionary misses. The rarest of these have too few tokens to win a latent by gr
 have left idle, or one that points where a larger one does, is given the token's residual as its direction, as Bricken et al.
 ("Towards Monosemanticity", Anthropic 2023) resample dead neurons from inputs of high loss.
 
-A rare concept of all models may be missed too: a latent that fires only where two of them occur together leaves each alone
-unexplained. Little marks those tokens, so only copies, which the dictionary can spare, are tried on them.
+A rare concept that all models have may be missed too: a latent that fires only where two such concepts occur together leaves
+each of them, alone, unexplained. Little marks those tokens, so only copies, which the dictionary can spare, are tried on them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ COPY = 0.4  # a row whose cosine with one of larger norm is above 1 - COPY / n_m
 SMALL = 0.3  # norm of a resampled row where it is largest, of the usual one: harms tokens without its concept little, and grows
 UNUSUAL = 8  # the squared residuals differ by more than this multiple of the batch's mean difference
 ONE_SIDED = 0.3  # and by more than this share of their sum: not what both models miss, nor small errors of a found concept
-TIGHT = 0.1  # a copy whose cosine is above 1 - TIGHT / n_models is not tried: where nothing is missing most are, and would die
-LARGE = 1.25  # a token's squared residual, of what one latent gives: below it hardly any hold a concept that is missing
+TIGHT = 0.1  # a copy whose cosine is above 1 - TIGHT / n_models is not tried: most are where nothing is missing, and would die
+LARGE = 1.25  # squared residual, in what one latent gives: below it hardly any token holds a concept that is missing
+GOLDEN = 0.618034  # its multiples, modulo 1, spread evenly however many are taken
 NEAR = 0.4  # cosine of a latent that already points there, or of a token with a wider difference
-AT_ONCE = 256  # vectors that meet all latents at once, which bounds the memory
+AT_ONCE = 256  # vectors that meet all latents at once, which bounds the memory; enough tokens for a mean
 
 
 def look_after(step: int, steps: int, until: float) -> int:
@@ -46,7 +47,7 @@ def look_after(step: int, steps: int, until: float) -> int:
 def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -> None:
     """Point idle latents and copies at the residuals of tokens that one model alone leaves unexplained.
 
-    With batch_topk copies that are left, unless idle or tight, are tried on large residuals of any kind. Decoder row and
+    With batch_topk copies that got none, unless idle or tight, are tried on large residuals of any kind. Decoder row and
     encoder get the residual's direction over all models, the encoder with the mean norm of the latents in use, the decoder row
     with SMALL of the usual one, and the bias becomes 0. With one model nothing happens. The host does not wait for the device.
 
@@ -67,7 +68,10 @@ def resample_idle(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor, look: int) -
     copy = cosine > 1 - COPY / n_models
 
     one_sided, missing = one_sided_residuals(crosscoder, x - x_hat)
-    directions, large = large_residuals(crosscoder, x[: len(norm)], x_hat[: len(norm)])  # a token for each
+    count = min(len(norm), -(-len(x) // 3))  # so far no two multiples of GOLDEN fall on one token
+    places = torch.arange(count, device=x.device, dtype=torch.float64).mul(GOLDEN).frac()
+    tokens = (places * len(x)).long()  # [count] over the whole batch, for stored batches are sorted by their place in the data
+    directions, large = large_residuals(crosscoder, x[tokens], x_hat[tokens])
     directions = torch.cat([one_sided, directions])
     free = idle | copy
     first = free & (free.cumsum(0) <= missing.sum())  # [turn]; the first free latent takes the first residual, and so on
@@ -117,11 +121,12 @@ def large_residuals(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor) -> tuple[T
     all codes, so that most residuals are large. x, x_hat: [rows, n_models, d_model].
     """
     residual, shard = (x - x_hat).flatten(1), crosscoder.shard
-    f = crosscoder.encode(x[:AT_ONCE], normalized=True)  # [at most AT_ONCE, latents]; as many tokens tell the usual
+    if crosscoder.variant == "vanilla":
+        return residual, torch.zeros_like(residual[:, 0], dtype=torch.bool)
+    f = crosscoder.encode(x[:AT_ONCE], normalized=True)  # [at most AT_ONCE, latents]
     given = (f * crosscoder.W_dec.flatten(1).norm(dim=1)).square()
     usual = shard.all_sum(given.square().sum()) / shard.all_sum(given.sum())  # their mean, where a large one counts for more
-    large = residual.square().sum(1) > LARGE * usual
-    return normalize(residual, dim=1), large & (crosscoder.variant == "batch_topk")
+    return normalize(residual, dim=1), residual.square().sum(1) > LARGE * usual
 
 
 def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:

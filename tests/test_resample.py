@@ -20,7 +20,7 @@ ONE_SIDED = {5: 0, 77: 1}  # row -> the model that alone leaves it unexplained, 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch):
     monkeypatch.setattr(resample, "TURNS", TURNS)
-    monkeypatch.setattr(resample, "AT_ONCE", 5)  # latents that are compared with all others
+    monkeypatch.setattr(resample, "AT_ONCE", 5)  # latents that are compared with all others, tokens that tell a mean
 
 
 @pytest.fixture
@@ -123,26 +123,31 @@ def test_a_latent_that_one_model_lacks_is_no_copy_of_one_that_all_have(n_models)
 def test_copies_that_nothing_one_sided_needs_take_large_residuals(begun):
     """The first such copy of a look is tried on the first token, and so on. Idle latents and tight copies wait."""
     crosscoder, x, _ = begun
-    copies, cosine = [0, 6, 12, 15], torch.tensor([0.85, 0.9, 0.94, 0.96], device=DEVICE)[:, None, None]
-    one = crosscoder.W_dec.data[[1, 2, 4, 5]]  # [copies, n_models, D]
+    crosscoder.mean += 0.1
+    crosscoder.scale *= 3  # what is given here is normalised already
+    copies, cosine = [0, 6, 12, 15, 21], torch.tensor([0.85, 0.9, 0.94, 0.96, 0.9], device=DEVICE)[:, None, None]
+    one = crosscoder.W_dec.data[[1, 2, 4, 5, 7]]  # [copies, n_models, D]
     other = torch.cat([-one[..., D // 2 :], one[..., : D // 2]], dim=-1)  # at right angles to them
     crosscoder.W_dec.data[copies] = 0.7 * (cosine * one + (1 - cosine * cosine).sqrt() * other)
-    crosscoder.W_dec.data[21] = 0.1 * crosscoder.W_dec.data[5]  # of this look too, and idle, as 3 is
-    f = crosscoder.encode(x[: resample.AT_ONCE], normalized=True)
+    crosscoder.W_dec.data[21] *= 0.2  # idle, as 3 is
+    tokens = [0, 158, 60, 218, 120]
+    f = crosscoder.encode(x[tokens], normalized=True)
     given = (f * crosscoder.W_dec.flatten(1).norm(dim=1)).detach() ** 2
     concept = (given * given).sum() / given.sum()
     missed = torch.randn(BATCH, 1, D, device=DEVICE).repeat(1, 2, 1)
     size = torch.full((BATCH,), 9.0, device=DEVICE)
-    size[:3] = torch.tensor([1.2, 1.3, 3])
+    size[tokens[:3]] = torch.tensor([1.2, 1.3, 3], device=DEVICE)
     missed *= (size * concept).sqrt()[:, None, None] / missed.flatten(1).norm(dim=1)[:, None, None]
     before = crosscoder.W_dec.detach().clone()
     assert resampled(crosscoder, x, x - missed, 0) == []  # vanilla
     crosscoder.variant = "batch_topk"
     assert resampled(crosscoder, x, x - missed, 0) == copies[1:3]
-    for j, row in zip(copies[1:3], (1, 2), strict=True):
+    for j, row in zip(copies[1:3], tokens[1:3], strict=True):
         torch.testing.assert_close(*(normalize(t.flatten(), dim=0) for t in (crosscoder.W_dec[j], missed[row])))
         torch.testing.assert_close(crosscoder.W_dec[j].norm(dim=1).amax(), resample.SMALL * usual_norm(before))
     assert resampled(crosscoder, x, x - missed, 0) == []  # 6 and 12 are idle now; 0 is tried in vain again
+    crosscoder.W_dec.data.copy_(before)
+    assert resampled(crosscoder, x[3:6], (x - missed)[3:6], 0) == [0]  # one token of three rows, for the first copy
 
 
 def nothing_idle(crosscoder, x, x_hat):
