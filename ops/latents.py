@@ -239,7 +239,7 @@ def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -
         low &= torch.minimum(nu_error, nu_reconstruction) > -1
         low &= (
             torch.minimum(scaling.error[of], scaling.reconstruction[of]) > 0
-        )  # a ratio is negative because of the other model
+        )  # only the other model may have less than nothing
         exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
     return 1 - exclusive[0].long() + exclusive[1].long()
 

@@ -32,7 +32,7 @@ UNUSUAL = 8  # the squared residuals differ by more than this multiple of the ba
 ONE_SIDED = 0.3  # and by more than this share of their sum: not what both models miss, nor small errors of a found concept
 TIGHT = 0.1  # a copy whose cosine is above 1 - TIGHT / n_models is not tried: most are where nothing is missing, and would die
 LARGE = 1.25  # squared residual, in what one latent gives: below it hardly any token holds a concept that is missing
-GOLDEN = 0.618034  # its multiples, modulo 1, spread evenly however many are taken
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly however many are taken
 NEAR = 0.4  # cosine of a latent that already points there, or of a token with a wider difference
 AT_ONCE = 256  # vectors that meet all latents at once, which bounds the memory; enough tokens for a mean
 
@@ -121,12 +121,13 @@ def large_residuals(crosscoder: CrossCoder, x: Tensor, x_hat: Tensor) -> tuple[T
     all codes, so that most residuals are large. x, x_hat: [rows, n_models, d_model].
     """
     residual, shard = (x - x_hat).flatten(1), crosscoder.shard
+    directions = normalize(residual, dim=1)
     if crosscoder.variant == "vanilla":
-        return residual, torch.zeros_like(residual[:, 0], dtype=torch.bool)
+        return directions, torch.zeros_like(residual[:, 0], dtype=torch.bool)
     f = crosscoder.encode(x[:AT_ONCE], normalized=True)  # [at most AT_ONCE, latents]
     given = (f * crosscoder.W_dec.flatten(1).norm(dim=1)).square()
     usual = shard.all_sum(given.square().sum()) / shard.all_sum(given.sum())  # their mean, where a large one counts for more
-    return normalize(residual, dim=1), residual.square().sum(1) > LARGE * usual
+    return directions, residual.square().sum(1) > LARGE * usual
 
 
 def nearest(crosscoder: CrossCoder, directions: Tensor, above: Tensor) -> Tensor:

@@ -86,6 +86,16 @@ def test_what_points_away_from_the_concept_is_not_the_concept(share, expected):
     assert latents.classify_by_scaling(base, ft, W_dec.norm(dim=-1)).tolist() == [expected]
 
 
+@pytest.mark.parametrize("own", [1.0, -1.0])
+@pytest.mark.parametrize("negative", ["error", "reconstruction"])
+def test_a_ratio_that_is_negative_by_this_models_own_part_is_not_low(negative, own):
+    """The other model has -0.4 times what this one has, in its error or in its reconstruction, and nothing in the other."""
+    part, none = torch.tensor([[-0.4 * own], [own]]), torch.tensor([[0.0], [1.0]])
+    values = {"error": none, "reconstruction": none, "activation": none} | {negative: part}
+    ft, base = latents.LatentScaling(**values), latents.LatentScaling(none, none, none)
+    assert latents.classify_by_scaling(base, ft, torch.tensor([[0.0, 1.0]])).tolist() == [2 if own > 0 else 1]
+
+
 def test_a_latent_that_never_fires_is_not_exclusive():
     x, f, W_dec = torch.randn(10, 2, 3), torch.zeros(10, 1), torch.randn(1, 2, 3)
     base, ft = (latents.latent_scaling(scaling_sums(x, f, x, W_dec, of), W_dec, of) for of in (0, 1))
