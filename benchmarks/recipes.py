@@ -9,7 +9,7 @@ and prints the worst cell and the median beside the table. The recipe was chosen
 
 Each world is written once as paired datasets under runs/recipes/worlds and trained on as a user would; results are appended
 to runs/recipes/recipes.csv, and a run that stands there is not repeated, so several can work side by side on different seeds.
-Prints a table, mean and worst over the seeds, and draws it as runs/recipes/recipes.png.
+Prints a table, mean and (where it differs) worst seed, and draws it as runs/recipes/recipes.png.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ DIALS = {
     "narrow": [{}, {"k": 16}, {"k": 32}],
     "null": [{}, {"k": 48}],
     "wide": [{}, {"k": 64}],
-    "long": [{"k": 16}, {"k": 28}, {"batch_size": 4096}],
+    "long": [{}, {"k": 16}, {"k": 28}, {"batch_size": 4096}],
     "easy": [{}],
     "rare": [{}, {"k": 24}],
     "crowded": [{}],
@@ -282,7 +282,7 @@ def cells(rows: list[dict]) -> dict[tuple, dict[str, list[float]]]:
 
 
 def table(rows: list[dict]) -> None:
-    """Mean and, over several seeds, worst seed of each cell; then each recipe's worst and median over all its runs."""
+    """Mean and, where it differs, worst seed of each cell; then each recipe's worst and median over all its runs."""
     print(f"| world | recipe | flags | seeds | {' | '.join(MEASURES.values())} |")
     print("|---|---|---|---:|" + "---:|" * len(MEASURES))
 
@@ -290,13 +290,13 @@ def table(rows: list[dict]) -> None:
         return f"{value:.1f}" if name == "l0_loss" else f"{value:.3f}" if name == "explained_variance" else f"{value:.2f}"
 
     def worst(name: str, values: list[float]) -> float:
-        return (max if name in BAD_IF_HIGH else min)(value for value in values if not math.isnan(value))
+        return (max if name in BAD_IF_HIGH else min)((value for value in values if not math.isnan(value)), default=math.nan)
 
     for (world, _, recipe, _, flags), measures in cells(rows).items():
         line = []
         for name, values in measures.items():
-            several = len(values) > 1 and name != "l0_loss" and not math.isnan(values[0])
-            line.append(shown(name, mean(values)) + (f" ({shown(name, worst(name, values))})" if several else ""))
+            average, worst_seed = shown(name, mean(values)), shown(name, worst(name, values))
+            line.append(average if worst_seed == average or name == "l0_loss" else f"{average} ({worst_seed})")
         print(f"| {world} | {recipe} | `{flags}` | {len(measures['l0_loss'])} | {' | '.join(line)} |")
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         runs = [row for row in rows if row["recipe"] == recipe and row["right_shared"] and row["world"] not in UNFAIR]
