@@ -237,9 +237,8 @@ def classify_by_scaling(base: LatentScaling, ft: LatentScaling, norms: Tensor) -
         nu_error, nu_reconstruction = scaling.nu(of)
         low = (nu_error < NU_ERROR_BELOW) & (nu_reconstruction < NU_RECONSTRUCTION_BELOW)
         low &= torch.minimum(nu_error, nu_reconstruction) > -1
-        low &= (
-            torch.minimum(scaling.error[of], scaling.reconstruction[of]) > 0
-        )  # only the other model may have less than nothing
+        # Only the other model may have less than nothing: where this one has, a negative ratio means the opposite.
+        low &= torch.minimum(scaling.error[of], scaling.reconstruction[of]) > 0
         exclusive.append(low & (norms[:, of] > norms[:, 1 - of]))
     return 1 - exclusive[0].long() + exclusive[1].long()
 

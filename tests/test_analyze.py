@@ -330,7 +330,7 @@ def test_a_run_on_planted_concepts_shows_the_truth(tmp_path):
     summary = json.loads((tmp_path / "planted" / "summary.json").read_text())
     assert metrics["explained_variance"] == pytest.approx(summary["explained_variance"], rel=1e-4)
     assert metrics["planted"]["by_norm"]["recall_shared"] == pytest.approx(summary["planted"]["recall_shared"], abs=0.05)
-    sharp = table["planted_cosine"] > 0.9
+    sharp = table["planted_cosine"] > 0.9  # by chance no row is as close
     assert sharp.sum() > 30 and np.mean(table["planted_kind"][sharp] == table["tag"][sharp]) > 0.9
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'id="truth"' in page and (out / "figures" / "planted.svg").is_file()

@@ -12,7 +12,7 @@ from processes import Started
 from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
 from benchmarks.organism_scores import best_f1, orders, places, steered
-from benchmarks.recipes import RECIPES, WORLDS, geometric_median, grid, told, train_flags
+from benchmarks.recipes import MEASURES, RECIPES, WORLDS, geometric_median, grid, table, told, train_flags
 
 
 def test_frontier_reads_finished_runs(tmp_path):
@@ -42,6 +42,16 @@ def test_the_tables_name_the_flags_of_their_rows():
     page = (ROOT / "docs/recipes.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("|") and "`--num-tokens" in line]
     assert rows and all(any(part in known for part in row.split("`")) for row in rows)
+
+
+def test_the_table_has_the_mean_and_where_it_differs_the_worst_seed(capsys):
+    name = dict(world="small", dials="", recipe="ours, batch_topk", lr="own", flags="--k 12")
+    same = dict.fromkeys(MEASURES, "1")
+    table([name | same, name | same | {"right_shared": "0.5", "false_both": "0", "l0_loss": "3"}])
+    first, worst = capsys.readouterr().out.splitlines()[2:4]
+    assert first.startswith("| small | ours, batch_topk | `--k 12` | 2 | 0.75 (0.50) | 1.00 | 1.00 | 0.50 (1.00) |")
+    assert " | 2.0 | " in first  # L0 has no worst
+    assert worst.startswith("| all but crowded, null | ours, batch_topk | worst | 2 | 0.50 | 1.00 | 1.00 | 1.00 |")
 
 
 def test_recipes_scores_once_and_goes_on(tmp_path):
