@@ -1,4 +1,4 @@
-"""How much of a planted truth each recipe finds, on the same activations: ours against published ones.
+"""How much of a planted truth each recipe finds and explains, on the same activations: ours, published ones, the truth itself.
 
     python benchmarks/recipes.py --worlds easy long --seeds 201 202
     python benchmarks/recipes.py --grid quick --seeds 201 202
@@ -34,14 +34,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from config import LR_FACTOR
 from crosscoder import CrossCoder
 from ops import latents
+from ops.weights import Adam
 from run import checkpoint
 from sources.batches import estimate_normalization
 from sources.dataset_files import open_datasets
 from sources.planted import BLOCK, RECOVERED, PlantedConcepts
 from sources.stored import PairedActivations
-from train import DEAD_AFTER_AT_MOST, evaluate, held_out, latent_classes, lr_factor
+from train import DEAD_AFTER_AT_MOST, evaluate, held_out, latent_classes, lr_factor, update
 
 HELD_OUT = 32_768  # rows
 
@@ -108,6 +110,7 @@ RECIPES = {
     ],
 }
 UNSQUARED = "BatchTopK (crosscoder_learning)"  # trained by train_unsquared
+HELD = "planted dictionary"  # by train_held: no recipe, but what the truth itself explains
 QUARTERS = ["recall_rarest", "recall_rare", "recall_common", "recall_commonest"]  # of all concepts, by rate
 WAYS = ("norm", "scaling", "both")  # to call a latent exclusive: decoder norms, latent scaling, or only where both agree
 COLUMNS = [
@@ -165,6 +168,8 @@ def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | 
     started = time.perf_counter()
     if recipe == UNSQUARED:
         crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
+    elif recipe == HELD:
+        crosscoder, dead = train_held(source, world, planted, lr, tokens, seed)
     else:
         out = folder / "runs" / f"{name} {told(dials)} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
@@ -179,8 +184,8 @@ def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | 
         dead = since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * tokens))
     seconds = time.perf_counter() - started
     result = {"world": name, "dials": told(dials), "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens}
-    same_lr = [f"--lrs {lr or 'own'}, k {world.k}"]  # of the recipe that this script trains itself
-    result["flags"] = " ".join(same_lr if recipe == UNSQUARED else train_flags(name, dials, recipe, lr, tokens))
+    here = [f"--lrs {lr or 'own'}, k {world.k}"]  # of what this script trains itself
+    result["flags"] = " ".join(here if recipe in (UNSQUARED, HELD) else train_flags(name, dials, recipe, lr, tokens))
     result["seconds"] = round(seconds, 1)
     measured = evaluate(crosscoder, source, world.batch_size, (1 / source.stored_scale.float())[:, None], 0.0)
     result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
@@ -195,6 +200,16 @@ def train_flags(name: str, dials: dict, recipe: str, lr: str | None, tokens: int
     return flags + [part.format(k=world.k, l1=f"{world.l1:g}") for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
 
 
+def untrained(source, world: World, seed: int) -> tuple[CrossCoder, torch.Tensor]:
+    """A BatchTopK crosscoder that normalises these rows, and the factors [2, 1] from stored values to raw activations."""
+    crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", world.k, None, 1.0, seed, torch.bfloat16)
+    unscale = (1 / source.stored_scale)[:, None]
+    mu, scale = estimate_normalization(source, center=True)
+    crosscoder.mean.copy_(mu * unscale)
+    crosscoder.scale.copy_(scale / unscale[:, 0])
+    return crosscoder, unscale.float()
+
+
 def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
     """BatchTopK as crosscoder_learning trains it -> the crosscoder, and which latents are dead [d_hidden].
 
@@ -202,21 +217,16 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
     tokens, decoder norm 1, b_dec from the geometric median of the first batch, Adam with a constant rate after its warm-up
     (1000 of about 100,000 steps there, so 1 % here), gradients clipped to 1. Our code does the selection.
     """
-    crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", world.k, None, 1.0, seed, torch.bfloat16)
-    unscale = (1 / source.stored_scale)[:, None]  # [2, 1] stored values -> raw activations
-    mu, scale = estimate_normalization(source, center=True)
-    crosscoder.mean.copy_(mu * unscale)
-    crosscoder.scale.copy_(scale / unscale[:, 0])
+    crosscoder, unscale = untrained(source, world, seed)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=lr, fused=True)
     steps = -(-tokens // world.batch_size)
     silent = torch.zeros(world.d_hidden, dtype=torch.int64)  # tokens since each latent fired
     stream = source.batches(world.batch_size, tokens, torch.device("cpu"))
     for step, batch in enumerate(tqdm(stream, total=steps, desc=f"crosscoder_learning, lr {lr:g}", unit="step", mininterval=5)):
-        x = crosscoder.normalize(batch.x.float() * unscale.float())  # [batch, 2, d_model]
+        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, 2, d_model]
         if step == 0:
             crosscoder.b_dec.data.copy_(geometric_median(x.flatten(1)).view(2, -1))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, steps, warmup=0.01, decay=0)
+        optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps, warmup=0.01, decay=0)
         dead = silent >= DEAD_AFTER_AT_MOST
         out = crosscoder.losses(x, 0, 1 / 32, dead if dead.any() else None)
         residual = (x - out.x_hat).detach()
@@ -227,7 +237,33 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
         optimizer.step()
         optimizer.zero_grad()
         silent.add_(len(x)).masked_fill_(out.fired, 0)
-    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale.float()))
+    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
+    return crosscoder, silent >= tokens // 10
+
+
+def train_held(source, world: World, planted, lr: str | None, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
+    """An encoder for the planted dictionary -> the crosscoder, and which latents are dead [n_concepts].
+
+    The latents are the concepts, and their decoder rows stay. Learned is what else there is, without a penalty, from the
+    decoder's transpose, with our rate and schedule.
+    """
+    crosscoder, unscale = untrained(source, world._replace(d_hidden=len(planted.rate)), seed)
+    concepts = planted.directions * (planted.scale * crosscoder.scale)[:, None]  # [n_concepts, 2, d_model], normalised
+    concepts /= concepts.norm(dim=-1).amax(1)[:, None, None]
+    crosscoder.W_dec.data[:] = crosscoder.enc_rows.data[:] = concepts
+    peak = float(lr or LR_FACTOR / math.sqrt(source.d_model * len(concepts)))
+    optimizer, steps = Adam(crosscoder.parameters(), lr=peak), -(-tokens // world.batch_size)
+    silent = torch.zeros(len(concepts), dtype=torch.int64)  # tokens since each latent fired
+    stream = source.batches(world.batch_size, tokens, torch.device("cpu"))
+    for step, batch in enumerate(tqdm(stream, total=steps, desc=f"{HELD}, lr {peak:g}", unit="step", mininterval=5)):
+        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, 2, d_model]
+        optimizer.param_groups[0]["lr"] = peak * lr_factor(step, steps, warmup=0.02, decay=0.8)
+        out = crosscoder.losses(x, 0)
+        out.loss.backward()
+        crosscoder.W_dec.grad.zero_()
+        update(crosscoder, optimizer, 1.0)
+        silent.add_(len(x)).masked_fill_(out.fired, 0)
+    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     return crosscoder, silent >= tokens // 10
 
 
@@ -342,13 +378,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["easy", "long", "null"])
     parser.add_argument("--grid", choices=("quick", "full"), help="many worlds under many dials, instead of --worlds")
-    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED], default=["ours, vanilla", "ours, batch_topk"])
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED, HELD], default=list(RECIPES)[:2])
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[201])
     parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "recipes", help="folder of worlds, runs and results")
     args = parser.parse_args()
     results = args.output / "recipes.csv"
+    if HELD in args.recipes and "tiny pair" in args.worlds:
+        parser.error(f"--recipes {HELD!r}: nothing is planted in the tiny pair")
     asked = grid(args.grid, args.recipes) if args.grid else [(w, {}, r) for w in args.worlds for r in args.recipes]
     wanted = {
         (world, told(dials), recipe, lr or "own", str(seed), str(args.num_tokens or WORLDS[world].tokens)): (

@@ -56,16 +56,20 @@ def test_the_table_has_the_mean_and_where_it_differs_the_worst_seed(capsys):
 
 def test_recipes_scores_once_and_goes_on(tmp_path):
     flags = ["--worlds", "null", "--num-tokens", 8192, "--seeds", 7, "--output", tmp_path]
-    flags += ["--recipes", "BatchTopK (crosscoder_learning)", "ours, vanilla"]
+    flags += ["--recipes", "BatchTopK (crosscoder_learning)", "ours, vanilla", "planted dictionary"]
     first = run_script("benchmarks/recipes.py", *flags, check=True)
-    theirs, ours = csv.DictReader((tmp_path / "recipes.csv").open())
+    theirs, ours, held = csv.DictReader((tmp_path / "recipes.csv").open())
     assert theirs["lr"] == "own" and theirs["tokens"] == "8192" and float(theirs["l0_loss"]) == pytest.approx(12, abs=0.1)
     assert ours["flags"] == "--num-tokens 8192 --d-hidden 1024 --batch-size 1024 --l1-coeff 2"
     assert theirs["right_shared"] == "0.0" and theirs["base_only_norm"] == "nan"  # eight steps; nothing is exclusive
+    assert held["right_shared"] == "1.0" and held["flags"] == "--lrs own, k 12"  # its rows stay what they are
+    assert float(held["l0_loss"]) == pytest.approx(12, abs=0.1)
     assert f"| null | ours, vanilla | `{ours['flags']}` | 1 |" in first.stdout
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
     again = run_script("benchmarks/recipes.py", *flags, check=True)
-    assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 3
+    assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 4
+    refused = run_script("benchmarks/recipes.py", "--worlds", "tiny pair", "--recipes", "planted dictionary")
+    assert refused.returncode == 2 and "nothing is planted in the tiny pair" in refused.stderr
 
 
 def test_the_grid_holds_every_world_under_its_dials():
