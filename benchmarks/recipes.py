@@ -184,8 +184,9 @@ def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | 
         dead = since_fired >= min(DEAD_AFTER_AT_MOST, int(resolved["dead_window"] * tokens))
     seconds = time.perf_counter() - started
     result = {"world": name, "dials": told(dials), "recipe": recipe, "lr": lr or "own", "seed": seed, "tokens": tokens}
-    here = [f"--lrs {lr or 'own'}, k {world.k}"]  # of what this script trains itself
-    result["flags"] = " ".join(here if recipe in (UNSQUARED, HELD) else train_flags(name, dials, recipe, lr, tokens))
+    others = told({name: value for name, value in dials.items() if name != "k"})
+    here = f"--lrs {lr or 'own'}, k {world.k}" + (f", {others}" if others else "")  # of what this script trains itself
+    result["flags"] = here if recipe in (UNSQUARED, HELD) else " ".join(train_flags(name, dials, recipe, lr, tokens))
     result["seconds"] = round(seconds, 1)
     measured = evaluate(crosscoder, source, world.batch_size, (1 / source.stored_scale.float())[:, None], 0.0)
     result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
@@ -231,21 +232,23 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
         out = crosscoder.losses(x, 0, 1 / 32, dead if dead.any() else None)
         residual = (x - out.x_hat).detach()
         variance = (residual - residual.mean(0)).pow(2).sum((1, 2)).mean()
-        loss = (x - out.x_hat).norm(dim=-1).mean() + out.aux_loss / variance / 32
-        loss.backward()
+        ((x - out.x_hat).norm(dim=-1).mean() + out.aux_loss / variance / 32).backward()
         torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         silent.add_(len(x)).masked_fill_(out.fired, 0)
+    crosscoder.compute_dtype = torch.float32  # as train.py measures
     crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     return crosscoder, silent >= tokens // 10
 
 
-def train_held(source, world: World, planted, lr: str | None, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
+def train_held(
+    source, world: World, planted: PlantedConcepts, lr: str | None, tokens: int, seed: int
+) -> tuple[CrossCoder, torch.Tensor]:
     """An encoder for the planted dictionary -> the crosscoder, and which latents are dead [n_concepts].
 
-    The latents are the concepts, and their decoder rows stay. Learned is what else there is, without a penalty, from the
-    decoder's transpose, with our rate and schedule.
+    The latents are the concepts, and their decoder rows stay. The encoder, which starts as their transpose, and the biases are
+    learned without a penalty, at our rate and on our schedule.
     """
     crosscoder, unscale = untrained(source, world._replace(d_hidden=len(planted.rate)), seed)
     concepts = planted.directions * (planted.scale * crosscoder.scale)[:, None]  # [n_concepts, 2, d_model], normalised
@@ -260,9 +263,10 @@ def train_held(source, world: World, planted, lr: str | None, tokens: int, seed:
         optimizer.param_groups[0]["lr"] = peak * lr_factor(step, steps, warmup=0.02, decay=0.8)
         out = crosscoder.losses(x, 0)
         out.loss.backward()
-        crosscoder.W_dec.grad.zero_()
+        crosscoder.W_dec.grad.zero_()  # not None: `update` takes the norm of all gradients
         update(crosscoder, optimizer, 1.0)
         silent.add_(len(x)).masked_fill_(out.fired, 0)
+    crosscoder.compute_dtype = torch.float32  # as train.py measures
     crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     return crosscoder, silent >= tokens // 10
 
@@ -378,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["easy", "long", "null"])
     parser.add_argument("--grid", choices=("quick", "full"), help="many worlds under many dials, instead of --worlds")
-    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED, HELD], default=list(RECIPES)[:2])
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED, HELD], default=list(RECIPES)[:2])  # ours
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[201])
     parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")

@@ -12,7 +12,8 @@ from processes import Started
 from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
 from benchmarks.organism_scores import best_f1, orders, places, steered
-from benchmarks.recipes import MEASURES, RECIPES, WORLDS, geometric_median, grid, table, told, train_flags
+from benchmarks.recipes import MEASURES, RECIPES, WORLDS, World, geometric_median, grid, table, told, train_flags, train_held
+from sources.planted import PlantedConcepts
 
 
 def test_frontier_reads_finished_runs(tmp_path):
@@ -62,7 +63,7 @@ def test_recipes_scores_once_and_goes_on(tmp_path):
     assert theirs["lr"] == "own" and theirs["tokens"] == "8192" and float(theirs["l0_loss"]) == pytest.approx(12, abs=0.1)
     assert ours["flags"] == "--num-tokens 8192 --d-hidden 1024 --batch-size 1024 --l1-coeff 2"
     assert theirs["right_shared"] == "0.0" and theirs["base_only_norm"] == "nan"  # eight steps; nothing is exclusive
-    assert held["right_shared"] == "1.0" and held["flags"] == "--lrs own, k 12"  # its rows stay what they are
+    assert held["right_shared"] == "1.0" and held["flags"] == "--lrs own, k 12"
     assert float(held["l0_loss"]) == pytest.approx(12, abs=0.1)
     assert f"| null | ours, vanilla | `{ours['flags']}` | 1 |" in first.stdout
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
@@ -70,6 +71,16 @@ def test_recipes_scores_once_and_goes_on(tmp_path):
     assert again.stdout == first.stdout and len((tmp_path / "recipes.csv").read_text().splitlines()) == 4
     refused = run_script("benchmarks/recipes.py", "--worlds", "tiny pair", "--recipes", "planted dictionary")
     assert refused.returncode == 2 and "nothing is planted in the tiny pair" in refused.stderr
+
+
+def test_the_planted_dictionary_is_what_a_concept_adds_to_a_row_and_stays():
+    planted = PlantedConcepts(3, 512, n_concepts=32, d_model=16, active=3, offset=True)  # scales 1 and 5
+    crosscoder, dead = train_held(planted, World(None, 4096, 999, 256, 3), planted, None, 4096, 3)
+    rest = torch.randn(32, 2, 16)  # raw rows, before and after a concept becomes active
+    added = crosscoder.normalize(rest + planted.directions * planted.scale[:, None]) - crosscoder.normalize(rest)
+    expected = added / added.norm(dim=-1).amax(1)[:, None, None]
+    torch.testing.assert_close(crosscoder.W_dec.detach(), expected, atol=1e-4, rtol=0)
+    assert dead.shape == (32,) and (crosscoder.enc_rows - expected).abs().max() > 0.05  # sixteen steps of Adam
 
 
 def test_the_grid_holds_every_world_under_its_dials():
