@@ -23,83 +23,30 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
 
-import pyarrow as pa
 import torch
 from matplotlib import pyplot as plt
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import LR_FACTOR
+from benchmarks.worlds import DIALS, HELD_OUT, L1_DIALS, QUICK, UNFAIR, WORLDS, World, collect_tiny_pair, told, write_world
+from config import LR_FACTOR, TrainConfig
 from crosscoder import CrossCoder
 from ops import latents
 from ops.weights import Adam
 from run import checkpoint
 from sources.batches import estimate_normalization
 from sources.dataset_files import open_datasets
-from sources.planted import BLOCK, RECOVERED, PlantedConcepts
+from sources.planted import RECOVERED, PlantedConcepts
 from sources.stored import PairedActivations
 from train import DEAD_AFTER_AT_MOST, evaluate, held_out, latent_classes, lr_factor, update
 
-HELD_OUT = 32_768  # rows
-
-
-class World(NamedTuple):
-    planted: dict | None  # arguments of PlantedConcepts; None: the tiny Llama pair of tests/, whose truth nobody knows
-    tokens: int  # to train on
-    d_hidden: int
-    batch_size: int
-    k: int
-    l1: float = 2.0  # the default of a run on datasets
-
-
-OFTEN = dict(tail=0.5, offset=True)  # frequencies 1 / sqrt(rank), large means and outlier dimensions
-SMALL = World(dict(n_concepts=512, d_model=96, active=12, **OFTEN), 1_000_000, 1024, 1024, 12)
-NARROW = World(dict(n_concepts=256, d_model=64, active=8, tail=0.5), 1_000_000, 512, 512, 8)
-WIDE = World(dict(n_concepts=1024, d_model=256, active=16, tail=0.5, scales=(3.0, 5.0)), 2_000_000, 2048, 1024, 16)
-LONG = World(dict(n_concepts=1024, active=12, **OFTEN), 3_000_000, 2048, 2048, 12)
-EASY = World(dict(n_concepts=1024, active=10.24), 3_000_000, 2048, 2048, 16)  # concepts of similar frequency
-RARE = World(dict(n_concepts=1024, active=12, tail=0.5, rare=True), 3_000_000, 2048, 1024, 12)  # exclusive ones on .05 %
-CROWDED = World(dict(n_concepts=2048, active=16, tail=0.5), 2_000_000, 1024, 1024, 16)  # twice as many concepts as latents
-NULL = SMALL._replace(planted=SMALL.planted | {"null": True})
-HARD = World(dict(n_concepts=2048, hard=True), 6_000_000, 4096, 512, 40)
-WORLDS = {
-    "small": SMALL, "narrow": NARROW, "wide": WIDE, "long": LONG, "easy": EASY, "rare": RARE, "crowded": CROWDED, "null": NULL,
-    "hard": HARD,
-    "hard, none to spare": HARD._replace(d_hidden=2048),
-    "paper": World(dict(n_concepts=2048, d_model=256, active=20.48), 800_000_000, 4096, 2048, 48),  # for a GPU
-    "tiny pair": World(None, 800_000, 512, 512, 16),
-}  # fmt: skip
-# Each cell of the grid is a world under other dials. k is .75 to 4 times the number of concepts that a token holds, latents are
-# 1 to 4 times the concepts, the L1 weight half to twice its default.
-DIALS = {
-    "small": [{"k": 9}, {}, {"k": 16}, {"k": 24}, {"k": 48}, {"d_hidden": 512}, {"d_hidden": 2048}, {"batch_size": 512}],
-    "narrow": [{}, {"k": 16}, {"k": 32}],
-    "null": [{}, {"k": 48}],
-    "wide": [{}, {"k": 64}],
-    "long": [{}, {"k": 16}, {"k": 28}, {"batch_size": 4096}],
-    "easy": [{}],
-    "rare": [{}, {"k": 24}],
-    "crowded": [{}],
-    "hard": [{}],
-}
-L1_DIALS = {
-    "small": [{"l1": 1.0}, {}, {"l1": 4.0}, {"d_hidden": 512}, {"d_hidden": 2048}],
-    "narrow": [{}],
-    "null": [{}],
-    "wide": [{}],
-    "long": [{}, {"l1": 1.0}],
-    "easy": [{}],
-    "rare": [{}],
-    "crowded": [{}],
-    "hard": [{}],
-}
-UNFAIR = ("crowded", "null")  # where latents for all concepts, or exclusive ones, do not exist
-QUICK = ("small", "narrow", "null", "wide")  # the half of the grid that takes an hour on two cores
+OURS = ["ours, vanilla", "ours, batch_topk"]
 RECIPES = {
     "ours, vanilla": ["--l1-coeff", "{l1}"],
     "ours, batch_topk": ["--variant", "batch_topk", "--k", "{k}"],
@@ -120,37 +67,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def write_world(folder: Path, world: PlantedConcepts, tokens: int) -> None:
-    """folder/base.arrow and ft.arrow: float16 rows [d_model] of each model, complete or absent."""
-    if folder.exists():
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    schema = pa.schema([("activation", pa.list_(pa.float16(), world.d_model))])
-    files = [pa.ipc.new_stream(partial / f"{model}.arrow", schema) for model in ("base", "ft")]
-    out = torch.empty(2, BLOCK, world.d_model)
-    for start in tqdm(range(0, tokens + HELD_OUT, BLOCK), desc=f"writing {folder.name}", unit="block"):
-        world.gather("train", world.order(start, BLOCK), out)
-        for file, x in zip(files, out.half(), strict=True):
-            rows = pa.FixedSizeListArray.from_arrays(pa.array(x.flatten().numpy()), world.d_model)
-            file.write_batch(pa.record_batch([rows], schema=schema))
-    for file in files:
-        file.close()
-    partial.rename(folder)
-
-
-def collect_tiny_pair(folder: Path) -> None:
-    """folder/data: paired activations of the two tiny models of tests/tiny_models.py, which are trained first."""
-    if not (folder / "data" / "pair.json").exists():
-        python, models = sys.executable, [str(folder / "base"), str(folder / "ft")]
-        subprocess.run([python, str(ROOT / "tests" / "tiny_models.py"), str(folder)], check=True)
-        command = [python, str(ROOT / "collect.py"), "--base-model", models[0], "--ft-model", models[1]]
-        command += ["--text", str(folder / "text" / "code.txt"), "--text", str(folder / "text" / "prose.txt")]
-        command += ["--hook", "model.layers.1.mlp", "--num-tokens", "400_000", "--seq-len", "256", "--model-dtype", "float32"]
-        subprocess.run([*command, "--output", str(folder / "data")], check=True)
-
-
 def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | None, tokens: int | None) -> dict:
     """Train one recipe on one world under these dials for so many tokens, in folder/worlds and folder/runs, and score it."""
     world = WORLDS[name]._replace(**dials)
@@ -166,10 +82,14 @@ def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | 
         named = [("--base-dataset", str(data / "base.arrow")), ("--ft-dataset", str(data / "ft.arrow"))]
     source = PairedActivations(open_datasets(named, (None, None)), HELD_OUT, 0, seed)
     started = time.perf_counter()
-    if recipe == UNSQUARED:
-        crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
-    elif recipe == HELD:
-        crosscoder, dead = train_held(source, world, planted, lr, tokens, seed)
+    unscale = (1 / source.stored_scale.float())[:, None]  # [2, 1] stored values -> raw activations
+    if recipe in (UNSQUARED, HELD):
+        if recipe == UNSQUARED:
+            crosscoder, dead = train_unsquared(source, world, float(lr or 1e-4), tokens, seed)
+        else:
+            crosscoder, dead = train_held(source, world, planted, lr, tokens, seed)
+        crosscoder.compute_dtype = torch.float32  # as train.py measures
+        crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     else:
         out = folder / "runs" / f"{name} {told(dials)} {recipe} {lr} {seed} {tokens}".replace(", ", "-").replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
@@ -188,7 +108,7 @@ def run(folder: Path, name: str, dials: dict, recipe: str, seed: int, lr: str | 
     here = f"--lrs {lr or 'own'}, k {world.k}" + (f", {others}" if others else "")  # of what this script trains itself
     result["flags"] = here if recipe in (UNSQUARED, HELD) else " ".join(train_flags(name, dials, recipe, lr, tokens))
     result["seconds"] = round(seconds, 1)
-    measured = evaluate(crosscoder, source, world.batch_size, (1 / source.stored_scale.float())[:, None], 0.0)
+    measured = evaluate(crosscoder, source, world.batch_size, unscale, 0.0)
     result |= {name: measured["val_" + name] for name in ("explained_variance", "l0_loss")}
     result |= {"dead_fraction": dead.float().mean().item()}
     return result | (score(crosscoder, dead, planted, source) if planted else {})
@@ -201,30 +121,34 @@ def train_flags(name: str, dials: dict, recipe: str, lr: str | None, tokens: int
     return flags + [part.format(k=world.k, l1=f"{world.l1:g}") for part in RECIPES[recipe]] + (["--lr", lr] if lr else [])
 
 
-def untrained(source, world: World, seed: int) -> tuple[CrossCoder, torch.Tensor]:
-    """A BatchTopK crosscoder that normalises these rows, and the factors [2, 1] from stored values to raw activations."""
+def untrained(source, world: World, seed: int) -> CrossCoder:
+    """A BatchTopK crosscoder that normalises these rows."""
     crosscoder = CrossCoder(source.d_model, world.d_hidden, 2, "batch_topk", world.k, None, 1.0, seed, torch.bfloat16)
-    unscale = (1 / source.stored_scale)[:, None]
-    mu, scale = estimate_normalization(source, center=True)
-    crosscoder.mean.copy_(mu * unscale)
-    crosscoder.scale.copy_(scale / unscale[:, 0])
-    return crosscoder, unscale.float()
+    mean, scale = estimate_normalization(source, center=True)
+    crosscoder.mean.copy_(mean / source.stored_scale[:, None])
+    crosscoder.scale.copy_(scale * source.stored_scale)
+    return crosscoder
 
 
-def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, torch.Tensor]:
+def training_batches(crosscoder: CrossCoder, source, batch_size: int, tokens: int, name: str) -> Iterator[tuple[int, Tensor]]:
+    """The number of each step, from 0, and its normalised rows [batch, 2, d_model]."""
+    unscale = 1 / source.stored_scale.float()[:, None]  # [2, 1] stored values -> raw activations
+    stream, steps = source.batches(batch_size, tokens, torch.device("cpu")), math.ceil(tokens / batch_size)
+    for step, batch in enumerate(tqdm(stream, total=steps, desc=name, unit="step", mininterval=5)):
+        yield step, crosscoder.normalize(batch.x.float() * unscale)
+
+
+def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> tuple[CrossCoder, Tensor]:
     """BatchTopK as crosscoder_learning trains it -> the crosscoder, and which latents are dead [d_hidden].
 
     The mean over rows and models of the un-squared error norm, an auxiliary loss of 1/32 for what has been silent for 10M
     tokens, decoder norm 1, b_dec from the geometric median of the first batch, Adam with a constant rate after its warm-up
     (1000 of about 100,000 steps there, so 1 % here), gradients clipped to 1. Our code does the selection.
     """
-    crosscoder, unscale = untrained(source, world, seed)
+    crosscoder, steps = untrained(source, world, seed), math.ceil(tokens / world.batch_size)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=lr, fused=True)
-    steps = -(-tokens // world.batch_size)
     silent = torch.zeros(world.d_hidden, dtype=torch.int64)  # tokens since each latent fired
-    stream = source.batches(world.batch_size, tokens, torch.device("cpu"))
-    for step, batch in enumerate(tqdm(stream, total=steps, desc=f"crosscoder_learning, lr {lr:g}", unit="step", mininterval=5)):
-        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, 2, d_model]
+    for step, x in training_batches(crosscoder, source, world.batch_size, tokens, f"crosscoder_learning, lr {lr:g}"):
         if step == 0:
             crosscoder.b_dec.data.copy_(geometric_median(x.flatten(1)).view(2, -1))
         optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps, warmup=0.01, decay=0)
@@ -237,41 +161,35 @@ def train_unsquared(source, world: World, lr: float, tokens: int, seed: int) -> 
         optimizer.step()
         optimizer.zero_grad()
         silent.add_(len(x)).masked_fill_(out.fired, 0)
-    crosscoder.compute_dtype = torch.float32  # as train.py measures
-    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     return crosscoder, silent >= tokens // 10
 
 
 def train_held(
     source, world: World, planted: PlantedConcepts, lr: str | None, tokens: int, seed: int
-) -> tuple[CrossCoder, torch.Tensor]:
+) -> tuple[CrossCoder, Tensor]:
     """An encoder for the planted dictionary -> the crosscoder, and which latents are dead [n_concepts].
 
     The latents are the concepts, and their decoder rows stay. The encoder, which starts as their transpose, and the biases are
     learned without a penalty, at our rate and on our schedule.
     """
-    crosscoder, unscale = untrained(source, world._replace(d_hidden=len(planted.rate)), seed)
+    crosscoder = untrained(source, world._replace(d_hidden=len(planted.rate)), seed)
     concepts = planted.directions * (planted.scale * crosscoder.scale)[:, None]  # [n_concepts, 2, d_model], normalised
     concepts /= concepts.norm(dim=-1).amax(1)[:, None, None]
     crosscoder.W_dec.data[:] = crosscoder.enc_rows.data[:] = concepts
     peak = float(lr or LR_FACTOR / math.sqrt(source.d_model * len(concepts)))
-    optimizer, steps = Adam(crosscoder.parameters(), lr=peak), -(-tokens // world.batch_size)
+    optimizer, steps = Adam(crosscoder.parameters(), lr=peak), math.ceil(tokens / world.batch_size)
     silent = torch.zeros(len(concepts), dtype=torch.int64)  # tokens since each latent fired
-    stream = source.batches(world.batch_size, tokens, torch.device("cpu"))
-    for step, batch in enumerate(tqdm(stream, total=steps, desc=f"{HELD}, lr {peak:g}", unit="step", mininterval=5)):
-        x = crosscoder.normalize(batch.x.float() * unscale)  # [batch, 2, d_model]
-        optimizer.param_groups[0]["lr"] = peak * lr_factor(step, steps, warmup=0.02, decay=0.8)
+    for step, x in training_batches(crosscoder, source, world.batch_size, tokens, f"{HELD}, lr {peak:g}"):
+        optimizer.param_groups[0]["lr"] = peak * lr_factor(step, steps, TrainConfig.lr_warmup, TrainConfig.lr_decay)
         out = crosscoder.losses(x, 0)
         out.loss.backward()
         crosscoder.W_dec.grad.zero_()  # not None: `update` takes the norm of all gradients
         update(crosscoder, optimizer, 1.0)
         silent.add_(len(x)).masked_fill_(out.fired, 0)
-    crosscoder.compute_dtype = torch.float32  # as train.py measures
-    crosscoder.fit_threshold(lambda: held_out(crosscoder, source, world.batch_size, unscale))
     return crosscoder, silent >= tokens // 10
 
 
-def geometric_median(x: torch.Tensor) -> torch.Tensor:
+def geometric_median(x: Tensor) -> Tensor:
     """[d] the point with the smallest mean distance to the rows of x [n, d], by Weiszfeld's iteration."""
     median = x.mean(0)
     for _ in range(50):
@@ -281,7 +199,7 @@ def geometric_median(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, source) -> dict:
+def score(crosscoder: CrossCoder, dead: Tensor, world: PlantedConcepts, source) -> dict:
     """The planted truth against a crosscoder: classes by decoder norm, by latent scaling on the held-out rows, and by both."""
     W_dec = crosscoder.W_dec.detach()
     classes = latent_classes(crosscoder, held_out(crosscoder, source, 2048, torch.ones(2, 1)))
@@ -295,11 +213,6 @@ def score(crosscoder: CrossCoder, dead: torch.Tensor, world: PlantedConcepts, so
     by_rate = found[world.rate.argsort()].chunk(4)
     result |= {name: quarter.mean().item() for name, quarter in zip(QUARTERS, by_rate, strict=True)}
     return result
-
-
-def told(dials: dict) -> str:
-    """The dials of a cell as flags, or what a world has by itself."""
-    return " ".join(f"--{name.replace('_', '-').replace('l1', 'l1-coeff')} {value:g}" for name, value in dials.items())
 
 
 MEASURES = {  # columns of the CSV and what the table calls them; the classes are those on which both ways agree
@@ -382,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["easy", "long", "null"])
     parser.add_argument("--grid", choices=("quick", "full"), help="many worlds under many dials, instead of --worlds")
-    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED, HELD], default=list(RECIPES)[:2])  # ours
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, UNSQUARED, HELD], default=OURS)
     parser.add_argument("--lrs", nargs="+", default=[None], help="learning rates in place of the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[201])
     parser.add_argument("--num-tokens", type=int, help="training tokens in place of the world's own")

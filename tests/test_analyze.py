@@ -19,6 +19,7 @@ from analysis.measure import COLUMNS
 from collecting import language_model as lm
 from collecting.chat import answer_marker
 from crosscoder import CrossCoder
+from sources.planted import PlantedConcepts
 
 
 def read_table(folder: Path) -> dict[str, np.ndarray]:
@@ -330,8 +331,11 @@ def test_a_run_on_planted_concepts_shows_the_truth(tmp_path):
     summary = json.loads((tmp_path / "planted" / "summary.json").read_text())
     assert metrics["explained_variance"] == pytest.approx(summary["explained_variance"], rel=1e-4)
     assert metrics["planted"]["by_norm"]["recall_shared"] == pytest.approx(summary["planted"]["recall_shared"], abs=0.05)
-    sharp = table["planted_cosine"] > 0.9  # by chance no row is as close
-    assert sharp.sum() > 30 and np.mean(table["planted_kind"][sharp] == table["tag"][sharp]) > 0.9
+    W_dec = CrossCoder.from_pretrained(tmp_path / "planted" / "crosscoder").W_dec
+    fit = PlantedConcepts(0).fit(W_dec, torch.from_numpy(table["dead"]))  # [n_concepts, d_hidden]
+    assert np.allclose(table["planted_cosine"], fit.amax(0), atol=1e-5)
+    sharp = table["planted_cosine"] > 0.9
+    assert np.mean(table["planted_kind"][sharp] == table["tag"][sharp]) > 0.9
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'id="truth"' in page and (out / "figures" / "planted.svg").is_file()
     exclusive = sharp & (table["planted_kind"] != "shared")

@@ -12,7 +12,8 @@ from processes import Started
 from benchmarks.implants import ORGANISMS
 from benchmarks.memory import BLOCK, SMALL, peak_of, write_pair
 from benchmarks.organism_scores import best_f1, orders, places, steered
-from benchmarks.recipes import MEASURES, RECIPES, WORLDS, World, geometric_median, grid, table, told, train_flags, train_held
+from benchmarks.recipes import MEASURES, RECIPES, geometric_median, grid, table, train_flags, train_held
+from benchmarks.worlds import WORLDS, World, told
 from sources.planted import PlantedConcepts
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import train
 from torch.nn.functional import normalize
 
-from benchmarks import recipes
+from benchmarks import worlds
 from crosscoder import CrossCoder
 from ops import resample
 from sources.planted import RECOVERED, SHARED, PlantedConcepts
@@ -291,7 +291,7 @@ def test_a_run_finds_rare_exclusive_concepts_so(tmp_path):
     world = PlantedConcepts(5, n_concepts=240, d_model=48, active=8)
     rare = world.kind != SHARED
     world.rate[rare] = 0.001
-    recipes.write_world(tmp_path / "world", world, 500_000)
+    worlds.write_world(tmp_path / "world", world, 500_000)
     flags = ["--base-dataset", tmp_path / "world" / "base.arrow", "--ft-dataset", tmp_path / "world" / "ft.arrow"]
     flags += ["--d-hidden", 512, "--batch-size", 256, "--num-tokens", 500_000, "--val-tokens", 16_384, "--wandb", "disabled"]
     found = {}
